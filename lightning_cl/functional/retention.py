@@ -1,0 +1,114 @@
+"""Scores of continual learning from the matrix of every task after every task.
+
+``matrix`` has the shape ``[tasks + 1, tasks]``: row 0 is the score before any training, row ``i`` the score after task
+``i``; column ``j`` is task ``j``. Below, ``R[i, j]`` counts tasks from 1, so ``R[i, j] = matrix[i, j - 1]`` and
+``R[0, j]`` is the row before training. ``mode`` says whether a higher score is better (``max``: accuracy) or a lower one
+(``min``: loss). Unknown entries are NaN and are left out of a mean; a mean of nothing is NaN.
+
+Signs are the same in both modes: transfer is positive where later (or earlier) tasks *helped*, forgetting is positive
+where something was *lost*.
+
+The literature disagrees on denominators and baselines; ``preset`` chooses:
+
+* ``gem`` (Lopez-Paz & Ranzato 2017): backward and forward transfer divide by ``T - 1``; the forward baseline is the row
+  before training.
+* ``trace`` (Wang et al. 2023): backward transfer divides by ``T`` (its last term is zero); forward transfer as ``gem``.
+* ``sapt`` (Zhao et al. 2024): backward transfer divides by ``T``; forward transfer is ``mean_j R[j, j] - s_j`` over all
+  ``T`` tasks, with ``s_j`` the score of a model trained on task ``j`` alone (``single_task``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["max", "min"]
+Preset = Literal["gem", "trace", "sapt"]
+
+
+def average_score(matrix: Tensor) -> Tensor:
+    """``mean_j R[T, j]``: the score over all tasks at the end (also called AA, AP or OP).
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``, see the module's docstring.
+    """
+    return matrix[-1].nanmean()
+
+
+def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem") -> Tensor:
+    """``Σ_{j<T} (R[T, j] − R[j, j])`` over ``T − 1`` (``gem``) or ``T`` (``trace``, ``sapt``): positive is good.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        mode: whether higher or lower scores are better.
+        preset: the denominator.
+    """
+    tasks = _trained(matrix)
+    terms = _sign(mode) * (matrix[tasks, : tasks - 1] - matrix.diagonal(offset=-1)[: tasks - 1])
+    if preset != "gem" and tasks > 1:
+        terms = torch.cat([terms, terms.new_zeros(1)])
+    return terms.nanmean()
+
+
+def forgetting(matrix: Tensor, mode: Mode = "max") -> Tensor:
+    """``mean_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])``: positive is bad (Chaudhry et al. 2018, eq. 3).
+
+    The row before training does not count: what the model could do without training was not learnt here.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        mode: whether higher or lower scores are better; for a loss this is the rise over the lowest loss so far.
+    """
+    tasks = _trained(matrix)
+    if tasks < 2:
+        return matrix.new_tensor(float("nan"))
+    signed = _sign(mode) * matrix
+    rows = signed[1:tasks, : tasks - 1]
+    best = rows.nan_to_num(nan=-torch.inf).amax(0)
+    best = torch.where(best.isinf(), torch.nan, best)
+    return (best - signed[tasks, : tasks - 1]).nanmean()
+
+
+def forward_transfer(
+    matrix: Tensor, mode: Mode = "max", preset: Preset = "gem", single_task: Tensor | None = None
+) -> Tensor:
+    """What earlier tasks did for a task before (``gem``, ``trace``) or while (``sapt``) it was trained: positive is good.
+
+    ``gem`` and ``trace``: ``mean_{j=2..T} (R[j−1, j] − R[0, j])``. ``sapt``: ``mean_j (R[j, j] − s_j)``.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        mode: whether higher or lower scores are better.
+        preset: the definition.
+        single_task: ``s``, shape ``[tasks]``, the scores of models that were trained on one task alone (``sapt``).
+
+    Raises:
+        ValueError: if ``sapt`` is asked for without ``single_task``.
+    """
+    tasks = _trained(matrix)
+    if preset == "sapt":
+        if single_task is None:
+            raise ValueError(
+                "preset='sapt' compares with models trained on one task alone: give `single_task`, one score per task"
+            )
+        return (_sign(mode) * (matrix.diagonal(offset=-1)[:tasks] - single_task[:tasks])).nanmean()
+    before = matrix.diagonal()[1:tasks]  # R[j − 1, j] for j = 2 … T
+    return (_sign(mode) * (before - matrix[0, 1:tasks])).nanmean()
+
+
+def _trained(matrix: Tensor) -> int:
+    """The number of tasks trained so far."""
+    if matrix.ndim != 2 or not 1 <= matrix.shape[0] - 1 <= matrix.shape[1]:
+        raise ValueError(
+            f"matrix: expected the shape [rows, tasks] with the row before training and at least one more, and no more"
+            f" than tasks + 1 rows; got {list(matrix.shape)}"
+        )
+    return matrix.shape[0] - 1
+
+
+def _sign(mode: Mode) -> int:
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode: expected 'max' (higher is better) or 'min' (lower is better), got {mode!r}")
+    return 1 if mode == "max" else -1
