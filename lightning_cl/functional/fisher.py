@@ -1,7 +1,7 @@
 """The diagonal of the Fisher information, from gradients of single samples.
 
-Definition used everywhere in this library, for a set of samples ``x`` (a sequence is one sample) with ``n(x)`` positions
-that bear loss (``n(x) = 1`` for a classifier)::
+Definition used everywhere in this library, for a set of samples ``x`` (a sequence is one sample) with ``n(x)``
+positions that bear loss (``n(x) = 1`` for a classifier)::
 
     F = Σ_x E_y[(∂/∂θ Σ_t log p_θ(y_t | x))²] / Σ_x n(x)
 

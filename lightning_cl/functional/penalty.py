@@ -74,8 +74,8 @@ def proximal_step_(
 ) -> None:
     """``θ ← anchor + (θ − anchor) / (1 + learning_rate · strength · importance)`` in place.
 
-    The exact minimiser of ``penalty(θ') + ‖θ' − θ‖² / (2 · learning_rate)``: an implicit step, stable for every strength,
-    where the explicit gradient step overshoots once ``learning_rate · strength · importance`` exceeds 2.
+    The exact minimiser of ``penalty(θ') + ‖θ' − θ‖² / (2 · learning_rate)``: an implicit step, stable for every
+    strength, where the explicit gradient step overshoots once ``learning_rate · strength · importance`` exceeds 2.
 
     Args:
         parameters: name to parameter.
@@ -89,10 +89,9 @@ def proximal_step_(
     for name, reference in anchor.items():
         parameter = parameters[name]
         # θ -= (θ − anchor) · q / (1 + q): a weight of importance 0 moves by exactly nothing.
-        q = importance[name].float() * (learning_rate * strength)
-        q.div_(q + 1.0)
-        # A strength beyond fp32 gives inf / inf; its limit is the anchor.
-        q.nan_to_num_(nan=1.0)
+        q = importance[name].float() * min(learning_rate * strength, torch.finfo(torch.float32).max)
+        # An overflow gives inf / inf; its limit is 1: the anchor.
+        q.div_(q + 1.0).nan_to_num_(nan=1.0)
         parameter.sub_((q * (parameter.float() - reference)).to(parameter.dtype))
 
 

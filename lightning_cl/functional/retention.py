@@ -1,9 +1,10 @@
 """Scores of continual learning from the matrix of every task after every task.
 
-``matrix`` has the shape ``[tasks + 1, tasks]``: row 0 is the score before any training, row ``i`` the score after task
-``i``; column ``j`` is task ``j``. Below, ``R[i, j]`` counts tasks from 1, so ``R[i, j] = matrix[i, j - 1]`` and
-``R[0, j]`` is the row before training. ``mode`` says whether a higher score is better (``max``: accuracy) or a lower one
-(``min``: loss). Unknown entries are NaN and are left out of a mean; a mean of nothing is NaN.
+``matrix`` has the shape ``[tasks + 1, tasks]``: row 0 is the score before any training, row ``i`` the score after
+task ``i``; column ``j`` is task ``j``. Below, ``R[i, j]`` counts tasks from 1, so ``R[i, j] = matrix[i, j - 1]`` and
+``R[0, j]`` is the row before training. A sequence that is under way has fewer rows: then ``T`` is the number of tasks
+trained so far. ``mode`` says whether a higher score is better (``max``: accuracy) or a lower
+one (``min``: loss). Unknown entries are NaN and are left out of a mean; a mean of nothing is NaN.
 
 Signs are the same in both modes: transfer is positive where later (or earlier) tasks *helped*, forgetting is positive
 where something was *lost*.
@@ -34,7 +35,7 @@ def average_score(matrix: Tensor) -> Tensor:
     Args:
         matrix: ``[tasks + 1, tasks]``, see the module's docstring.
     """
-    return matrix[-1].nanmean()
+    return matrix[-1, : _trained(matrix)].nanmean()
 
 
 def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem") -> Tensor:
@@ -74,9 +75,10 @@ def forgetting(matrix: Tensor, mode: Mode = "max") -> Tensor:
 def forward_transfer(
     matrix: Tensor, mode: Mode = "max", preset: Preset = "gem", single_task: Tensor | None = None
 ) -> Tensor:
-    """What earlier tasks did for a task before (``gem``, ``trace``) or while (``sapt``) it was trained: positive is good.
+    """What earlier tasks did for a later one, before (``gem``, ``trace``) or by the end of (``sapt``) its training.
 
     ``gem`` and ``trace``: ``mean_{j=2..T} (R[j−1, j] − R[0, j])``. ``sapt``: ``mean_j (R[j, j] − s_j)``.
+    Positive is good.
 
     Args:
         matrix: ``[tasks + 1, tasks]``.
