@@ -1,0 +1,170 @@
+"""What a continual-learning method is: a callback that answers a few questions.
+
+A method never overrides Lightning's hooks for these moments itself. One
+:class:`~lightning_cl.callbacks.coordinator.TaskCoordinator` per Trainer asks all methods in the right order, whatever
+their order in ``Trainer(callbacks=[…])``:
+
+==================  ====================================================================================
+question            when
+==================  ====================================================================================
+mix_into            the loader of a task is built
+on_task_start       once per task, never on a resume inside it
+place               whenever training starts or goes on: bring tensors to the model's device
+extra_loss          after the module's own loss, before the backward pass
+observe_gradients   gradients are complete, unscaled, reduced over ranks, not clipped; nobody has edited them
+edit_gradients      after all observers, before clipping; in the order of ``edit_order``
+edit_weights        right after a real optimizer step
+after_step          after all weight edits
+on_task_end         once per task, after all other callbacks' ``on_train_end``
+at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``
+==================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.tasks import TaskPosition
+
+if TYPE_CHECKING:
+    from lightning_cl.data import TaskDataModule, TaskLoader
+
+
+class ContinualCallback(Callback):
+    """Base of all methods. See the module's docstring for the questions; each does nothing by default.
+
+    State goes into ``checkpoint["lightning_cl"]`` and not through Lightning's ``state_dict``: Lightning checks for two
+    states of one key when the Trainer is made, before two callbacks of one class can be told apart.
+
+    Attributes:
+        task: where in the sequence the run is; None before the first task.
+        tasks_done: how many tasks this callback has seen to their end.
+    """
+
+    owns: str | None = None
+    """What only one callback of a Trainer may have, in words (``"the replayed part of the batches"``)."""
+
+    edit_order: int = 0
+    """Lower edits gradients first: penalties 0, projections 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task: TaskPosition | None = None
+        self.tasks_done = 0
+        self.scalars: dict[str, float | Tensor] = {}
+
+    # ------------------------------------------------------------------ questions
+
+    def mix_into(self, trainer: L.Trainer, loader: TaskLoader) -> None:
+        """The loader of a task is built: add to it."""
+
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task starts: anchors, snapshots, fresh sums."""
+
+    def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training starts or goes on: bring tensors to where the parameters are."""
+
+    def extra_loss(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
+        """A term to add to the loss of this batch, with a graph; its scale is that of the module's own loss."""
+        return None
+
+    def observe_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        """Look at ``p.grad``, which carries the factor `scale` (1 except with a fused optimizer in fp16)."""
+
+    def edit_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        """Change ``p.grad``, which carries the factor `scale`."""
+
+    def edit_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Change parameters after the optimizer's step."""
+
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the parameters that this step ended with."""
+
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task ends: importances, buffers, teachers."""
+
+    def at_boundary(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
+        """Between tasks, `trained` of them done: evaluate. The Trainer is free, the module on any device."""
+
+    # ------------------------------------------------------------------ state
+
+    def continual_state(self) -> dict[str, Any]:
+        """What must survive a crash: tensors and plain containers only."""
+        return {}
+
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`continual_state`."""
+
+    def state_bytes(self) -> int:
+        """Bytes of what the method keeps from task to task."""
+        return 0
+
+    def report(self) -> dict[str, Any]:
+        """What the run's report says of this method: numbers and texts."""
+        return {}
+
+    # ------------------------------------------------------------------ for methods
+
+    def log_scalar(self, name: str, value: float | Tensor) -> None:
+        """Logs ``continual/<class>/<name>`` with this step's other metrics; can be called in any question."""
+        self.scalars[name] = value
+
+    def is_log_step(self, trainer: L.Trainer) -> bool:
+        """Whether this optimizer step's metrics go to the logger, so that what costs time is measured only then."""
+        return trainer.log_every_n_steps > 0 and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        from lightning_cl.callbacks.coordinator import TaskCoordinator
+
+        TaskCoordinator.of(trainer)
+
+
+def trainable_parameters(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Name to trainable parameter; tied weights once, names without what ``torch.compile`` puts in front."""
+    return {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without ``_orig_mod.``."""
+    return name.replace("_orig_mod.", "")
+
+
+def check_strength(strength: float, argument: str = "strength") -> float:
+    """A strength as a float.
+
+    Raises:
+        ValueError: if it is no finite, non-negative number.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise ValueError(f"{argument}={strength!r}: expected a number of at least 0")
+    if not math.isfinite(strength) or strength < 0:
+        raise ValueError(f"{argument}={strength!r}: expected a finite number of at least 0 (0 switches the method off)")
+    return float(strength)
+
+
+def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> str:
+    """One of `choices`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{argument}={value!r}: expected one of {list(choices)}")
+    return value
+
+
+def tensor_bytes(*groups: dict[str, Tensor]) -> int:
+    """The bytes of dictionaries of tensors."""
+    return sum(t.numel() * t.element_size() for group in groups for t in group.values())

@@ -1,0 +1,410 @@
+"""The one callback that asks all methods their questions, in order, and keeps the task index."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_cl.callbacks.base import ContinualCallback
+from lightning_cl.callbacks.random_state import get_random_state, set_random_state
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.tasks import TaskPosition
+
+CHECKPOINT_KEY = "lightning_cl"
+FORMAT = 1
+
+
+class TaskCoordinator(Callback):
+    """Asks the methods of one Trainer their questions (see :mod:`lightning_cl.callbacks.base`).
+
+    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. Under
+    ``fit_tasks`` it is told which task it is; without it, each ``trainer.fit`` is one task.
+    """
+
+    def __init__(self) -> None:
+        self.position = TaskPosition(0, "task", 1)
+        self.names: list[str] = []
+        self.driven = False
+        self.started = False
+        self.ended = False
+        self.at_boundary = False
+        self.first_step = 0
+        self.max_steps: int | None = None
+        self.lr: float | None = None
+        self.fingerprint: str | None = None
+        self.costs: list[dict[str, float]] = []
+        self._seconds_before = 0.0
+        self._clock: float | None = None
+        self._handles: list[RemovableHandle] = []
+        self._batch: Any = None
+        self._resumed: dict[str, Any] | None = None
+        self._loaded = False
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> TaskCoordinator:
+        """The Trainer's coordinator; made, and put at the end of the callbacks, if there is none yet."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, cls):
+                return callback
+        coordinator = cls()
+        trainer.callbacks.append(coordinator)  # type: ignore[attr-defined]
+        return coordinator
+
+    @staticmethod
+    def methods(trainer: L.Trainer) -> list[ContinualCallback]:
+        """The continual-learning callbacks of a Trainer, in its order."""
+        return [callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback)]  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ checks
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_trainer(trainer, pl_module)
+        if not self.driven and self.methods(trainer):
+            from lightning_cl.sequence import let_methods_mix
+
+            let_methods_mix(trainer)
+
+    # ------------------------------------------------------------------ start
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.max_steps is not None:
+            # While optimizers and schedules were made, the limit was this task's own number of steps; the loop counts
+            # the steps of all tasks.
+            trainer.fit_loop.epoch_loop.max_steps = self.first_step + self.max_steps
+        if self.lr is not None:
+            for optimizer in trainer.optimizers:
+                schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+                scale_learning_rate(optimizer, schedulers, self.lr)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        methods = self.methods(trainer)
+        resumed, self._resumed = self._resumed, None
+        if not self.started or (self.ended and not self.driven):
+            if not self.driven:
+                done = max((m.tasks_done for m in methods), default=0)
+                self.position = TaskPosition(done, f"task-{done}", done + 1)
+            self.started, self.ended, self.first_step = True, False, trainer.global_step
+            self._seconds_before = 0.0
+            for method in methods:
+                method.task = self.position
+                method.on_task_start(trainer, pl_module)
+            resumed_inside = None
+        else:
+            resumed_inside = resumed
+        for method in methods:
+            method.task = self.position
+            method.place(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            hook = _after_step_hook(self, trainer, pl_module)
+            self._handles.append(optimizer.register_step_post_hook(hook))
+        self._clock = time.monotonic()
+        if resumed is not None:
+            self._restore_progress(trainer, resumed, inside=resumed_inside is not None)
+
+    def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
+        """The loader's place and the random states, so that the next batch is the one that would have come."""
+
+        def restore() -> None:
+            states = resumed["random_states"]
+            if len(states) == trainer.world_size:
+                set_random_state(states[trainer.global_rank])
+
+        loader = trainer.train_dataloader
+        if inside and isinstance(loader, TaskLoader) and resumed["loader"] is not None:
+            # Not through Lightning's own state of the loops: it is lost as soon as a module reads
+            # `trainer.estimated_stepping_batches` in `configure_optimizers`.
+            loader.load_state_dict(resumed["loader"], on_resumed=restore)
+        else:
+            restore()
+
+    # ------------------------------------------------------------------ steps
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        for method in self.methods(trainer):
+            extra = method.extra_loss(trainer, pl_module, self._batch)
+            if extra is not None:
+                # The loss already carries the accumulation's division and the loss scale.
+                factor = amp_scale(trainer) / trainer.accumulate_grad_batches
+                loss.add_(extra.to(loss.dtype) * factor)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        methods = self.methods(trainer)
+        scale = amp_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+        for method in methods:
+            method.observe_gradients(trainer, pl_module, optimizer, scale)
+        for method in sorted(methods, key=lambda m: m.edit_order):
+            method.edit_gradients(trainer, pl_module, optimizer, scale)
+
+    def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        methods = self.methods(trainer)
+        for method in methods:
+            method.edit_weights(trainer, pl_module, optimizer)
+        for method in methods:
+            method.after_step(trainer, pl_module, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = None
+        for method, name in named(self.methods(trainer)):
+            for key, value in method.scalars.items():
+                pl_module.log(f"continual/{name}/{key}", value, on_step=True, on_epoch=False, batch_size=1)
+            method.scalars.clear()
+
+    # ------------------------------------------------------------------ end
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_task(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A checkpoint from the last step of a task, written before the task's end: Lightning sees nothing left to train
+        # and calls no other hook.
+        resumed, self._resumed = self._resumed, None
+        if self.started and not self.ended and resumed is not None:
+            pl_module.to(trainer.strategy.root_device)
+            for method in self.methods(trainer):
+                method.task = self.position
+                method.place(trainer, pl_module)
+            loader = trainer.train_dataloader
+            if isinstance(loader, TaskLoader) and resumed["loader"] is not None:
+                loader.load_state_dict(resumed["loader"])
+            self._end_task(trainer, pl_module)
+            pl_module.cpu()
+
+    def _end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remove_handles()
+        if self.ended:
+            return  # resumed from a checkpoint that was written between this and the boundary
+        trained = self._train_seconds()
+        self._clock = None
+        start = time.monotonic()
+        for method in self.methods(trainer):
+            method.on_task_end(trainer, pl_module)
+            method.tasks_done += 1
+        self.ended = True
+        self.costs.append(
+            {
+                "steps": trainer.global_step - self.first_step,
+                "train_seconds": trained,
+                "end_seconds": time.monotonic() - start,
+                **self._sample_counts(trainer),
+            }
+        )
+
+    def _train_seconds(self) -> float:
+        return self._seconds_before + (time.monotonic() - self._clock if self._clock is not None else 0.0)
+
+    def _sample_counts(self, trainer: L.Trainer) -> dict[str, float]:
+        loader = trainer.train_dataloader
+        if not isinstance(loader, TaskLoader):
+            return {}
+        counts = torch.tensor(list(loader.counts.values()), dtype=torch.int64, device=trainer.strategy.root_device)
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")  # type: ignore[assignment]
+        return dict(zip(loader.counts, counts.tolist(), strict=True))
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._remove_handles()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._remove_handles()
+
+    def _remove_handles(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ------------------------------------------------------------------ state
+
+    def begin_task(self, position: TaskPosition) -> None:
+        """A fresh task is about to be fitted (called by ``fit_tasks``)."""
+        self.position, self.started, self.ended, self.at_boundary = position, False, False, False
+
+    def reach_boundary(self) -> None:
+        """The current task is done and evaluated: what is saved now starts the next one (called by ``fit_tasks``)."""
+        self.at_boundary = True
+        # Whoever resumes from here starts the next task from these states; so does the run that goes on.
+        self._resumed = {"loader": None, "random_states": _gather(get_random_state())}
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": FORMAT,
+            "driven": self.driven,
+            "tasks": list(self.names),
+            "index": self.position.index + (1 if self.at_boundary else 0),
+            "name": self.position.name,
+            "started": self.started and not self.at_boundary,
+            "ended": self.ended and not self.at_boundary,
+            "first_step": self.first_step,
+            "train_seconds": self._train_seconds(),
+            "fingerprint": self.fingerprint,
+            "costs": [dict(cost) for cost in self.costs],
+            "loader": loader.state_dict() if isinstance(loader, TaskLoader) else None,
+            "random_states": self._resumed["random_states"] if self.at_boundary else _gather(get_random_state()),
+            "methods": {
+                name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
+                for method, name in named(self.methods(trainer))
+            },
+        }
+        if self.at_boundary:
+            # The next task gets a fresh optimizer and schedule.
+            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            if CHECKPOINT_KEY not in checkpoint:
+                raise MisconfigurationException(
+                    "ckpt_path: the checkpoint was written without continual-learning callbacks; load its weights into the"
+                    " module instead of resuming from it"
+                )
+            self.load(trainer, checkpoint[CHECKPOINT_KEY])
+
+    def load(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
+        """Restores itself and all methods from a checkpoint's entry, once.
+
+        Raises:
+            MisconfigurationException: if the callbacks of the run are not those of the checkpoint.
+        """
+        if self._loaded:
+            return
+        self._loaded = True
+        check_state(trainer, state)
+        self.names = list(state["tasks"])
+        self.position = TaskPosition(state["index"], state["name"], max(len(self.names), state["index"] + 1))
+        self.started, self.ended, self.first_step = state["started"], state["ended"], state["first_step"]
+        self._seconds_before = state["train_seconds"] if self.started else 0.0
+        self.costs = [dict(cost) for cost in state["costs"]]
+        self._resumed = {"loader": state["loader"], "random_states": state["random_states"]}
+        for method, name in named(self.methods(trainer)):
+            method.tasks_done = state["methods"][name]["tasks_done"]
+            method.load_continual_state(state["methods"][name]["state"])
+
+
+def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Whether these methods can work with this Trainer and module at all.
+
+    Raises:
+        MisconfigurationException: saying what to do instead.
+    """
+    if isinstance(trainer.strategy.launcher, (_MultiProcessingLauncher, _XLALauncher)):
+        raise MisconfigurationException(
+            "Trainer(strategy=…): spawned and forked processes lose what callbacks learnt when a fit ends; use"
+            " strategy='ddp' and start the training as a script"
+        )
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimises by hand (automatic_optimization=False): penalties and projections need to"
+            " stand between the backward pass and the step, which only automatic optimisation shows; return the loss from"
+            " training_step instead"
+        )
+    owners: dict[str, str] = {}
+    for method, name in named(TaskCoordinator.methods(trainer)):
+        if method.owns is not None and method.owns in owners:
+            raise MisconfigurationException(
+                f"Trainer(callbacks=…): {owners[method.owns]} and {name} both want {method.owns}; keep one of them"
+            )
+        if method.owns is not None:
+            owners[method.owns] = name
+
+
+def check_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
+    """Whether the callbacks of the run are those that wrote the checkpoint.
+
+    Raises:
+        MisconfigurationException: naming what is missing or too many.
+    """
+    if state["format"] != FORMAT:
+        raise MisconfigurationException(
+            f"ckpt_path: written in format {state['format']} of lightning_cl, this version reads format {FORMAT}"
+        )
+    ours = {name for _, name in named(TaskCoordinator.methods(trainer))}
+    theirs = set(state["methods"])
+    if theirs - ours:
+        raise MisconfigurationException(
+            f"ckpt_path: it holds what {sorted(theirs - ours)} learnt, but Trainer(callbacks=…) has only {sorted(ours)}:"
+            " that would be lost; add the missing callbacks"
+        )
+    if ours - theirs and (state["index"] > 0 or state["started"]):
+        raise MisconfigurationException(
+            f"ckpt_path: Trainer(callbacks=…) has {sorted(ours - theirs)}, about which the checkpoint knows nothing (it has"
+            f" {sorted(theirs)}): the tasks before could not be protected; resume with the callbacks of that run"
+        )
+
+
+def named(methods: list[ContinualCallback]) -> list[tuple[ContinualCallback, str]]:
+    """Each method with a name that is unique in its Trainer: the class, and a number from the second on."""
+    seen: dict[str, int] = {}
+    result = []
+    for method in methods:
+        name = type(method).__name__
+        seen[name] = seen.get(name, 0) + 1
+        result.append((method, name if seen[name] == 1 else f"{name}-{seen[name]}"))
+    return result
+
+
+def amp_scale(trainer: L.Trainer) -> float:
+    """The factor of the loss scaler in fp16, else 1."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def scale_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[Any], lr: float) -> None:
+    """Scales an optimizer and its schedules so that the first parameter group's peak learning rate is `lr`."""
+    first = optimizer.param_groups[0]
+    factor = lr / float(first.get("max_lr", first.get("initial_lr", first["lr"])))
+    for group in optimizer.param_groups:
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if key in group:
+                group[key] = group[key] * factor
+    for scheduler in schedulers:
+        for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
+            if getattr(part, "optimizer", None) is optimizer and hasattr(part, "base_lrs"):
+                part.base_lrs = [base * factor for base in part.base_lrs]
+
+
+def _after_step_hook(coordinator: TaskCoordinator, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        coordinator._after_step(trainer, pl_module, optimizer)
+
+    return hook
+
+
+def _gather(value: Any) -> list[Any]:
+    """One value per rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,211 @@
+"""Extra passes over a task's data that leave no trace: what Fisher estimates and their like run in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+from tqdm.auto import tqdm
+
+from lightning_cl.callbacks.random_state import untouched_random_state
+from lightning_cl.data.loader import TaskLoader, why_not_plannable
+
+OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
+"""``outputs(module, batch)`` gives the logits of a batch: ``[batch, classes]`` or ``[batch, length, classes]``."""
+
+
+@contextmanager
+def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the module is as it was.
+
+    Kept are the mode of each submodule, buffers (batch norm), torchmetrics, ``.grad`` (not touched by the passes), random
+    states; logging is muted, as Lightning refuses it outside of its own steps.
+    """
+    modes = {module: module.training for module in pl_module.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+    metrics = {module: copy.deepcopy(vars(module)) for module in pl_module.modules() if isinstance(module, Metric)}
+
+    def mute(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    with ExitStack() as stack:
+        stack.enter_context(untouched_random_state())
+        for hook in ("log", "log_dict"):
+            stack.callback(_restore_attribute(pl_module, hook))
+            pl_module.__dict__[hook] = mute
+        pl_module.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            current = dict(pl_module.named_buffers())
+            with torch.no_grad():
+                for name, buffer in buffers.items():
+                    if not torch.equal(current[name], buffer):
+                        current[name].copy_(buffer)
+            for metric, state in metrics.items():
+                metric.__dict__.clear()
+                metric.__dict__.update(state)
+
+
+def _restore_attribute(owner: Any, name: str) -> Callable[[], None]:
+    had = name in owner.__dict__
+    value = owner.__dict__.get(name)
+
+    def restore() -> None:
+        if had:
+            owner.__dict__[name] = value
+        else:
+            owner.__dict__.pop(name, None)
+
+    return restore
+
+
+def single_samples(trainer: L.Trainer, count: int, seed: int, label: str) -> Iterator[tuple[int, Any]]:
+    """This rank's share of `count` samples of the current task, each as a batch of one on the device.
+
+    The choice is made once for all ranks: together they visit the samples that one process would.
+
+    Args:
+        trainer: inside ``fit``, with its training data set up.
+        count: how many samples in all; all of them, if the task has fewer.
+        seed: seed of the choice.
+        label: what the progress display says.
+
+    Yields:
+        the sample's number (the same whatever the number of ranks) and the batch.
+    """
+    loader = trainer.train_dataloader
+    if isinstance(loader, TaskLoader) or why_not_plannable(loader) is None:
+        dataset, collate = loader.dataset, loader.collate_fn
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = list(enumerate(order[:count]))[trainer.global_rank :: trainer.world_size]
+        batches: Iterator[tuple[int, Any]] = ((number, collate([dataset[index]])) for number, index in chosen)
+        total: int | None = len(chosen)
+    else:
+        # A stream: the first samples of each rank's own part.
+        share = -(-count // trainer.world_size)
+        batches = ((number * trainer.world_size + trainer.global_rank, row) for number, row in _rows(loader, share))
+        total = share
+    hidden = trainer.progress_bar_callback is None or trainer.global_rank > 0
+    for number, batch in tqdm(batches, desc=label, total=total, disable=hidden, leave=False, unit="sample"):
+        yield number, to_device(trainer, batch)
+
+
+def to_device(trainer: L.Trainer, batch: Any) -> Any:
+    """A batch as ``training_step`` gets it, through the transfer hooks of module and DataModule."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _rows(loader: Any, count: int) -> Iterator[tuple[int, Any]]:
+    number = 0
+    for batch in loader:
+        for row in range(_batch_size(batch)):
+            if number == count:
+                return
+            yield number, _row(batch, row)
+            number += 1
+
+
+def _batch_size(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    return next(len(value) for value in values if isinstance(value, Tensor))
+
+
+def _row(batch: Any, row: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[row : row + 1]
+    if isinstance(batch, Mapping):
+        return {key: _row(value, row) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_row(value, row) for value in batch)
+    return batch
+
+
+def forward_context(trainer: L.Trainer) -> Any:
+    """The precision that training runs in; fp32 instead of fp16, whose small gradients of single samples underflow."""
+    if trainer.precision == "16-mixed":
+        return nullcontext()
+    return trainer.precision_plugin.forward_context()
+
+
+def training_loss(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
+    """The loss of ``training_step`` on the bare module: no wrapper that would average gradients over ranks."""
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    with forward_context(trainer):
+        output = pl_module.training_step(batch, 0) if takes_index else pl_module.training_step(batch)
+    return output["loss"] if isinstance(output, Mapping) else output
+
+
+class LogitsReader:
+    """Reaches a module's logits: through a user's function, or from the submodule that returns something with ``.logits``.
+
+    Args:
+        trainer: the Trainer.
+        pl_module: the module.
+        outputs: a user's function, or None.
+    """
+
+    def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: OutputsFunction | None) -> None:
+        self._trainer, self._module, self._outputs = trainer, pl_module, outputs
+        self._source: nn.Module | None = None
+
+    def __call__(self, batch: Any) -> Tensor | None:
+        """Logits of a batch with their graph; None if nothing that the module calls returns any."""
+        if self._outputs is not None:
+            with forward_context(self._trainer):
+                return self._outputs(self._module, batch)
+        caught: list[tuple[nn.Module, Tensor]] = []
+
+        def catch(module: nn.Module, args: Any, output: Any) -> None:
+            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            if isinstance(logits, Tensor):
+                caught.append((module, logits))
+
+        watched = list(self._module.modules()) if self._source is None else [self._source]
+        handles = [module.register_forward_hook(catch) for module in watched]
+        try:
+            training_loss(self._trainer, self._module, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not caught:
+            return None
+        # The outermost module returns last.
+        self._source, logits = caught[-1]
+        return logits
+
+
+def loss_positions(batch: Any, logits: Tensor | None = None) -> Tensor | None:
+    """Which positions of a batch of token sequences predict a token that bears loss.
+
+    Args:
+        batch: with ``input_ids`` and, as Hugging Face has it, ``labels`` (−100: no loss) or ``attention_mask``.
+        logits: if given, positions are only returned when their length fits.
+
+    Returns:
+        bool ``[batch, length − 1]``: position t predicts token t + 1; None for a batch that is no token sequence.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
+        return None
+    ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+    if logits is not None and (logits.ndim != 3 or logits.shape[1] != ids.shape[1]):
+        return None
+    if isinstance(labels, Tensor):
+        # Labels of another shape: a classifier of sequences, one label each.
+        return labels[:, 1:] != -100 if labels.shape == ids.shape else None
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return mask[:, 1:] != 0
+    return torch.ones_like(ids[:, 1:], dtype=torch.bool)

@@ -1,0 +1,137 @@
+"""Synaptic Intelligence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.base import tensor_bytes, trainable_parameters
+from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, fit_to, full_cpu
+from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_
+
+
+class SI(QuadraticPenalty):
+    """Synaptic Intelligence (Zenke, Poole & Ganguli 2017, eqs. 3 to 5).
+
+    During a task, ``ω_i += −g_i Δθ_i`` over the optimizer's real steps, with ``g`` the gradient of everything that went
+    through the loss (no penalty that edits gradients) and ``Δθ`` the step really taken. At its end
+    ``Ω_i += max(ω_i, 0) / (Δ_i² + ξ)`` with ``Δ_i`` the way over the whole task. The penalty is
+    ``strength / 2 · Σ Ω_i (θ_i − θ*_i)²``: the paper's c is strength / 2.
+
+    Nothing is measured apart from training: no extra passes over the data.
+
+    Memory: 12 bytes per trainable parameter kept (ω, Ω, anchor), and 8 more while a task is trained (the gradient and the
+    weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
+
+    Args:
+        strength: the factor. With ``normalize=True`` and AdamW, 0.001 to 0.1 is sane for ``apply="gradient"``, 1 to 100
+            for ``apply="proximal"``.
+        damping: ξ, in units of a squared parameter change. Where it exceeds ``Δ²`` by far, as with small learning rates,
+            Ω is the bare path integral divided by ξ.
+        normalize: divide each task's share of Ω by its mean before it is added, so that a strength means the same for every
+            model.
+        apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+
+    Attributes:
+        omega: parameter name to the path integral ω of the current task.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self, strength: float = 0.01, damping: float = 0.1, normalize: bool = True, apply: Apply = "gradient"
+    ) -> None:
+        super().__init__(strength, apply)
+        if not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
+            raise ValueError(f"damping={damping!r}: expected a positive, finite number")
+        self.damping, self.normalize = float(damping), normalize
+        self.omega: dict[str, Tensor] = {}
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # gradient and weights before the step under way
+
+    @override
+    @torch.no_grad()
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        parameters = trainable_parameters(pl_module)
+        # The weights at the start are those at the end of the task before: anchor of the penalty and start of Δ at once.
+        self.anchor = {name: p.detach().float().clone() for name, p in parameters.items()} | {
+            name: anchor for name, anchor in self.anchor.items() if name not in parameters
+        }
+        self.omega = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            if name not in self.importance:
+                self.importance[name] = torch.zeros_like(parameter, dtype=torch.float32)
+
+    @override
+    def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().place(trainer, pl_module)
+        parameters = trainable_parameters(pl_module)
+        self.omega = {name: fit_to(omega, parameters[name], None) for name, omega in self.omega.items()}
+
+    @property
+    @override
+    def is_active(self) -> bool:
+        return super().is_active and self.tasks_done > 0
+
+    @override
+    @torch.no_grad()
+    def observe_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        for name, parameter in trainable_parameters(pl_module).items():
+            if parameter.grad is None or name not in self.omega:
+                self._before.pop(name, None)
+                continue
+            # Kept from step to step: allocating anew costs more than the copies.
+            if name not in self._before or self._before[name][0].shape != parameter.shape:
+                self._before[name] = (torch.empty_like(self.omega[name]), torch.empty_like(self.omega[name]))
+            gradient, weights = self._before[name]
+            gradient.copy_(parameter.grad)
+            if scale != 1.0:
+                gradient.div_(scale)
+            weights.copy_(parameter)
+
+    @override
+    @torch.no_grad()
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        parameters = trainable_parameters(pl_module)
+        for name, (gradient, weights) in self._before.items():
+            step = torch.sub(parameters[name], weights, out=weights)  # θ after − θ before
+            path_integral_step_(self.omega[name], gradient, step)
+
+    @override
+    @torch.no_grad()
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._before.clear()
+        parameters = trainable_parameters(pl_module)
+        omega = {name: omega for name, omega in self.omega.items() if name in parameters}
+        displacement = {name: parameters[name].detach().float() - self.anchor[name] for name in omega}
+        new = path_importance(omega, displacement, self.damping)
+        mean = normalize_importance(new) if self.normalize else None
+        self.diagnose(new, "No step lowered the loss: was anything trained?", normalized_by=mean)
+        for name, importance in new.items():
+            self.importance[name].add_(importance)
+            self.anchor[name] = parameters[name].detach().float().clone()
+        self.omega = {}
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        return super().continual_state() | {"omega": {name: full_cpu(t) for name, t in self.omega.items()}}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        super().load_continual_state(state)
+        self.omega = dict(state["omega"])
+
+    @override
+    def state_bytes(self) -> int:
+        return super().state_bytes() + tensor_bytes(self.omega)
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return super().report() | {"damping": self.damping, "normalize": self.normalize}

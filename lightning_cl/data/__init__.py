@@ -1,0 +1,7 @@
+"""Tasks as data: the DataModule of a sequence, its loaders, and how text becomes batches."""
+
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.module import TaskDataModule
+from lightning_cl.data.tokenizer import TrainedBPE
+
+__all__ = ["TaskDataModule", "TaskLoader", "TrainedBPE"]

@@ -1,0 +1,109 @@
+"""Which samples stand in which batch: the plan that joins new and replayed samples at a given ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+MixMode = Literal["replace", "add"]
+
+
+def plan_batches(order: Sequence[int], batch_size: int, drop_last: bool = False) -> list[list[int]]:
+    """Cuts an order of samples into batches."""
+    batches = [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    if drop_last and batches and len(batches[-1]) < batch_size:
+        batches.pop()
+    return batches
+
+
+def plan_mixed_batches(
+    order: Sequence[int],
+    draw: Iterator[int],
+    weight: Callable[[int], int],
+    mean_replay_weight: float,
+    ratio: float,
+    batch_size: int,
+    mode: MixMode,
+    epoch: int = 0,
+    drop_last: bool = False,
+) -> list[list[int]]:
+    """One epoch of batches in which replayed samples carry the share ``ratio`` of the total weight.
+
+    The share is kept by error diffusion: a replayed sample comes next whenever that brings the running share nearer to
+    ``ratio``. So over any window the share is off by about one sample.
+
+    ``replace`` keeps the batch size: a pass over the new samples takes ``1 / (1 − ratio)`` times the batches, and the
+    number of batches is the same in every epoch (:func:`mixed_length`). ``add`` puts the replayed samples on top of
+    full batches of new ones.
+
+    Args:
+        order: the new samples of this epoch, by index.
+        draw: an endless stream of replayed samples, by index (any number that `weight` knows).
+        weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
+        mean_replay_weight: mean of `weight` over what `draw` can give.
+        ratio: the share of the replayed samples in the weight, in ``[0, 1)``.
+        batch_size: samples in a batch (in ``add`` mode, new samples in a batch).
+        mode: ``replace`` or ``add``.
+        epoch: how many epochs of this task came before: what they owe is carried over, so that a ratio below one
+            sample per epoch is kept too.
+        drop_last: leave out a last batch that is not full.
+    """
+    odds = ratio / (1.0 - ratio)
+    new_weights = [weight(i) for i in order]
+    expected = odds * sum(new_weights) / mean_replay_weight  # replayed samples per epoch, a real number
+    # owed: weight of replayed samples still to come. Error diffusion over the earlier epochs left about this much.
+    owed = (epoch * expected - math.floor(epoch * expected + 0.5)) * mean_replay_weight
+
+    if mode == "add":
+        batches = plan_batches(range(len(order)), batch_size, drop_last)
+        mixed, pending = [], next(draw)
+        for positions in batches:
+            batch = [order[p] for p in positions]
+            owed += odds * sum(new_weights[p] for p in positions)
+            while owed >= weight(pending) / 2:
+                batch.append(pending)
+                owed -= weight(pending)
+                pending = next(draw)
+            mixed.append(batch)
+        return mixed
+
+    length = mixed_length(len(order), sum(new_weights), mean_replay_weight, ratio, batch_size, drop_last)
+    most = max(length * batch_size - len(order), 0)
+    slots: list[int] = []
+    replayed, pending = 0, next(draw)
+    for index, new_weight in zip(order, new_weights, strict=True):
+        slots.append(index)
+        owed += odds * new_weight
+        while replayed < most and owed >= weight(pending) / 2:
+            slots.append(pending)
+            owed -= weight(pending)
+            replayed, pending = replayed + 1, next(draw)
+    batches = plan_batches(slots, batch_size, drop_last)
+    if drop_last:
+        return batches[:length]
+    if len(batches) < length and len(slots) >= length:
+        # One batch fewer than in other epochs would change the epoch's length: share the samples out evenly.
+        sizes = [len(slots) // length + (i < len(slots) % length) for i in range(length)]
+        stream = iter(slots)
+        batches = [[next(stream) for _ in range(size)] for size in sizes]
+    return batches
+
+
+def mixed_length(
+    samples: int, new_weight: float, mean_replay_weight: float, ratio: float, batch_size: int, drop_last: bool = False
+) -> int:
+    """The number of batches of an epoch in ``replace`` mode, the same for every epoch."""
+    expected = ratio / (1.0 - ratio) * new_weight / mean_replay_weight
+    if drop_last:
+        return (samples + math.floor(expected)) // batch_size
+    return math.ceil((samples + math.ceil(expected)) / batch_size)
+
+
+def share_of_rank(batch: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """This process's part of a global batch; the last batch wraps around so that all parts are of equal size.
+
+    Taking every ``world_size``-th sample makes the union over all ranks the batch that one process would see.
+    """
+    size = math.ceil(len(batch) / world_size)
+    return [batch[(rank + i * world_size) % len(batch)] for i in range(size)]

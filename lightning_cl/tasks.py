@@ -1,0 +1,84 @@
+"""A task of the sequence, and the position in it that every callback reads."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Task:
+    """One task: a name, its data, and what differs from the Trainer's and the DataModule's settings.
+
+    Args:
+        name: unique in the sequence; it names columns, files and log entries.
+        train: what to train on: a path to a ``.txt``, ``.jsonl`` or ``.json`` file, ``sample:prose``, ``sample:python`` or
+            ``sample:cpp`` (text that every machine has), a list of texts, a ``datasets.Dataset``, any torch ``Dataset``,
+            a ``DataLoader``, or a ``LightningDataModule``. ``None``: the task is watched and never trained on.
+        val: the same for validation. ``None``: a share of the text is held out (``val_fraction`` of
+            :class:`~lightning_cl.TaskDataModule`); data that is no text is not split, its column of the matrix is then
+            measured on the training set, and says so.
+        test: the same for ``lightning-cl test``.
+        max_epochs: passes over this task's data. A task that sets ``max_epochs`` or ``max_steps`` is bounded by what it
+            sets and no longer by the Trainer's limits.
+        max_steps: optimizer steps on this task.
+        batch_size: samples in a batch of this task.
+        lr: peak learning rate of this task: all parameter groups are scaled so that the first one starts from it.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    name: str
+    train: Any = None
+    val: Any = None
+    test: Any = None
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"Task(name={self.name!r}): a task needs a name, a non-empty string")
+        for argument in ("max_epochs", "max_steps", "batch_size"):
+            value = getattr(self, argument)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"Task({self.name!r}, {argument}={value!r}): expected a positive integer or None")
+        if self.lr is not None and not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"Task({self.name!r}, lr={self.lr!r}): expected a positive, finite number or None")
+        if self.train is None and self.val is None:
+            raise ValueError(
+                f"Task({self.name!r}): nothing to train on and nothing to watch: give `train`, or `val` alone for a task"
+                " that is only watched"
+            )
+
+    @property
+    def watched(self) -> bool:
+        """Whether the task is only evaluated, never trained on."""
+        return self.train is None
+
+    @property
+    def slug(self) -> str:
+        """The name as a part of a file name."""
+        return re.sub(r"[^\w.-]+", "_", self.name).strip("._") or "task"
+
+
+@dataclass(frozen=True)
+class TaskPosition:
+    """Where in the sequence a run is: what callbacks read as ``self.task``.
+
+    Args:
+        index: how many tasks were trained before this one.
+        name: the task's name.
+        count: how many tasks are to be trained in all, as far as is known.
+    """
+
+    index: int
+    name: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"task {self.index + 1}/{self.count} {self.name!r}"

@@ -1,0 +1,209 @@
+"""Retention scores against matrices worked by hand."""
+
+import pytest
+import torch
+
+from lightning_cl.functional import average_score, backward_transfer, forgetting, forward_transfer
+
+NAN = float("nan")
+SINGLE = torch.tensor([0.85, 0.60, 0.90])
+
+
+def hand_matrix():
+    return torch.tensor(
+        [
+            [0.10, 0.20, 0.30],  # before training
+            [0.80, 0.25, 0.35],
+            [0.90, 0.70, 0.40],
+            [0.60, 0.75, 0.95],
+        ]
+    )
+
+
+def close(value):
+    return pytest.approx(value, abs=1e-6)
+
+
+def all_scores(matrix, mode="max", single=SINGLE):
+    scores = [backward_transfer(matrix, mode, preset) for preset in ("gem", "trace", "sapt")]
+    scores += [forgetting(matrix, mode), forward_transfer(matrix, mode), forward_transfer(matrix, mode, "trace")]
+    return [score.item() for score in [*scores, forward_transfer(matrix, mode, "sapt", single)]]
+
+
+# the definitions
+
+
+def test_average_is_the_mean_of_the_last_row():
+    assert average_score(hand_matrix()).item() == close((0.60 + 0.75 + 0.95) / 3)
+
+
+@pytest.mark.parametrize(("preset", "tasks"), [("gem", 2), ("trace", 3), ("sapt", 3)])
+def test_backward_transfer_divides_by_the_denominator_of_its_preset(preset, tasks):
+    expected = ((0.60 - 0.80) + (0.75 - 0.70)) / tasks
+    assert backward_transfer(hand_matrix(), preset=preset).item() == close(expected)
+
+
+def test_gem_is_the_default_preset():
+    assert backward_transfer(hand_matrix()).item() == close(-0.075)
+    assert forward_transfer(hand_matrix()).item() == close(0.075)
+
+
+def test_forgetting_is_the_best_earlier_score_minus_the_last():
+    # Task 1 was best after task 2, not after its own training: 0.90 − 0.60. Task 2 improved: 0.70 − 0.75.
+    assert forgetting(hand_matrix()).item() == close((0.30 - 0.05) / 2)
+
+
+def test_forgetting_counts_scores_from_before_the_task_was_trained():
+    matrix = hand_matrix()
+    matrix[1, 1] = 0.85  # Chaudhry's maximum runs over all rows from 1 on
+    assert forgetting(matrix).item() == close((0.30 + 0.10) / 2)
+
+
+def test_forgetting_ignores_the_row_before_training():
+    matrix = hand_matrix()
+    matrix[0] = 1.0
+    assert forgetting(matrix).item() == close(0.125)
+
+
+def test_forgetting_is_negative_after_improvement():
+    matrix = hand_matrix()
+    matrix[3] = 1.0  # the last row is not among the earlier ones
+    assert forgetting(matrix).item() == close((-0.10 - 0.30) / 2)
+
+
+@pytest.mark.parametrize("preset", ["gem", "trace"])
+def test_forward_transfer_compares_with_the_row_before_training(preset):
+    expected = ((0.25 - 0.20) + (0.40 - 0.30)) / 2
+    assert forward_transfer(hand_matrix(), preset=preset).item() == close(expected)
+
+
+def test_sapt_forward_transfer_compares_with_models_of_one_task():
+    expected = ((0.80 - 0.85) + (0.70 - 0.60) + (0.95 - 0.90)) / 3
+    assert forward_transfer(hand_matrix(), preset="sapt", single_task=SINGLE).item() == close(expected)
+
+
+def test_min_mode_of_the_negated_matrix_is_max_mode():
+    assert all_scores(-hand_matrix(), "min", -SINGLE) == close(all_scores(hand_matrix()))
+
+
+def test_forgetting_of_a_loss_is_its_rise_over_the_lowest_so_far():
+    losses = torch.tensor([[9.0, 9.0], [2.0, 5.0], [3.5, 1.0]])
+    assert forgetting(losses, mode="min").item() == close(1.5)
+
+
+def test_scores_leave_the_matrix_alone():
+    matrix = hand_matrix()
+    all_scores(matrix)
+    all_scores(matrix, "min")
+    average_score(matrix)
+    assert torch.equal(matrix, hand_matrix())
+
+
+# unknown entries
+
+
+def test_average_skips_unknown_entries():
+    matrix = hand_matrix()
+    matrix[3, 0] = NAN
+    assert average_score(matrix).item() == close((0.75 + 0.95) / 2)
+
+
+def test_backward_transfer_skips_a_task_with_an_unknown_end():
+    matrix = hand_matrix()
+    matrix[1, 0] = NAN  # R[1, 1]
+    assert backward_transfer(matrix).item() == close(0.05)
+
+
+def test_forgetting_takes_the_best_of_the_known_rows():
+    matrix = hand_matrix()
+    matrix[2, 0] = NAN
+    assert forgetting(matrix).item() == close((0.20 - 0.05) / 2)
+    assert forgetting(-matrix, mode="min").item() == close((0.20 - 0.05) / 2)
+
+
+def test_forgetting_skips_a_task_that_was_never_scored():
+    matrix = hand_matrix()
+    matrix[1:3, 0] = NAN
+    assert forgetting(matrix).item() == close(-0.05)
+
+
+def test_forward_transfer_skips_unknown_baselines():
+    matrix, single = hand_matrix(), SINGLE.clone()
+    matrix[0, 1], single[1] = NAN, NAN
+    assert forward_transfer(matrix).item() == close(0.10)
+    assert forward_transfer(matrix, preset="sapt", single_task=single).item() == close(0.0)
+
+
+def test_without_the_row_before_training_only_gem_forward_transfer_is_unknown():
+    matrix = hand_matrix()
+    matrix[0] = NAN
+    assert forward_transfer(matrix).isnan()
+    assert average_score(matrix).item() == close(2.3 / 3)
+    assert backward_transfer(matrix).item() == close(-0.075)
+    assert forgetting(matrix).item() == close(0.125)
+    assert forward_transfer(matrix, preset="sapt", single_task=SINGLE).item() == close(0.1 / 3)
+
+
+# short sequences
+
+
+@pytest.mark.parametrize("score", [backward_transfer, forgetting, forward_transfer])
+def test_one_task_can_neither_forget_nor_transfer(score):
+    assert score(torch.tensor([[0.1], [0.9]])).isnan()
+
+
+def test_the_average_of_one_task_is_its_score():
+    assert average_score(torch.tensor([[0.1], [0.9]])).item() == close(0.9)
+
+
+def test_a_sequence_under_way_counts_the_tasks_trained_so_far():
+    matrix = hand_matrix()[:3]
+    assert average_score(matrix).item() == close((0.90 + 0.70) / 2)
+    assert backward_transfer(matrix).item() == close(0.90 - 0.80)
+    assert backward_transfer(matrix, preset="trace").item() == close((0.90 - 0.80) / 2)
+    assert forgetting(matrix).item() == close(0.80 - 0.90)
+    assert forward_transfer(matrix).item() == close(0.25 - 0.20)
+    assert forward_transfer(matrix, preset="sapt", single_task=SINGLE).item() == close((-0.05 + 0.10) / 2)
+
+
+def test_after_the_first_of_three_tasks_nothing_can_be_forgotten():
+    matrix = hand_matrix()[:2]
+    assert backward_transfer(matrix).isnan()
+    assert forgetting(matrix).isnan()
+    assert forward_transfer(matrix).isnan()
+
+
+# errors
+
+
+@pytest.mark.parametrize("score", [average_score, backward_transfer, forgetting, forward_transfer])
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 3, 3)], ids=["vector", "too many rows", "three axes"])
+def test_a_matrix_of_the_wrong_shape_is_named(score, shape):
+    with pytest.raises(ValueError, match="matrix"):
+        score(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("score", [backward_transfer, forgetting, forward_transfer])
+@pytest.mark.parametrize("rows", [2, 4], ids=["first task", "all tasks"])
+def test_an_unknown_mode_is_named(score, rows):
+    # After the first task already, not hours later.
+    with pytest.raises(ValueError, match="mode"):
+        score(hand_matrix()[:rows], mode="best")
+
+
+@pytest.mark.parametrize("score", [backward_transfer, forward_transfer])
+def test_an_unknown_preset_is_named(score):
+    with pytest.raises(ValueError, match="preset"):
+        score(hand_matrix(), preset="best")
+
+
+def test_sapt_forward_transfer_needs_the_scores_of_single_tasks():
+    with pytest.raises(ValueError, match="single_task"):
+        forward_transfer(hand_matrix(), preset="sapt")
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+def test_single_task_scores_of_the_wrong_shape_are_named(tasks):
+    # One score would broadcast, and a fourth be cut off, without a word.
+    with pytest.raises(ValueError, match="single_task"):
+        forward_transfer(hand_matrix(), preset="sapt", single_task=torch.zeros(tasks))
