@@ -41,12 +41,14 @@ def sampled_label_loss(logits: Tensor, generator: torch.Generator | None = None)
     Returns:
         A scalar with a graph.
     """
-    flat = logits.float().flatten(0, -2)
+    flat = logits.float().reshape(-1, logits.shape[-1])
     with torch.no_grad():
         cumulative = flat.softmax(-1).cumsum(-1)
         uniform = torch.rand(flat.shape[0], 1, generator=generator).to(flat.device)
         # The last entry is 1 up to rounding: scaling by it keeps every draw inside the vocabulary.
-        labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(-1).clamp_(max=flat.shape[-1] - 1)
+        # right=True: a uniform number of exactly 0 must not pick a class of probability 0.
+        labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
+        labels.clamp_(max=flat.shape[-1] - 1)
     return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
 
 
@@ -62,7 +64,7 @@ def expected_label_losses(logits: Tensor) -> Iterator[tuple[float, Tensor]]:
     Yields:
         ``(p_c, -log p_c)`` for every position and class, the loss with a graph.
     """
-    log_probabilities = logits.float().flatten(0, -2).log_softmax(-1)
+    log_probabilities = logits.float().reshape(-1, logits.shape[-1]).log_softmax(-1)
     probabilities = log_probabilities.detach().exp()
     for position in range(log_probabilities.shape[0]):
         for label in range(log_probabilities.shape[1]):
@@ -122,7 +124,8 @@ def fisher_diagonal(
     The sum and the count are returned apart because processes that share the samples add up both before dividing.
 
     Args:
-        samples: for each sample its losses (see :func:`squared_gradients`) and its number of positions with loss.
+        samples: for each sample its losses (see :func:`squared_gradients`) and its number of positions with loss. Each
+            sample has a graph of its own.
         parameters: name to parameter.
 
     Returns:

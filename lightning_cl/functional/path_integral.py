@@ -15,12 +15,12 @@ def path_integral_step_(omega: Tensor, gradient: Tensor, step: Tensor) -> None:
     Args:
         omega: the running sum, fp32, of the parameter's shape.
         gradient: the gradient of the task's loss before the step, without any penalty.
-        step: ``Δθ``, the step that was really taken. It is overwritten.
+        step: ``Δθ``, the step that was really taken. In fp32 it is overwritten, so that no copy is needed.
 
     A step that is not finite adds nothing, so one overflow cannot spoil the sum for ever.
     """
-    step.mul_(gradient).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    omega.sub_(step)
+    product = step.float().mul_(gradient).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    omega.sub_(product)
 
 
 @torch.no_grad()

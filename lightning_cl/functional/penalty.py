@@ -88,11 +88,14 @@ def proximal_step_(
         return  # bit for bit: anchor + (θ − anchor) is not always θ in floating point
     for name, reference in anchor.items():
         parameter = parameters[name]
-        # θ -= (θ − anchor) · q / (1 + q): a weight of importance 0 moves by exactly nothing.
+        # θ − (θ − anchor) · q / (1 + q): a weight of importance 0 moves by exactly nothing.
         q = importance[name].float() * min(learning_rate * strength, torch.finfo(torch.float32).max)
         # An overflow gives inf / inf; its limit is 1: the anchor.
         q.div_(q + 1.0).nan_to_num_(nan=1.0)
-        parameter.sub_((q * (parameter.float() - reference)).to(parameter.dtype))
+        if parameter.dtype == torch.float32:
+            parameter.sub_(q.mul_(parameter - reference))
+        else:
+            parameter.copy_(parameter.float() - q * (parameter.float() - reference))  # rounded once
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem"
         mode: whether higher or lower scores are better.
         preset: the denominator.
     """
+    _check_preset(preset)
     tasks = _trained(matrix)
     terms = _sign(mode) * (matrix[tasks, : tasks - 1] - matrix.diagonal(offset=-1)[: tasks - 1])
     if preset != "gem" and tasks > 1:
@@ -62,13 +63,12 @@ def forgetting(matrix: Tensor, mode: Mode = "max") -> Tensor:
         matrix: ``[tasks + 1, tasks]``.
         mode: whether higher or lower scores are better; for a loss this is the rise over the lowest loss so far.
     """
-    tasks = _trained(matrix)
+    tasks, signed = _trained(matrix), _sign(mode) * matrix
     if tasks < 2:
         return matrix.new_tensor(float("nan"))
-    signed = _sign(mode) * matrix
     rows = signed[1:tasks, : tasks - 1]
-    best = rows.nan_to_num(nan=-torch.inf).amax(0)
-    best = torch.where(best.isinf(), torch.nan, best)
+    best = rows.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(0)
+    best = torch.where(best.isinf(), torch.nan, best)  # nothing known, or nothing finite
     return (best - signed[tasks, : tasks - 1]).nanmean()
 
 
@@ -87,13 +87,15 @@ def forward_transfer(
         single_task: ``s``, shape ``[tasks]``, the scores of models that were trained on one task alone (``sapt``).
 
     Raises:
-        ValueError: if ``sapt`` is asked for without ``single_task``.
+        ValueError: if ``sapt`` is asked for without one `single_task` score per task.
     """
+    _check_preset(preset)
     tasks = _trained(matrix)
     if preset == "sapt":
-        if single_task is None:
+        if single_task is None or single_task.shape != matrix.shape[1:]:
             raise ValueError(
-                "preset='sapt' compares with models trained on one task alone: give `single_task`, one score per task"
+                "preset='sapt' compares with models trained on one task alone: give `single_task`, one score for each of"
+                f" the {matrix.shape[1]} tasks"
             )
         return (_sign(mode) * (matrix.diagonal(offset=-1)[:tasks] - single_task[:tasks])).nanmean()
     before = matrix.diagonal()[1:tasks]  # R[j − 1, j] for j = 2 … T
@@ -114,3 +116,8 @@ def _sign(mode: Mode) -> int:
     if mode not in ("max", "min"):
         raise ValueError(f"mode: expected 'max' (higher is better) or 'min' (lower is better), got {mode!r}")
     return 1 if mode == "max" else -1
+
+
+def _check_preset(preset: Preset) -> None:
+    if preset not in ("gem", "trace", "sapt"):
+        raise ValueError(f"preset: expected 'gem', 'trace' or 'sapt', got {preset!r}")

@@ -1,0 +1,69 @@
+"""Continual learning for large language models as PyTorch Lightning callbacks.
+
+The names below are loaded when they are first used, so that ``lightning_cl.functional`` needs torch alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_cl.callbacks import EWC, SI, PromptSamples, Replay, TaskMatrix, TaskProgress
+    from lightning_cl.data import TaskDataModule, TrainedBPE
+    from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
+    from lightning_cl.models import CausalLM, WarmupDecay
+    from lightning_cl.sequence import fit_tasks
+    from lightning_cl.tasks import Task
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AverageAccuracy": "metrics",
+    "BackwardTransfer": "metrics",
+    "CausalLM": "models",
+    "EWC": "callbacks",
+    "Forgetting": "metrics",
+    "ForwardTransfer": "metrics",
+    "PromptSamples": "callbacks",
+    "Replay": "callbacks",
+    "SI": "callbacks",
+    "Task": "tasks",
+    "TaskDataModule": "data",
+    "TaskMatrix": "callbacks",
+    "TaskProgress": "callbacks",
+    "TrainedBPE": "data",
+    "WarmupDecay": "models",
+    "fit_tasks": "sequence",
+}
+
+__all__ = [
+    "EWC",
+    "SI",
+    "AverageAccuracy",
+    "BackwardTransfer",
+    "CausalLM",
+    "Forgetting",
+    "ForwardTransfer",
+    "PromptSamples",
+    "Replay",
+    "Task",
+    "TaskDataModule",
+    "TaskMatrix",
+    "TaskProgress",
+    "TrainedBPE",
+    "WarmupDecay",
+    "fit_tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,84 @@
+"""Checkpoints that are whole or not there, and how the last whole one is found."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary name beside the target, syncs, and renames: a kill at any byte leaves no half a checkpoint.
+
+    Lightning's own writer goes through a temporary file too, but in another folder and without a sync, and holds the
+    whole checkpoint in memory once more.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself
+        finally:
+            os.close(folder)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, its tensors mapped from the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or no checkpoint; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path={str(path)!r}: no such file")
+    if not is_whole(path):
+        raise ValueError(f"ckpt_path={str(path)!r}: the file is damaged or cut off; resume from an earlier checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"ckpt_path={str(path)!r}: cannot be read as a checkpoint ({error})") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: the directory of its archive is the last thing in the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool(archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def find_last_checkpoint(folder: str | Path) -> Path:
+    """The newest whole checkpoint below a folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    found = sorted(Path(folder).rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in found:
+        if is_whole(path):
+            return path
+        rank_zero_warn(f"{path} is damaged or cut off; an earlier checkpoint is used")
+    raise FileNotFoundError(f"ckpt_path='last': there is no checkpoint below {Path(folder).absolute()}")

@@ -1,0 +1,278 @@
+"""``fit_tasks``: one call takes a module through a sequence of tasks, with one Trainer, one logger and one run folder.
+
+This is the only file that touches the internals of Lightning's loops. What it works around, all measured on 2.6.6:
+
+* A repeated ``fit`` trains nothing, without an error: the epochs of the last fit count. So they are reset.
+* ``max_steps`` counts the steps of all fits. So it is raised for each task, after optimizers and schedules were made.
+* EarlyStopping and ModelCheckpoint carry scores over. So they are put back to what they were before the first task.
+* Lightning's own checkpoints are written before a task's end. So a boundary checkpoint is written after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator, check_state, check_trainer
+from lightning_cl.callbacks.random_state import untouched_random_state
+from lightning_cl.callbacks.replay import Replay, check_mixable
+from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, find_last_checkpoint, read_checkpoint
+from lightning_cl.data.loader import TaskLoader, why_not_plannable
+from lightning_cl.data.module import TaskDataModule, check_storable
+from lightning_cl.tasks import Task, TaskPosition
+
+
+def fit_tasks(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule | dict[str, Any] | list[Any],
+    ckpt_path: str | Path | None = None,
+) -> dict[str, Any]:
+    """Trains a module on one task after another.
+
+    The Trainer's ``max_epochs`` and ``max_steps`` are per task. Optimizer and schedule are fresh for each task;
+    EarlyStopping and ModelCheckpoint work per task, checkpoints in a folder for each. After each task come, in this order:
+    what the callbacks measure and keep (importance, buffer), the row of the matrix, and a boundary checkpoint
+    ``tasks/<index>-<name>.ckpt`` in the run's folder.
+
+    Args:
+        trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: one batch of every task, and the
+            plan in words.
+        module: any LightningModule with automatic optimisation, unedited.
+        data: a :class:`~lightning_cl.TaskDataModule`, or what it takes as tasks: ``{name: DataModule or loader}``.
+        ckpt_path: a checkpoint of this sequence to go on from, inside a task or at a boundary, or ``"last"`` for the newest
+            whole one in the Trainer's ``default_root_dir``. Tasks may have been added at the end of the list: then only
+            those are trained.
+
+    Returns:
+        The retention summary of :class:`~lightning_cl.TaskMatrix`; without one, an empty dictionary.
+
+    Raises:
+        ValueError, FileNotFoundError, TypeError: for data that cannot be used, before any training.
+        MisconfigurationException: for a Trainer, module or checkpoint that does not fit, before any training.
+    """
+    if not isinstance(data, TaskDataModule):
+        data = TaskDataModule(data)
+    coordinator = _prepare(trainer, module, data)
+    checkpoint_path = _resolve(ckpt_path, trainer)
+    if checkpoint_path is not None:
+        _load(trainer, data, coordinator, checkpoint_path)
+    tasks = data.trained_tasks
+    methods = TaskCoordinator.methods(trainer)
+    if checkpoint_path is None or not coordinator.started:
+        with untouched_random_state():
+            for method in methods:
+                method.at_boundary(trainer, module, data, trained=coordinator.position.index)
+    start = coordinator.position.index if checkpoint_path is not None else 0
+    for index in range(start, len(tasks)):
+        position = TaskPosition(index, tasks[index].name, len(tasks))
+        data.index = index
+        if not coordinator.started or index > start:
+            coordinator.begin_task(position)
+        else:
+            coordinator.position = position
+        _limit(trainer, coordinator, tasks[index])
+        _reset_per_task(trainer, tasks[index], index)
+        rank_zero_info(f"{str(position).capitalize()}")
+        resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+        _check_finished(trainer, coordinator, position)
+        with untouched_random_state():
+            for method in methods:
+                method.at_boundary(trainer, module, data, trained=index + 1)
+        _save_boundary(trainer, coordinator, tasks[index], index)
+    return next((method.summary() for method in methods if hasattr(method, "summary")), {})
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run's files go: the logger's folder, or the Trainer's ``default_root_dir`` (called on all ranks)."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+# ---------------------------------------------------------------------- before the first task
+
+
+def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule) -> TaskCoordinator:
+    check_trainer(trainer, module)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Replay):
+            _check_replay(data)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    coordinator = TaskCoordinator.of(trainer)
+    coordinator.driven = data.driven = True
+    coordinator.names = [task.name for task in data.trained_tasks]
+    coordinator.pristine = coordinator.pristine or _snapshot(trainer)
+    return coordinator
+
+
+def _check_replay(data: TaskDataModule) -> None:
+    """Whether replay can mix into every task, as far as can be told before the data is loaded."""
+    for task in data.trained_tasks:
+        if isinstance(task.train, DataLoader):
+            check_mixable(task.train, task.name)
+            check_storable(TaskLoader.from_dataloader(task.train), task)
+
+
+def _resolve(ckpt_path: str | Path | None, trainer: L.Trainer) -> Path | None:
+    if ckpt_path is None:
+        return None
+    return find_last_checkpoint(trainer.default_root_dir) if str(ckpt_path) == "last" else Path(ckpt_path)
+
+
+def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator, path: Path) -> None:
+    """Brings index, callbacks and data to where the checkpoint was written.
+
+    Raises:
+        MisconfigurationException: if its tasks, callbacks or vocabulary are not those of the run.
+    """
+    state = read_checkpoint(path).get(CHECKPOINT_KEY)
+    if state is None or not state["driven"]:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r}: it was not written by fit_tasks: it does not say which task it belongs to. Load its"
+            " weights into the module and start without ckpt_path"
+        )
+    ours, theirs = [task.name for task in data.trained_tasks], list(state["tasks"])
+    reached = state["index"] + (1 if state["started"] else 0)
+    if theirs[:reached] != ours[:reached]:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r}: it has been trained on the tasks {theirs[:reached]}, this run begins with"
+            f" {ours[:reached]}; give the same tasks in the same order, and new ones behind them"
+        )
+    check_state(trainer, state)
+    data.expected_fingerprint = state["fingerprint"]
+    coordinator.load(trainer, state)
+    coordinator.names = ours
+
+
+# ---------------------------------------------------------------------- each task
+
+
+def _limit(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task) -> None:
+    """Makes ``max_epochs`` and ``max_steps`` those of this task."""
+    epochs, steps = coordinator.trainer_limits or (trainer.max_epochs, trainer.max_steps)
+    coordinator.trainer_limits = (epochs, steps)
+    if task.max_epochs is not None or task.max_steps is not None:
+        epochs, steps = task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
+    if trainer.fast_dev_run:
+        epochs, steps = coordinator.trainer_limits
+    if steps == -1 and (epochs is None or epochs == -1):
+        raise MisconfigurationException(
+            f"task {task.name!r} would never end: set Trainer(max_epochs=…) or max_steps, or the task's own"
+        )
+    loop = trainer.fit_loop
+    loop.epoch_progress.current.reset()
+    loop.epoch_loop.batch_progress.current.reset()
+    loop.epoch_loop.batch_progress.is_last_batch = False
+    loop.max_epochs = epochs if epochs is not None else -1
+    loop.epoch_loop.max_steps = steps
+    coordinator.max_steps = steps if steps != -1 else None
+    if not coordinator.started:
+        coordinator.first_step = trainer.global_step
+    coordinator.lr = task.lr
+
+
+def _snapshot(trainer: L.Trainer) -> dict[int, dict[str, Any]]:
+    """EarlyStopping and ModelCheckpoint as the user made them."""
+    return {
+        index: copy.deepcopy({key: value for key, value in vars(callback).items() if key not in ("log", "log_dict")})
+        for index, callback in enumerate(trainer.callbacks)  # type: ignore[attr-defined]
+        if _has_scores(callback)
+    }
+
+
+def _has_scores(callback: Callback) -> bool:
+    return isinstance(callback, (EarlyStopping, ModelCheckpoint))
+
+
+def _reset_per_task(trainer: L.Trainer, task: Task, index: int) -> None:
+    """The user's own EarlyStopping and ModelCheckpoint objects, as before the first task, with a folder per task."""
+    coordinator = TaskCoordinator.of(trainer)
+    trainer.should_stop = False
+    folder = run_folder(trainer)
+    scored = [callback for callback in trainer.callbacks if _has_scores(callback)]  # type: ignore[attr-defined]
+    for callback, values in zip(scored, coordinator.pristine.values(), strict=True):
+        vars(callback).update(copy.deepcopy(values))
+        if isinstance(callback, ModelCheckpoint):
+            base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
+            callback.dirpath = str(base / f"{index}-{task.slug}")
+
+
+def _check_finished(trainer: L.Trainer, coordinator: TaskCoordinator, position: TaskPosition) -> None:
+    if not coordinator.ended:
+        raise RuntimeError(
+            f"{position}: the Trainer returned without having trained it (no batches, limit_train_batches=0, or stopped"
+            " from outside)"
+        )
+
+
+def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
+    """Writes ``tasks/<index>-<name>.ckpt``: the next task starts from here, with a fresh optimizer."""
+    loop = trainer.fit_loop
+    loop.epoch_progress.reset()
+    loop.epoch_loop.batch_progress.reset()
+    loop.epoch_loop.scheduler_progress.reset()
+    loop.epoch_loop.val_loop.batch_progress.reset()
+    coordinator.reach_boundary()
+    folder = run_folder(trainer)
+    # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
+    if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+        trainer.save_checkpoint(folder / "tasks" / f"{index}-{task.slug}.ckpt")
+
+
+# ---------------------------------------------------------------------- without the driver
+
+
+def let_methods_mix(trainer: L.Trainer) -> None:
+    """Plain ``trainer.fit``: lets the methods add to the loader that the user gave, when Lightning asks for it."""
+    source = trainer.fit_loop._data_source
+    if isinstance(source, _MixingSource) or not any(_wants_to_mix(m) for m in TaskCoordinator.methods(trainer)):
+        return
+    trainer.fit_loop._data_source = _MixingSource(source, trainer)  # type: ignore[assignment]
+
+
+def _wants_to_mix(method: Any) -> bool:
+    return isinstance(method, Replay) and len(method.buffer) > 0 and method.ratio > 0
+
+
+class _MixingSource:
+    """Stands in for where the Trainer gets its training loader from."""
+
+    def __init__(self, source: Any, trainer: L.Trainer) -> None:
+        self._source, self._trainer = source, trainer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def dataloader(self) -> Any:
+        return mixed_loader(self._trainer, self._source.dataloader())
+
+
+def mixed_loader(trainer: L.Trainer, loader: Any) -> TaskLoader:
+    """A loader into which all methods have mixed what they want to.
+
+    Raises:
+        MisconfigurationException: if that is not possible.
+    """
+    if not isinstance(loader, TaskLoader):
+        check_mixable(loader)
+        ranks = trainer.distributed_sampler_kwargs or {}
+        loader = TaskLoader.from_dataloader(
+            loader,
+            rank=ranks.get("rank", 0),
+            world_size=ranks.get("num_replicas", 1),
+            broadcast=trainer.strategy.broadcast,
+        )
+    for method in TaskCoordinator.methods(trainer):
+        method.mix_into(trainer, loader)
+    return loader
