@@ -11,24 +11,22 @@ This is the only file that touches the internals of Lightning's loops. What it w
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator, check_state, check_trainer
 from lightning_cl.callbacks.random_state import untouched_random_state
-from lightning_cl.callbacks.replay import Replay, check_mixable
 from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, find_last_checkpoint, read_checkpoint
 from lightning_cl.data.loader import TaskLoader, why_not_plannable
-from lightning_cl.data.module import TaskDataModule, check_storable
+from lightning_cl.data.module import TaskDataModule
 from lightning_cl.tasks import Task, TaskPosition
 
 
@@ -68,12 +66,11 @@ def fit_tasks(
     if checkpoint_path is not None:
         _load(trainer, data, coordinator, checkpoint_path)
     tasks = data.trained_tasks
-    methods = TaskCoordinator.methods(trainer)
-    if checkpoint_path is None or not coordinator.started:
-        with untouched_random_state():
-            for method in methods:
-                method.at_boundary(trainer, module, data, trained=coordinator.position.index)
     start = coordinator.position.index if checkpoint_path is not None else 0
+    if checkpoint_path is None or not coordinator.started:
+        weights = str(checkpoint_path) if checkpoint_path is not None else None
+        data.index = min(start, len(tasks) - 1)
+        _boundary(trainer, module, data, trained=start, ckpt_path=weights)
     for index in range(start, len(tasks)):
         position = TaskPosition(index, tasks[index].name, len(tasks))
         data.index = index
@@ -87,10 +84,11 @@ def fit_tasks(
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
         _check_finished(trainer, coordinator, position)
-        with untouched_random_state():
-            for method in methods:
-                method.at_boundary(trainer, module, data, trained=index + 1)
+        _boundary(trainer, module, data, trained=index + 1)
         _save_boundary(trainer, coordinator, tasks[index], index)
+    if trainer.fast_dev_run:
+        rank_zero_info(describe_plan(trainer, data, coordinator.costs))
+    methods = TaskCoordinator.methods(trainer)
     return next((method.summary() for method in methods if hasattr(method, "summary")), {})
 
 
@@ -104,24 +102,14 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule) -> TaskCoordinator:
     check_trainer(trainer, module)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Replay):
-            _check_replay(data)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
     coordinator = TaskCoordinator.of(trainer)
     coordinator.driven = data.driven = True
+    coordinator.data = data
     coordinator.names = [task.name for task in data.trained_tasks]
     coordinator.pristine = coordinator.pristine or _snapshot(trainer)
     return coordinator
-
-
-def _check_replay(data: TaskDataModule) -> None:
-    """Whether replay can mix into every task, as far as can be told before the data is loaded."""
-    for task in data.trained_tasks:
-        if isinstance(task.train, DataLoader):
-            check_mixable(task.train, task.name)
-            check_storable(TaskLoader.from_dataloader(task.train), task)
 
 
 def _resolve(ckpt_path: str | Path | None, trainer: L.Trainer) -> Path | None:
@@ -208,6 +196,18 @@ def _reset_per_task(trainer: L.Trainer, task: Task, index: int) -> None:
             callback.dirpath = str(base / f"{index}-{task.slug}")
 
 
+def _boundary(
+    trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, trained: int, ckpt_path: str | None = None
+) -> None:
+    """Lets the methods evaluate and report; training does not notice."""
+    methods = TaskCoordinator.methods(trainer)
+    with untouched_random_state():
+        for method in sorted(methods, key=lambda m: m.boundary_order):
+            method.at_boundary(trainer, module, data, trained, ckpt_path)
+        for method in methods:
+            method.after_boundary(trainer, trained, final=trained == len(data.trained_tasks))
+
+
 def _check_finished(trainer: L.Trainer, coordinator: TaskCoordinator, position: TaskPosition) -> None:
     if not coordinator.ended:
         raise RuntimeError(
@@ -227,52 +227,83 @@ def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task,
     folder = run_folder(trainer)
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
     if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
-        trainer.save_checkpoint(folder / "tasks" / f"{index}-{task.slug}.ckpt")
+        trainer.save_checkpoint(folder / "tasks" / f"{index}-{task.slug}.ckpt", weights_only=False)
 
 
-# ---------------------------------------------------------------------- without the driver
+# ---------------------------------------------------------------------- with and without the driver
+
+
+class _MixingSource(_DataLoaderSource):
+    """Where the Trainer gets its training loader from, with what the methods mix into it."""
+
+    def __init__(self, source: _DataLoaderSource, trainer: L.Trainer) -> None:
+        super().__init__(source.instance, source.name)
+        self._trainer = trainer
+
+    @override
+    def dataloader(self) -> Any:
+        loader = super().dataloader()
+        methods = [method for method in TaskCoordinator.methods(self._trainer) if method.mixes]
+        if not methods:
+            return loader
+        if not isinstance(loader, TaskLoader):
+            for method in methods:
+                method.check_loader(loader, "of trainer.fit")
+            ranks = self._trainer.distributed_sampler_kwargs or {}
+            loader = TaskLoader.from_dataloader(
+                loader,
+                rank=ranks.get("rank", 0),
+                world_size=ranks.get("num_replicas", 1),
+                broadcast=self._trainer.strategy.broadcast,
+            )
+        for method in methods:
+            method.mix_into(self._trainer, loader)
+        return loader
 
 
 def let_methods_mix(trainer: L.Trainer) -> None:
-    """Plain ``trainer.fit``: lets the methods add to the loader that the user gave, when Lightning asks for it."""
+    """Lets the methods add to the training loader when Lightning asks for it."""
     source = trainer.fit_loop._data_source
-    if isinstance(source, _MixingSource) or not any(_wants_to_mix(m) for m in TaskCoordinator.methods(trainer)):
-        return
-    trainer.fit_loop._data_source = _MixingSource(source, trainer)  # type: ignore[assignment]
+    if not isinstance(source, _MixingSource):
+        trainer.fit_loop._data_source = _MixingSource(source, trainer)
 
 
-def _wants_to_mix(method: Any) -> bool:
-    return isinstance(method, Replay) and len(method.buffer) > 0 and method.ratio > 0
+def describe_plan(trainer: L.Trainer, data: TaskDataModule, costs: list[dict[str, float]]) -> str:
+    """What a full run would do, in words: the result of a preflight."""
+    lines = ["Preflight: one batch of every task went through. The full run:"]
+    for index, task in enumerate(data.trained_tasks):
+        loader = data.train_loader(task)
+        size = f"{len(loader)} batches an epoch" if hasattr(loader, "__len__") else "a stream of unknown length"
+        limits = [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
+        lines.append(f"  {index + 1}. {task.name}: {size}{''.join(', ' + limit for limit in limits)}")
+        lines += [f"     {line}" for line in data.describe(task)]
+        if isinstance(loader, TaskLoader) and index > 0:
+            for method in TaskCoordinator.methods(trainer):
+                method.mix_into(trainer, loader)
+            lines.append(f"     with replay: {len(loader)} batches an epoch")
+    return "\n".join(lines)
 
 
-class _MixingSource:
-    """Stands in for where the Trainer gets its training loader from."""
+def steps_of_task(trainer: L.Trainer) -> int | None:
+    """How many optimizer steps the coming fit takes, for schedules; None if nobody can know.
 
-    def __init__(self, source: Any, trainer: L.Trainer) -> None:
-        self._source, self._trainer = source, trainer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def dataloader(self) -> Any:
-        return mixed_loader(self._trainer, self._source.dataloader())
-
-
-def mixed_loader(trainer: L.Trainer, loader: Any) -> TaskLoader:
-    """A loader into which all methods have mixed what they want to.
-
-    Raises:
-        MisconfigurationException: if that is not possible.
+    For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up, which
+    would lose the loader's place on a resume.
     """
-    if not isinstance(loader, TaskLoader):
-        check_mixable(loader)
-        ranks = trainer.distributed_sampler_kwargs or {}
-        loader = TaskLoader.from_dataloader(
-            loader,
-            rank=ranks.get("rank", 0),
-            world_size=ranks.get("num_replicas", 1),
-            broadcast=trainer.strategy.broadcast,
-        )
-    for method in TaskCoordinator.methods(trainer):
-        method.mix_into(trainer, loader)
-    return loader
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    by_epochs = None
+    if epochs is not None and epochs > 0:
+        with untouched_random_state():
+            loader = trainer.fit_loop._data_source.dataloader()
+        try:
+            batches = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            batches = None
+        if batches is not None and why_not_plannable(loader) is None and trainer.distributed_sampler_kwargs:
+            batches = math.ceil(batches / trainer.distributed_sampler_kwargs["num_replicas"])  # Lightning will shard it
+        if batches is not None:
+            limit = trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    known = [count for count in (by_epochs, steps if steps > 0 else None) if count is not None]
+    return min(known) if known else None

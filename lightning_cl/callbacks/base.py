@@ -7,6 +7,7 @@ their order in ``Trainer(callbacks=[…])``:
 ==================  ====================================================================================
 question            when
 ==================  ====================================================================================
+check_loader        before any training, for the loader of every task
 mix_into            the loader of a task is built
 on_task_start       once per task, never on a resume inside it
 place               whenever training starts or goes on: bring tensors to the model's device
@@ -16,7 +17,9 @@ edit_gradients      after all observers, before clipping; in the order of ``edit
 edit_weights        right after a real optimizer step
 after_step          after all weight edits
 on_task_end         once per task, after all other callbacks' ``on_train_end``
-at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``
+at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``; in the order of
+                    ``boundary_order``
+after_boundary      when all have answered ``at_boundary``: time to report
 ==================  ====================================================================================
 """
 
@@ -54,6 +57,9 @@ class ContinualCallback(Callback):
     edit_order: int = 0
     """Lower edits gradients first: penalties 0, projections 1."""
 
+    boundary_order: int = 0
+    """Lower evaluates first between tasks."""
+
     def __init__(self) -> None:
         super().__init__()
         self.task: TaskPosition | None = None
@@ -61,6 +67,14 @@ class ContinualCallback(Callback):
         self.scalars: dict[str, float | Tensor] = {}
 
     # ------------------------------------------------------------------ questions
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there is something to mix into the next task's loader."""
+        return False
+
+    def check_loader(self, loader: Any, task: str) -> None:
+        """Raises an error if the method cannot work with a task's training loader."""
 
     def mix_into(self, trainer: L.Trainer, loader: TaskLoader) -> None:
         """The loader of a task is built: add to it."""
@@ -94,8 +108,21 @@ class ContinualCallback(Callback):
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task ends: importances, buffers, teachers."""
 
-    def at_boundary(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
-        """Between tasks, `trained` of them done: evaluate. The Trainer is free, the module on any device."""
+    def at_boundary(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Between tasks, `trained` of them done: evaluate. The Trainer is free, the module on any device.
+
+        With `ckpt_path` the run goes on from a boundary, and the module's weights are still in that file.
+        """
+
+    def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
+        """All evaluations of this boundary are there; `final`: no task is left."""
 
     # ------------------------------------------------------------------ state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -16,9 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback
-from lightning_cl.callbacks.random_state import get_random_state, set_random_state
+from lightning_cl.callbacks.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.tasks import TaskPosition
+
+if TYPE_CHECKING:
+    from lightning_cl.data import TaskDataModule
 
 CHECKPOINT_KEY = "lightning_cl"
 FORMAT = 1
@@ -41,7 +44,9 @@ class TaskCoordinator(Callback):
         self.first_step = 0
         self.max_steps: int | None = None
         self.lr: float | None = None
-        self.fingerprint: str | None = None
+        self.data: TaskDataModule | None = None
+        self.trainer_limits: tuple[int | None, int] | None = None
+        self.pristine: dict[int, dict[str, Any]] = {}
         self.costs: list[dict[str, float]] = []
         self._seconds_before = 0.0
         self._clock: float | None = None
@@ -49,6 +54,7 @@ class TaskCoordinator(Callback):
         self._batch: Any = None
         self._resumed: dict[str, Any] | None = None
         self._loaded = False
+        self._checked = False
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
@@ -69,10 +75,15 @@ class TaskCoordinator(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        check_trainer(trainer, pl_module)
-        if not self.driven and self.methods(trainer):
+        if self.data is not None and not self._checked:
+            self._checked = True
+            with untouched_random_state():
+                for task in self.data.trained_tasks:
+                    loader = self.data.train_loader(task)
+                    for method in self.methods(trainer):
+                        method.check_loader(loader, task.name)
+        if stage == "fit":
+            check_trainer(trainer, pl_module)
             from lightning_cl.sequence import let_methods_mix
 
             let_methods_mix(trainer)
@@ -268,7 +279,7 @@ class TaskCoordinator(Callback):
             "ended": self.ended and not self.at_boundary,
             "first_step": self.first_step,
             "train_seconds": self._train_seconds(),
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.data.fingerprint() if self.data is not None else None,
             "costs": [dict(cost) for cost in self.costs],
             "loader": loader.state_dict() if isinstance(loader, TaskLoader) else None,
             "random_states": self._resumed["random_states"] if self.at_boundary else _gather(get_random_state()),

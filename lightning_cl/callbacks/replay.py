@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.buffers import ReplayBuffer
+from lightning_cl.buffers.samples import own
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
 from lightning_cl.data.loader import Mix, TaskLoader, why_not_plannable
 from lightning_cl.data.mixing import MixMode
@@ -64,6 +65,16 @@ class Replay(ContinualCallback):
         self.seed = seed
         self.buffer = ReplayBuffer(buffer_size, policy, seed)
 
+    @property
+    @override
+    def mixes(self) -> bool:
+        return self.ratio > 0 and len(self.buffer) > 0
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        check_mixable(loader, task)
+        check_storable(loader, task)
+
     @override
     def mix_into(self, trainer: L.Trainer, loader: TaskLoader) -> None:
         loader.mix_in(Mix(self.buffer, self.ratio, self.mode, seed=self.seed * 1_000_003 + self.tasks_done))
@@ -104,6 +115,21 @@ class Replay(ContinualCallback):
             "stored": self.buffer.counts(),
             "seen": self.buffer.seen,
         }
+
+
+def check_storable(loader: Any, task: str) -> None:
+    """Whether a task's samples can be kept in a checkpoint.
+
+    Raises:
+        TypeError: naming what a sample holds that cannot be stored.
+    """
+    try:
+        own(loader.dataset[0])
+    except TypeError as error:
+        raise TypeError(
+            f"task {task!r}: Replay cannot store its samples: they hold {error}. Samples may be made of tensors, numpy"
+            " arrays, numbers, texts, dictionaries, lists and tuples"
+        ) from error
 
 
 def check_mixable(loader: Any, task: str | None = None) -> None:

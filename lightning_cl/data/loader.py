@@ -96,6 +96,8 @@ class TaskLoader:
         settings: further arguments of ``DataLoader`` (workers, pinning).
     """
 
+    batch_sampler = None  # Lightning looks for it beside `sampler`
+
     def __init__(
         self,
         dataset: Any,

@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_cl.buffers import samples as storage
 from lightning_cl.data import records
 from lightning_cl.data.loader import TaskLoader, why_not_plannable
 from lightning_cl.data.tokenizer import TrainedBPE, fingerprint, load_tokenizer
@@ -85,6 +84,7 @@ class TaskDataModule(L.LightningDataModule):
         self.index = 0
         self.watch: int | None = None
         self.driven = False
+        self.expected_fingerprint: str | None = None
         self._prepared: dict[str, _Prepared] | None = None
         self._loader: TaskLoader | None = None
         self.check()
@@ -154,6 +154,11 @@ class TaskDataModule(L.LightningDataModule):
             self.tokenizer = self.tokenizer.train(self._vocabulary_texts(self.tokenizer))
         elif isinstance(self.tokenizer, str):
             self.tokenizer = load_tokenizer(self.tokenizer)
+        if self.expected_fingerprint not in (None, self.fingerprint()):
+            raise ValueError(
+                "tokenizer: it is not the one that the checkpoint was trained with; the model would read every text as"
+                " noise. Give the same tokenizer, and for TrainedBPE the same first task"
+            )
         self._prepared = {task.name: self._prepare(task) for task in self.tasks}
 
     def train_dataloader(self) -> Any:
@@ -202,6 +207,17 @@ class TaskDataModule(L.LightningDataModule):
     def has_test_data(self, task: Task) -> bool:
         """Whether ``lightning-cl test`` has something to test on."""
         return self._data(task).test is not None
+
+    def describe(self, task: Task) -> list[str]:
+        """What is known of a task's training data, in words."""
+        train = self._data(task).train
+        if not isinstance(train, TokenDataset):
+            return []
+        tokens, loss = len(train.ids), sum(train.loss_tokens(i) for i in range(len(train)))
+        masked = 1 - loss / max(tokens, 1)
+        return [
+            f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss, {train.dropped} records dropped"
+        ]
 
     # ------------------------------------------------------------------ inside
 
@@ -323,21 +339,6 @@ def _as_task(name: str | None, data: Any) -> Task:
     if name is None:
         raise TypeError(f"tasks: expected a Task in the list, got {_describe(data)}")
     return Task(name, train=data)
-
-
-def check_storable(loader: TaskLoader, task: Task) -> None:
-    """Whether replay could keep this task's samples.
-
-    Raises:
-        TypeError: naming what a sample holds that cannot be stored.
-    """
-    try:
-        storage.own(loader.dataset[0])
-    except TypeError as error:
-        raise TypeError(
-            f"task {task.name!r}: Replay cannot store its samples: they hold {error}. Samples may be made of tensors,"
-            " numpy arrays, numbers, texts, dictionaries, lists and tuples"
-        ) from error
 
 
 def _is_data(source: Any) -> bool:

@@ -1,0 +1,21 @@
+"""The methods: one file each, and the base and the coordinator that they share."""
+
+from lightning_cl.callbacks.base import ContinualCallback
+from lightning_cl.callbacks.ewc import EWC
+from lightning_cl.callbacks.progress import TaskProgress
+from lightning_cl.callbacks.prompts import PromptSamples
+from lightning_cl.callbacks.quadratic import QuadraticPenalty
+from lightning_cl.callbacks.replay import Replay
+from lightning_cl.callbacks.si import SI
+from lightning_cl.callbacks.task_matrix import TaskMatrix
+
+__all__ = [
+    "EWC",
+    "SI",
+    "ContinualCallback",
+    "PromptSamples",
+    "QuadraticPenalty",
+    "Replay",
+    "TaskMatrix",
+    "TaskProgress",
+]

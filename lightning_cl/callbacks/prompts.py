@@ -1,0 +1,99 @@
+"""The same questions after every task: forgetting that one can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from typing_extensions import override
+
+from lightning_cl.callbacks.base import ContinualCallback
+from lightning_cl.data.module import TaskDataModule
+
+
+class PromptSamples(ContinualCallback):
+    """Lets the model continue fixed prompts, greedily, before training and after every task.
+
+    Works with any module that holds a ``transformers`` model, under :func:`~lightning_cl.fit_tasks`; the answers are in
+    the report, side by side.
+
+    Compute: ``len(prompts) · max_new_tokens`` generated tokens per task.
+
+    Args:
+        prompts: texts to continue.
+        max_new_tokens: length of an answer.
+
+    Attributes:
+        answers: for each boundary (0: before training) the answers.
+
+    Raises:
+        ValueError: if there are no prompts or no tokens to generate.
+    """
+
+    def __init__(self, prompts: list[str], max_new_tokens: int = 32) -> None:
+        super().__init__()
+        if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+            raise ValueError(f"prompts={prompts!r}: expected a list of texts")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected a positive integer")
+        self.prompts, self.max_new_tokens = list(prompts), max_new_tokens
+        self.answers: dict[int, list[str]] = {}
+
+    @override
+    def at_boundary(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        ckpt_path: str | None = None,
+    ) -> None:
+        if trained in self.answers or ckpt_path is not None:
+            return
+        model = _generator(pl_module)
+        if model is None:
+            if trained == 0:
+                return  # a module that builds its model for training: nothing has been evaluated yet
+            raise MisconfigurationException(
+                f"PromptSamples: nothing in {type(pl_module).__name__} can generate (a transformers model has .generate)"
+            )
+        if not hasattr(data.tokenizer, "decode"):
+            raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")
+        device = next(model.parameters()).device
+        pl_module.to(trainer.strategy.root_device)
+        self.answers[trained] = [self._answer(model, data.tokenizer, prompt) for prompt in self.prompts]
+        pl_module.to(device)
+
+    @torch.no_grad()
+    def _answer(self, model: Any, tokenizer: Any, prompt: str) -> str:
+        training = model.training
+        model.eval()
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        inputs = {key: inputs[key].to(next(model.parameters()).device) for key in ("input_ids", "attention_mask")}
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad)
+        model.train(training)
+        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        return {"answers": {trained: list(answers) for trained, answers in self.answers.items()}}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        self.answers = {int(trained): list(answers) for trained, answers in state["answers"].items()}
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "answers": {str(k): v for k, v in self.answers.items()}}
+
+
+def _generator(pl_module: nn.Module) -> Any:
+    """The outermost submodule that generates text."""
+    for module in pl_module.modules():
+        if module is not pl_module and callable(getattr(module, "generate", None)) and hasattr(module, "config"):
+            return module
+    return None

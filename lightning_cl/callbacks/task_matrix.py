@@ -1,0 +1,199 @@
+"""The matrix of every task after every task, and the run's report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.base import ContinualCallback, check_choice
+from lightning_cl.callbacks.coordinator import TaskCoordinator, named
+from lightning_cl.data.module import TaskDataModule
+from lightning_cl.functional.retention import Mode, Preset
+from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
+
+
+class TaskMatrix(ContinualCallback):
+    """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
+
+    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. After every
+    task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is printed.
+
+    Memory: none. Compute: one validation of every task before training and after every task.
+
+    Args:
+        monitor: the name of the logged metric.
+        mode: ``min`` if lower is better (a loss), ``max`` if higher is (an accuracy).
+        preset: whose definition of transfer: ``gem`` or ``trace``, see :mod:`lightning_cl.functional.retention`.
+
+    Attributes:
+        matrix: ``[rows, tasks]``: row 0 is before any training, row i after the i-th trained task; one column for each
+            task, the watched ones too. What is not known is NaN.
+        tasks: the names of the columns.
+
+    Raises:
+        ValueError: if mode or preset is none of the above.
+    """
+
+    def __init__(self, monitor: str = "val_loss", mode: Mode = "min", preset: Literal["gem", "trace"] = "gem") -> None:
+        super().__init__()
+        self.monitor = monitor
+        self.mode: Mode = check_choice("mode", mode, ("min", "max"))  # type: ignore[assignment]
+        self.preset: Preset = check_choice("preset", preset, ("gem", "trace"))  # type: ignore[assignment]
+        self.matrix = torch.empty(0, 0)
+        self.tasks: list[str] = []
+        self.watched: list[str] = []
+        self.on_training_data: list[str] = []
+        self.seconds = 0.0
+
+    boundary_order = -1  # its evaluation builds the model, which others need
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not is_overridden("validation_step", pl_module):
+            raise MisconfigurationException(
+                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} has no validation_step to measure it in"
+            )
+
+    @override
+    def at_boundary(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        ckpt_path: str | None = None,
+    ) -> None:
+        start = time.monotonic()
+        self._grow(data, trained)
+        unknown = [column for column in range(len(self.tasks)) if self.matrix[trained, column].isnan()]
+        for column in unknown:
+            self.matrix[trained, column] = self._evaluate(trainer, pl_module, data, column, ckpt_path)
+            ckpt_path = None  # the weights are in the module now
+        self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
+        self.seconds += time.monotonic() - start
+        self._log(trainer, trained)
+
+    def _grow(self, data: TaskDataModule, trained: int) -> None:
+        """Columns for new tasks and a row for this boundary; what was not measured stays unknown."""
+        names = [task.name for task in data.tasks]
+        matrix = torch.full((max(trained + 1, len(self.matrix)), len(names)), torch.nan, dtype=torch.float64)
+        for column, name in enumerate(names):
+            if name in self.tasks:
+                matrix[: len(self.matrix), column] = self.matrix[:, self.tasks.index(name)]
+        self.matrix, self.tasks = matrix, names
+        self.watched = [task.name for task in data.tasks if task.watched]
+
+    def _evaluate(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, column: int, ckpt_path: str | None
+    ) -> float:
+        bar, loggers = trainer.progress_bar_callback, trainer.loggers
+        modes = {module: module.training for module in pl_module.modules()}
+        data.watch = column
+        # The user's curves of the current task's validation are not to be mixed with these.
+        trainer.loggers = []
+        if bar is not None and bar.is_enabled:
+            bar.disable()
+        try:
+            trainer.validate(pl_module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+        finally:
+            data.watch = None
+            trainer.loggers = loggers
+            if bar is not None and bar.is_disabled:
+                bar.enable()
+            for module, training in modes.items():
+                module.training = training
+        if self.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} logs no such metric in validation; it logs"
+                f" {sorted(trainer.callback_metrics)}"
+            )
+        return float(trainer.callback_metrics[self.monitor])
+
+    def _log(self, trainer: L.Trainer, trained: int) -> None:
+        metrics = {
+            f"continual/{self.monitor}/{name}": float(value)
+            for name, value in zip(self.tasks, self.matrix[trained], strict=True)
+            if not value.isnan()
+        }
+        if trained > 0:
+            metrics |= {
+                f"continual/{name}": value
+                for name, value in self.summary().items()
+                if isinstance(value, float) and value == value
+            }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    @override
+    def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
+        if trained == 0:
+            return
+        from lightning_cl.evaluation import build_report, format_report, write_report
+
+        coordinator = TaskCoordinator.of(trainer)
+        methods = named(TaskCoordinator.methods(trainer))
+        report = build_report(self, coordinator.costs, methods)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_report(report, folder)
+        if final:
+            rank_zero_info(format_report(report, None if trainer.fast_dev_run else folder))
+
+    # ------------------------------------------------------------------ what others read
+
+    def trained_matrix(self) -> Tensor:
+        """The matrix without the columns of watched tasks, whose rows and columns belong together."""
+        columns = [i for i, name in enumerate(self.tasks) if name not in self.watched]
+        return self.matrix[:, columns]
+
+    def summary(self) -> dict[str, Any]:
+        """The scores, each with its definition.
+
+        Returns:
+            ``average``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN where nothing is known),
+            ``definitions``, ``tasks``, ``matrix`` (a list of rows) and what it is about.
+        """
+        matrix = self.trained_matrix()
+        metrics = {
+            "average": AverageAccuracy(self.mode),
+            "backward_transfer": BackwardTransfer(self.mode, self.preset),
+            "forgetting": Forgetting(self.mode),
+            "forward_transfer": ForwardTransfer(self.mode, self.preset),
+        }
+        scores: dict[str, Any] = {}
+        for name, metric in metrics.items():
+            if len(matrix) < 2:
+                scores[name] = float("nan")
+                continue
+            metric.set_dtype(torch.float64)
+            metric.update(matrix)
+            scores[name] = float(metric.compute())
+        return scores | {
+            "definitions": {name: metric.definition for name, metric in metrics.items()},
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "tasks": list(self.tasks),
+            "watched": list(self.watched),
+            "measured_on_training_data": list(self.on_training_data),
+            "matrix": self.matrix.tolist(),
+        }
+
+    # ------------------------------------------------------------------ state
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        return {"matrix": self.matrix.clone(), "tasks": list(self.tasks), "seconds": self.seconds}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        self.matrix, self.tasks, self.seconds = state["matrix"], list(state["tasks"]), state["seconds"]

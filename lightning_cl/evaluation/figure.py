@@ -1,0 +1,84 @@
+"""The picture of a run: the matrix as a heat map, and each task's score over the sequence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+_COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
+
+
+def draw_matrix(report: dict[str, Any], path: Path) -> None:
+    """Draws the report's matrix as a PNG.
+
+    Args:
+        report: of :func:`~lightning_cl.evaluation.build_report`.
+        path: the file to write.
+    """
+    # Not pyplot: a library must not change the user's backend or open windows.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from lightning_cl.evaluation.report import row_names
+
+    tasks, rows, matrix = report["tasks"], row_names(report), report["matrix"]
+    width = max(9.0, 4.2 + 1.1 * len(tasks) + 0.8 * len(rows))
+    figure = Figure(figsize=(width, max(3.6, 1.5 + 0.55 * len(rows))), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.25))
+    _heat_map(left, tasks, rows, matrix, report)
+    _curves(right, tasks, rows, matrix, report)
+    scores = " · ".join(
+        f"{name.replace('_', ' ')} {report[name]:.3f}"
+        for name in ("average", "forgetting", "backward_transfer")
+        if not math.isnan(report[name])
+    )
+    names = [name for name in report["methods"] if name != "PromptSamples"]
+    figure.suptitle(f"{' + '.join(names) if names else 'no protection'}: {scores}", fontsize=11)
+    figure.savefig(path, format="png")
+
+
+def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:
+    import numpy as np
+
+    values = np.array(matrix, dtype=float)
+    # Green is good, whichever direction that is.
+    image = axes.imshow(values, cmap="RdYlGn" if report["mode"] == "max" else "RdYlGn_r", aspect="auto")
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_yticks(range(len(rows)), [f"after {row}" if i else row for i, row in enumerate(rows)])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            axes.text(j, i, "?" if math.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=10)
+    trained = [name for name in tasks if name not in report["watched"]]
+    for i, name in enumerate(trained[: len(rows) - 1]):
+        box = {"xy": (tasks.index(name) - 0.5, i + 0.5), "width": 1, "height": 1}
+        from matplotlib.patches import Rectangle
+
+        axes.add_patch(Rectangle(**box, fill=False, edgecolor="black", linewidth=1.8))
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.set_xlabel(f"{report['monitor']} (boxed: just trained)", fontsize=9)
+    image.set_clim(np.nanmin(values), np.nanmax(values) + 1e-12)
+
+
+def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:
+    trained = [name for name in tasks if name not in report["watched"]]
+    for j, name in enumerate(tasks):
+        color = _COLORS[j % len(_COLORS)]
+        values = [row[j] for row in matrix]
+        style = ":" if name in report["watched"] else "-"
+        axes.plot(range(len(rows)), values, style, color=color, linewidth=2, marker="o", markersize=4, label=name)
+        if name in trained and trained.index(name) + 1 < len(rows):
+            learnt = trained.index(name) + 1
+            axes.plot(
+                learnt, values[learnt], "o", color=color, markersize=11, markerfacecolor="none", markeredgewidth=2
+            )
+    axes.set_xticks(range(len(rows)), [f"after\n{row}" if i else "before\ntraining" for i, row in enumerate(rows)])
+    axes.set_ylabel(f"{report['monitor']} ({'lower' if report['mode'] == 'min' else 'higher'} is better)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize=9, title="ring: just trained", title_fontsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

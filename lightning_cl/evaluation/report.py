@@ -1,0 +1,210 @@
+"""The report of a run: what was kept, what was lost, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_cl.callbacks.base import ContinualCallback
+    from lightning_cl.callbacks.task_matrix import TaskMatrix
+
+
+def build_report(
+    matrix: TaskMatrix, costs: Sequence[dict[str, float]], methods: Sequence[tuple[ContinualCallback, str]]
+) -> dict[str, Any]:
+    """Everything that the table, the files and the picture show, as plain containers.
+
+    Args:
+        matrix: the callback with the scores.
+        costs: of each trained task: steps, seconds, samples and tokens.
+        methods: the callbacks with their names.
+    """
+    summary = matrix.summary()
+    trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
+    return {
+        "format": 1,
+        **summary,
+        "sentences": [_sentence(summary, name, trained) for name in [*trained, *summary["watched"]]],
+        "costs": {
+            "tasks": [{"task": name, **cost} for name, cost in zip(trained, costs, strict=False)],
+            "evaluation_seconds": matrix.seconds,
+            "total_seconds": matrix.seconds + sum(c["train_seconds"] + c["end_seconds"] for c in costs),
+            "state_bytes": {name: method.state_bytes() for method, name in methods},
+        },
+        "methods": {name: method.report() for method, name in methods if method is not matrix},
+    }
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Writes ``report.json``, ``matrix.csv`` and ``matrix.png``, each whole or not at all."""
+    from lightning_cl.evaluation.figure import draw_matrix
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "report.json", lambda path: path.write_text(json.dumps(_plain(report), indent=2) + "\n"))
+
+    def write_csv(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["after", *report["tasks"]])
+            for name, row in zip(row_names(report), report["matrix"], strict=True):
+                writer.writerow([name, *("" if math.isnan(value) else repr(value) for value in row)])
+
+    _replace(folder / "matrix.csv", write_csv)
+    _replace(folder / "matrix.png", lambda path: draw_matrix(report, path))
+
+
+def format_report(report: dict[str, Any], folder: Path | None) -> str:
+    """The report for a terminal."""
+    monitor, better = report["monitor"], "lower" if report["mode"] == "min" else "higher"
+    rows = [["after", *report["tasks"]]]
+    rows += [
+        [name, *(_number(value) for value in row)]
+        for name, row in zip(row_names(report), report["matrix"], strict=True)
+    ]
+    lines = ["", f"{monitor} of every task after every task ({better} is better)", "", *_table(rows), ""]
+    scores = [
+        [name.replace("_", " "), _number(report[name], signed=name != "average"), report["definitions"][name]]
+        for name in ("average", "backward_transfer", "forgetting", "forward_transfer")
+    ]
+    lines += [*_table(scores), ""]
+    lines += [f"  {sentence}" for sentence in report["sentences"]]
+    lines += _format_answers(report)
+    lines += ["", *_table(_cost_rows(report))]
+    total = report["costs"]["total_seconds"]
+    state = ", ".join(f"{name} {_bytes(size)}" for name, size in report["costs"]["state_bytes"].items() if size)
+    lines.append(f"  {_seconds(total)} in all, {_seconds(report['costs']['evaluation_seconds'])} of them evaluation")
+    lines.append(f"  state kept by the methods: {state or 'none'}")
+    if folder is not None:
+        lines += ["", f"  {folder / 'report.json'}, matrix.csv, matrix.png"]
+    return "\n".join(lines) + "\n"
+
+
+def row_names(report: dict[str, Any]) -> list[str]:
+    """The names of the matrix's rows."""
+    trained = [name for name in report["tasks"] if name not in report["watched"]]
+    return ["before training", *trained][: len(report["matrix"])]
+
+
+def _sentence(summary: dict[str, Any], name: str, trained: list[str]) -> str:
+    """What became of a task, in one plain sentence."""
+    column = summary["tasks"].index(name)
+    values = [row[column] for row in summary["matrix"]]
+    metric, last = summary["monitor"], values[-1]
+    sign = 1 if summary["mode"] == "max" else -1
+    note = " (measured on its training data)" if name in summary["measured_on_training_data"] else ""
+    if name in summary["watched"]:
+        if math.isnan(values[0]):
+            return f"{name} (watched){note}: {metric} is {_number(last)} now; it was not measured before training."
+        change = sign * (last - values[0])
+        verb = "better" if change > 0 else "worse"
+        return (
+            f"{name} (watched){note}: {metric} went from {_number(values[0])} to {_number(last)},"
+            f" {_number(abs(change))} {verb} than before training."
+        )
+    learnt = values[trained.index(name) + 1]
+    if name == trained[-1]:
+        return f"{name}{note}: learnt last, {metric} is {_number(last)}."
+    begin = f"{name}{note}: {metric} {_number(learnt)} when learnt, {_number(last)} now"
+    lost = sign * (learnt - last)
+    if math.isnan(lost):
+        return f"{begin}."
+    if lost <= 0:
+        return f"{begin}: nothing was lost."
+    gain = sign * (learnt - values[0])
+    if math.isnan(gain) or gain <= 0:
+        return f"{begin}: {_number(lost)} worse. {_advice(0.0)}"
+    kept = 1 - lost / gain
+    if kept < 0:
+        return f"{begin}: all that it had learnt is lost, it is worse than before training. {_advice(kept)}"
+    return f"{begin}: {kept:.0%} of what it had learnt was kept. {_advice(kept)}".rstrip()
+
+
+def _advice(kept: float) -> str:
+    if kept >= 0.9:
+        return ""
+    if kept >= 0.7:
+        return "To keep more, replay a larger share: Replay(ratio=…)."
+    return "Add Replay(ratio=0.25), or a penalty such as EWC, or lower the learning rate of later tasks."
+
+
+def _cost_rows(report: dict[str, Any]) -> list[list[str]]:
+    rows = [["task", "steps", "training", "end of task", "new", "replayed"]]
+    for cost in report["costs"]["tasks"]:
+        kind = "tokens" if cost.get("new_tokens") else "samples"
+        counts = [
+            f"{cost[f'{what}_{kind}']:,.0f} {kind}" if f"new_{kind}" in cost else "?" for what in ("new", "replayed")
+        ]
+        times = [_seconds(cost["train_seconds"]), _seconds(cost["end_seconds"])]
+        rows.append([str(cost["task"]), f"{cost['steps']:,.0f}", *times, *counts])
+    return rows
+
+
+def _format_answers(report: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    names = row_names(report)
+    for method in report["methods"].values():
+        for index, prompt in enumerate(method.get("prompts", [])):
+            lines += ["", f"  {prompt!r} …"]
+            for trained, answers in sorted(method["answers"].items(), key=lambda item: int(item[0])):
+                answer = " ".join(answers[index].split())
+                lines.append(f"    {names[int(trained)]:>16} | {answer[:100]}")
+    return lines
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    # The first column and texts to the left, numbers to the right.
+    texts = [any(character.isalpha() for row in rows[1:] for character in row[i]) for i in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if i == 0 or (texts[i] and i == len(row) - 1) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _number(value: float, signed: bool = False) -> str:
+    if math.isnan(value):
+        return "–"
+    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    return text.replace("-", "−")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN: unknown is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

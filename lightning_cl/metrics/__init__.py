@@ -1,0 +1,5 @@
+"""Scores of continual learning as torchmetrics classes."""
+
+from lightning_cl.metrics.retention import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
+
+__all__ = ["AverageAccuracy", "BackwardTransfer", "Forgetting", "ForwardTransfer"]

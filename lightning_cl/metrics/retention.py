@@ -1,0 +1,147 @@
+"""Average, backward transfer, forward transfer and forgetting as torchmetrics classes.
+
+The mathematics and the presets are in :mod:`lightning_cl.functional.retention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_cl.functional.retention import (
+    Mode,
+    Preset,
+    average_score,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+)
+
+
+class _MatrixMetric(Metric):
+    """A score of the matrix of every task after every task, row by row.
+
+    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``); a later
+    row may have more tasks than an earlier one, whose missing entries are unknown.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    rows: list[Tensor]
+
+    def __init__(self, mode: Mode = "max", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode={mode!r}: expected 'max' (higher is better) or 'min' (lower is better)")
+        self.mode: Mode = mode
+        # Every rank sees the same rows: nothing to reduce.
+        self.add_state("rows", default=[], dist_reduce_fx=None)
+
+    def update(self, rows: Tensor) -> None:
+        """Adds one row or several."""
+        if rows.ndim not in (1, 2):
+            raise ValueError(f"rows: expected the shape [tasks] or [rows, tasks], got {list(rows.shape)}")
+        self.rows.extend(rows.detach().float().reshape(-1, rows.shape[-1]))
+
+    def matrix(self) -> Tensor:
+        """``[rows, tasks]``; unknown entries are NaN."""
+        width = max(len(row) for row in self.rows)
+        matrix = torch.full((len(self.rows), width), torch.nan, device=self.rows[0].device)
+        for i, row in enumerate(self.rows):
+            matrix[i, : len(row)] = row
+        return matrix
+
+
+class AverageAccuracy(_MatrixMetric):
+    """``mean_j R[T, j]``: the mean score over all tasks at the end.
+
+    Args:
+        mode: whether higher (``max``) or lower (``min``) scores are better; the mean is the same.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    definition = "mean over the tasks of the score after the last task"
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return average_score(self.matrix())
+
+
+class BackwardTransfer(_MatrixMetric):
+    """``Σ_{j<T} (R[T, j] − R[j, j])`` over ``T − 1`` (preset ``gem``) or ``T`` (``trace``, ``sapt``): positive is good.
+
+    Args:
+        mode: whether higher or lower scores are better.
+        preset: whose definition.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    def __init__(self, mode: Mode = "max", preset: Preset = "gem", **kwargs: Any) -> None:
+        super().__init__(mode, **kwargs)
+        self.preset: Preset = preset
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        over = "T - 1" if self.preset == "gem" else "T"
+        return (
+            f"gain on each earlier task from its own end to the last task's end, summed, over {over}; positive is good"
+            f" (preset {self.preset!r})"
+        )
+
+    def compute(self) -> Tensor:
+        """The backward transfer."""
+        return backward_transfer(self.matrix(), self.mode, self.preset)
+
+
+class ForwardTransfer(_MatrixMetric):
+    """``mean_{j≥2} (R[j−1, j] − R[0, j])`` (``gem``, ``trace``) or ``mean_j (R[j, j] − s_j)`` (``sapt``): positive is good.
+
+    Args:
+        mode: whether higher or lower scores are better.
+        preset: whose definition.
+        single_task: ``s``, ``[tasks]``: scores of models trained on one task alone, for ``sapt``.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    def __init__(
+        self, mode: Mode = "max", preset: Preset = "gem", single_task: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(mode, **kwargs)
+        self.preset: Preset = preset
+        self.single_task = single_task
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        if self.preset == "sapt":
+            return "score right after training a task minus that of a model trained on it alone; positive is good"
+        return (
+            "gain on a task through the tasks before it, over the model before any training, mean over tasks 2 to T;"
+            f" positive is good (preset {self.preset!r})"
+        )
+
+    def compute(self) -> Tensor:
+        """The forward transfer."""
+        return forward_transfer(self.matrix(), self.mode, self.preset, self.single_task)
+
+
+class Forgetting(_MatrixMetric):
+    """``mean_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])``: positive is bad.
+
+    Args:
+        mode: whether higher or lower scores are better.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    definition = (
+        "loss on each earlier task from its best value after any earlier training to the end, mean over T - 1; positive is"
+        " bad"
+    )
+
+    def compute(self) -> Tensor:
+        """The forgetting."""
+        return forgetting(self.matrix(), self.mode)
