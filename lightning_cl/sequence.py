@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -90,6 +90,53 @@ def fit_tasks(
         rank_zero_info(describe_plan(trainer, data, coordinator.costs))
     methods = TaskCoordinator.methods(trainer)
     return next((method.summary() for method in methods if hasattr(method, "summary")), {})
+
+
+def evaluate_tasks(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule,
+    stage: Literal["validate", "test"] = "validate",
+    ckpt_path: str | Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Evaluates a module on each task by itself.
+
+    Args:
+        trainer: any Trainer.
+        module: the module.
+        data: the tasks; for ``test``, those that have test data.
+        stage: ``validate`` or ``test``.
+        ckpt_path: where to load the weights from; ``"last"`` for the newest whole checkpoint.
+
+    Returns:
+        for each task the logged metrics.
+
+    Raises:
+        ValueError: if no task has test data.
+    """
+    data.driven = True
+    weights = _resolve(ckpt_path, trainer)
+    results = {}
+    for column, task in enumerate(data.tasks):
+        if stage == "test" and task.test is None and not isinstance(task.train, L.LightningDataModule):
+            continue
+        data.watch = column
+        run = trainer.validate if stage == "validate" else trainer.test
+        run(module, datamodule=data, ckpt_path=str(weights) if weights is not None else None, verbose=False)
+        weights = None  # the module has them now
+        results[task.name] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    data.watch = None
+    if not results:
+        raise ValueError("no task has test data: give Task(test=…)")
+    names = sorted({name for metrics in results.values() for name in metrics})
+    width = max(len(task) for task in results)
+    rows = [" " * width + "".join(f"  {name:>20}" for name in names)]
+    rows += [
+        f"{task:<{width}}" + "".join(f"  {metrics.get(name, math.nan):>20.4f}" for name in names)
+        for task, metrics in results.items()
+    ]
+    rank_zero_info("\n".join(["", *rows, ""]))
+    return results
 
 
 def run_folder(trainer: L.Trainer) -> Path:

@@ -176,6 +176,8 @@ class TaskDataModule(L.LightningDataModule):
         """Test batches of the task that is evaluated."""
         task = self.current if self.watch is None else self.tasks[self.watch]
         test = self._data(task).test
+        if test is None and isinstance(task.train, L.LightningDataModule):
+            test = task.train
         return [] if test is None else self._loader_of(test, task, shuffle=False)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -203,10 +205,6 @@ class TaskDataModule(L.LightningDataModule):
     def validated_on_training_data(self, task: Task) -> bool:
         """Whether a task's column of the matrix is measured on what it was trained on."""
         return self._data(task).val is None and not isinstance(task.train, L.LightningDataModule)
-
-    def has_test_data(self, task: Task) -> bool:
-        """Whether ``lightning-cl test`` has something to test on."""
-        return self._data(task).test is not None
 
     def describe(self, task: Task) -> list[str]:
         """What is known of a task's training data, in words."""

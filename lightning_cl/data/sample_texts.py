@@ -28,11 +28,11 @@ def python() -> list[str]:
 
 
 def cpp() -> list[str]:
-    """C++ source, one document per header of torch's ATen library."""
+    """C++ source, one document per header of torch's own libraries (not the thousands of generated ones)."""
     import torch
 
-    folder = Path(torch.__file__).parent / "include" / "ATen"
-    return _read(sorted([*folder.glob("*.h"), *folder.glob("core/*.h"), *folder.glob("native/*.h")]))
+    folder = Path(torch.__file__).parent / "include"
+    return _read(sorted([*folder.glob("c10/**/*.h"), *folder.glob("torch/csrc/**/*.h")]))
 
 
 SAMPLES: dict[str, Callable[[], list[str]]] = {"prose": prose, "python": python, "cpp": cpp}

@@ -1,0 +1,112 @@
+"""The command line: ``lightning-cl fit|validate|test|predict``, on LightningCLI."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningCLI
+from typing_extensions import override
+
+# Imported for their names: `--trainer.callbacks+=EWC` finds classes that are loaded.
+from lightning_cl import callbacks, data, models
+from lightning_cl.callbacks import TaskProgress
+from lightning_cl.data import TaskDataModule
+from lightning_cl.sequence import evaluate_tasks, fit_tasks, run_folder
+
+__all__ = ["ContinualCLI", "callbacks", "data", "main", "models"]
+
+_DESCRIPTION = """Continual learning for language models: trains a model on one task after another and shows what it forgot.
+
+  lightning-cl fit --config configs/quickstart.yaml
+  lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc_replay.yaml
+  lightning-cl fit --config configs/quickstart.yaml --ckpt_path last     go on where a run was stopped
+  lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
+  lightning-cl fit --help                                                all arguments
+"""
+
+
+class ContinualCLI(LightningCLI):
+    """LightningCLI whose ``fit`` goes through a sequence of tasks.
+
+    The subcommands call :func:`~lightning_cl.fit_tasks` and evaluate task by task; everything else is Lightning's: several
+    ``--config`` files, later ones winning, ``callbacks+:`` to add to a list, ``--print_config``.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=L.LightningModule,
+            datamodule_class=TaskDataModule,
+            subclass_mode_model=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf", "description": _DESCRIPTION},
+            args=args,
+        )
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning lets hyper-parameters from the checkpoint win over the command line, silently.
+        return
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
+        if bars and type(bars[0]).__module__.startswith("lightning."):
+            trainer.callbacks[trainer.callbacks.index(bars[0])] = TaskProgress()  # type: ignore[attr-defined]
+        return trainer
+
+    def fit(self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any) -> None:
+        """All tasks, one after another; the trained model as a Hugging Face folder at the end."""
+        fit_tasks(self.trainer, model, datamodule, ckpt_path)
+        folder = run_folder(self.trainer)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):
+            model.save_pretrained(folder / "model")
+            print(f"  {folder / 'model'}: the model, for AutoModelForCausalLM.from_pretrained\n")
+
+    def validate(
+        self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any
+    ) -> None:
+        """The validation metrics of each task."""
+        evaluate_tasks(self.trainer, model, datamodule, "validate", ckpt_path)
+
+    def test(
+        self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any
+    ) -> None:
+        """The test metrics of each task that has test data."""
+        evaluate_tasks(self.trainer, model, datamodule, "test", ckpt_path)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``lightning-cl``.
+
+    Args:
+        args: command line arguments; default: those of the process.
+    """
+    # Denormal numbers, which Adam's moments are full of, cost up to half of the time on a CPU.
+    torch.set_flush_denormal(True)
+    try:
+        ContinualCLI(args)
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        print(f"lightning-cl: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this library raised the error itself, so that its message says it all and a traceback would hide it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).parent) + os.sep
+    return bool(frames) and frames[-1].filename.startswith(package) and (frames[-1].line or "").startswith("raise ")
+
+
+if __name__ == "__main__":
+    main()
