@@ -22,7 +22,8 @@ from lightning_cl.sequence import evaluate_tasks, fit_tasks, run_folder
 
 __all__ = ["ContinualCLI", "callbacks", "data", "main", "models"]
 
-_DESCRIPTION = """Continual learning for language models: trains a model on one task after another and shows what it forgot.
+_DESCRIPTION = """Continual learning for language models: trains a model on one task after another and shows what it
+forgot.
 
   lightning-cl fit --config configs/quickstart.yaml
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc_replay.yaml
@@ -35,8 +36,8 @@ _DESCRIPTION = """Continual learning for language models: trains a model on one 
 class ContinualCLI(LightningCLI):
     """LightningCLI whose ``fit`` goes through a sequence of tasks.
 
-    The subcommands call :func:`~lightning_cl.fit_tasks` and evaluate task by task; everything else is Lightning's: several
-    ``--config`` files, later ones winning, ``callbacks+:`` to add to a list, ``--print_config``.
+    The subcommands call :func:`~lightning_cl.fit_tasks` and evaluate task by task; everything else is Lightning's:
+    several ``--config`` files, later ones winning, ``callbacks+:`` to add to a list, ``--print_config``.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:

@@ -39,18 +39,18 @@ def fit_tasks(
     """Trains a module on one task after another.
 
     The Trainer's ``max_epochs`` and ``max_steps`` are per task. Optimizer and schedule are fresh for each task;
-    EarlyStopping and ModelCheckpoint work per task, checkpoints in a folder for each. After each task come, in this order:
-    what the callbacks measure and keep (importance, buffer), the row of the matrix, and a boundary checkpoint
+    EarlyStopping and ModelCheckpoint work per task, checkpoints in a folder for each. After each task come, in this
+    order: what the callbacks measure and keep (importance, buffer), the row of the matrix, and a boundary checkpoint
     ``tasks/<index>-<name>.ckpt`` in the run's folder.
 
     Args:
-        trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: one batch of every task, and the
-            plan in words.
+        trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: one batch of every task, and
+            the plan in words.
         module: any LightningModule with automatic optimisation, unedited.
         data: a :class:`~lightning_cl.TaskDataModule`, or what it takes as tasks: ``{name: DataModule or loader}``.
-        ckpt_path: a checkpoint of this sequence to go on from, inside a task or at a boundary, or ``"last"`` for the newest
-            whole one in the Trainer's ``default_root_dir``. Tasks may have been added at the end of the list: then only
-            those are trained.
+        ckpt_path: a checkpoint of this sequence to go on from, inside a task or at a boundary, or ``"last"`` for the
+            newest whole one in the Trainer's ``default_root_dir``. Tasks may have been added at the end of the list:
+            then only those are trained.
 
     Returns:
         The retention summary of :class:`~lightning_cl.TaskMatrix`; without one, an empty dictionary.
@@ -174,8 +174,8 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
     state = read_checkpoint(path).get(CHECKPOINT_KEY)
     if state is None or not state["driven"]:
         raise MisconfigurationException(
-            f"ckpt_path={str(path)!r}: it was not written by fit_tasks: it does not say which task it belongs to. Load its"
-            " weights into the module and start without ckpt_path"
+            f"ckpt_path={str(path)!r}: it was not written by fit_tasks: it does not say which task it belongs to. Load"
+            " its weights into the module and start without ckpt_path"
         )
     ours, theirs = [task.name for task in data.trained_tasks], list(state["tasks"])
     reached = state["index"] + (1 if state["started"] else 0)
@@ -334,8 +334,8 @@ def describe_plan(trainer: L.Trainer, data: TaskDataModule, costs: list[dict[str
 def steps_of_task(trainer: L.Trainer) -> int | None:
     """How many optimizer steps the coming fit takes, for schedules; None if nobody can know.
 
-    For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up, which
-    would lose the loader's place on a resume.
+    For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up,
+    which would lose the loader's place on a resume.
     """
     epochs, steps = trainer.max_epochs, trainer.max_steps
     by_epochs = None

@@ -14,9 +14,10 @@ class Task:
 
     Args:
         name: unique in the sequence; it names columns, files and log entries.
-        train: what to train on: a path to a ``.txt``, ``.jsonl`` or ``.json`` file, ``sample:prose``, ``sample:python`` or
-            ``sample:cpp`` (text that every machine has), a list of texts, a ``datasets.Dataset``, any torch ``Dataset``,
-            a ``DataLoader``, or a ``LightningDataModule``. ``None``: the task is watched and never trained on.
+        train: what to train on: a path to a ``.txt``, ``.jsonl`` or ``.json`` file, ``sample:prose``, ``sample:python``
+            or ``sample:cpp`` (text that every machine has), a list of texts, a ``datasets.Dataset``, any torch
+            ``Dataset``, a ``DataLoader``, or a ``LightningDataModule``. ``None``: the task is watched and never trained
+            on.
         val: the same for validation. ``None``: a share of the text is held out (``val_fraction`` of
             :class:`~lightning_cl.TaskDataModule`); data that is no text is not split, its column of the matrix is then
             measured on the training set, and says so.
@@ -51,8 +52,8 @@ class Task:
             raise ValueError(f"Task({self.name!r}, lr={self.lr!r}): expected a positive, finite number or None")
         if self.train is None and self.val is None:
             raise ValueError(
-                f"Task({self.name!r}): nothing to train on and nothing to watch: give `train`, or `val` alone for a task"
-                " that is only watched"
+                f"Task({self.name!r}): nothing to train on and nothing to watch: give `train`, or `val` alone for a"
+                " task that is only watched"
             )
 
     @property

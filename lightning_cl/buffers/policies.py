@@ -52,8 +52,8 @@ class Reservoir:
 class TaskBalanced:
     """Every task gets an equal share of the buffer, uniform within the task.
 
-    Reservoir sampling balanced over tasks (Chrysakis & Moens 2020, algorithm 1, with the task as the class): as long as a
-    task is not the largest in the buffer, its new sample takes the place of a random one of the largest task. What a
+    Reservoir sampling balanced over tasks (Chrysakis & Moens 2020, algorithm 1, with the task as the class): as long as
+    a task is not the largest in the buffer, its new sample takes the place of a random one of the largest task. What a
     small task does not need, the others keep.
     """
 

@@ -59,8 +59,9 @@ def size_in_bytes(sample: Any) -> int:
 def pack(samples: Sequence[Any]) -> dict[str, Any]:
     """Samples as plain containers and tensors for ``torch.save``.
 
-    Dictionaries and tuples of tensors with the same keys, dtypes and numbers of axes are joined into one flat tensor and
-    one tensor of shapes per field: a checkpoint with 10,000 small tensors takes seconds, with two large ones nothing.
+    Dictionaries and tuples of tensors with the same keys, dtypes and numbers of axes are joined into one flat tensor
+    and one tensor of shapes per field: a checkpoint with 10,000 small tensors takes seconds, with two large ones
+    nothing.
     """
     structure = _structure(samples[0]) if samples else None
     if structure is None or any(_structure(sample) != structure for sample in samples[1:]):

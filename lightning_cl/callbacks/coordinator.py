@@ -297,8 +297,8 @@ class TaskCoordinator(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             if CHECKPOINT_KEY not in checkpoint:
                 raise MisconfigurationException(
-                    "ckpt_path: the checkpoint was written without continual-learning callbacks; load its weights into the"
-                    " module instead of resuming from it"
+                    "ckpt_path: the checkpoint was written without continual-learning callbacks; load its weights into"
+                    " the module instead of resuming from it"
                 )
             self.load(trainer, checkpoint[CHECKPOINT_KEY])
 
@@ -336,9 +336,9 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         )
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} optimises by hand (automatic_optimization=False): penalties and projections need to"
-            " stand between the backward pass and the step, which only automatic optimisation shows; return the loss from"
-            " training_step instead"
+            f"{type(pl_module).__name__} optimises by hand (automatic_optimization=False): penalties and projections"
+            " need to stand between the backward pass and the step, which only automatic optimisation shows; return"
+            " the loss from training_step instead"
         )
     owners: dict[str, str] = {}
     for method, name in named(TaskCoordinator.methods(trainer)):
@@ -364,13 +364,14 @@ def check_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
     theirs = set(state["methods"])
     if theirs - ours:
         raise MisconfigurationException(
-            f"ckpt_path: it holds what {sorted(theirs - ours)} learnt, but Trainer(callbacks=…) has only {sorted(ours)}:"
-            " that would be lost; add the missing callbacks"
+            f"ckpt_path: it holds what {sorted(theirs - ours)} learnt, but Trainer(callbacks=…) has only"
+            f" {sorted(ours)}: that would be lost; add the missing callbacks"
         )
     if ours - theirs and (state["index"] > 0 or state["started"]):
         raise MisconfigurationException(
-            f"ckpt_path: Trainer(callbacks=…) has {sorted(ours - theirs)}, about which the checkpoint knows nothing (it has"
-            f" {sorted(theirs)}): the tasks before could not be protected; resume with the callbacks of that run"
+            f"ckpt_path: Trainer(callbacks=…) has {sorted(ours - theirs)}, about which the checkpoint knows nothing"
+            f" (it has {sorted(theirs)}): the tasks before could not be protected; resume with the callbacks of that"
+            " run"
         )
 
 

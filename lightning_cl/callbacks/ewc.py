@@ -41,26 +41,27 @@ class EWC(QuadraticPenalty):
 
         L(θ) + strength / 2 · Σ_i F_i (θ_i − θ*_i)²
 
-    with the diagonal Fisher information ``F`` of earlier tasks, from gradients of single samples at the end of each task,
-    on its own data, in evaluation mode (:mod:`lightning_cl.functional.fisher` has the definition). For language models a
-    sequence is a sample and ``F = Σ_seq (∇ Σ_t log p)² / number of loss tokens``, so that with ``normalize=False`` the
-    strength is the λ of a Laplace approximation for a loss that is a mean over tokens. Modules without token counts: the
-    mean over samples, as their loss reduces.
+    with the diagonal Fisher information ``F`` of earlier tasks, from gradients of single samples at the end of each
+    task, on its own data, in evaluation mode (:mod:`lightning_cl.functional.fisher` has the definition). For language
+    models a sequence is a sample and ``F = Σ_seq (∇ Σ_t log p)² / number of loss tokens``, so that with
+    ``normalize=False`` the strength is the λ of a Laplace approximation for a loss that is a mean over tokens. Modules
+    without token counts: the mean over samples, as their loss reduces.
 
     Memory: 8 bytes per trainable parameter, for any number of tasks in both modes. Compute: one pass over parameters,
     importance and anchor per step; per task `samples` forward and backward passes of single samples.
 
     Args:
-        strength: the factor λ. With ``normalize=True`` and AdamW, 0.001 to 0.1 is sane for ``apply="gradient"``, 1 to 100
-            for ``apply="proximal"``.
-        estimator: where the labels of the Fisher come from. ``sample``: one draw per position from the model's own softmax.
-            ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``: ``sample`` where
-            the logits can be reached, else ``empirical``.
+        strength: the factor λ. With ``normalize=True`` and AdamW, 0.001 to 0.1 is sane for ``apply="gradient"``, 1 to
+            100 for ``apply="proximal"``.
+        estimator: where the labels of the Fisher come from. ``sample``: one draw per position from the model's own
+            softmax. ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``:
+            ``sample`` where the logits can be reached, else ``empirical``.
         samples: how many samples of a task the Fisher is measured on; all, if there are fewer.
-        mode: ``online``: ``F ← decay · (F + F_new)``, the anchor is the latest task's weights. ``separate``: one penalty
-            per task, which add up to one quadratic with importance ``Σ F_t`` and anchor ``Σ F_t θ_t / Σ F_t``.
+        mode: ``online``: ``F ← decay · (F + F_new)``, the anchor is the latest task's weights. ``separate``: one
+            penalty per task, which add up to one quadratic with importance ``Σ F_t`` and anchor ``Σ F_t θ_t / Σ F_t``.
         decay: γ of the online mode; ``importance`` is what the penalty multiplies, γ included.
-        normalize: divide each task's F by its mean before it is added, so that a strength means the same for every model.
+        normalize: divide each task's F by its mean before it is added, so that a strength means the same for every
+            model.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
         outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
             ``.logits``.
@@ -158,8 +159,8 @@ class EWC(QuadraticPenalty):
         if logits is None:
             if self.estimator in ("sample", "exact"):
                 raise MisconfigurationException(
-                    f"EWC(estimator={self.estimator!r}): nothing that {type(pl_module).__name__} calls returns an object with"
-                    " `.logits`; give EWC(outputs=lambda module, batch: logits), or estimator='empirical'"
+                    f"EWC(estimator={self.estimator!r}): nothing that {type(pl_module).__name__} calls returns an"
+                    " object with `.logits`; give EWC(outputs=lambda module, batch: logits), or estimator='empirical'"
                 )
             loss = training_loss(trainer, pl_module, batch)
             if loss is None:
@@ -173,8 +174,8 @@ class EWC(QuadraticPenalty):
         if self.estimator == "exact":
             if selected.numel() > _EXACT_LIMIT:
                 raise MisconfigurationException(
-                    f"EWC(estimator='exact'): a sample has {selected.shape[0]} positions with {selected.shape[1]} classes,"
-                    f" one backward pass each, more than {_EXACT_LIMIT}; use estimator='sample'"
+                    f"EWC(estimator='exact'): a sample has {selected.shape[0]} positions with {selected.shape[1]}"
+                    f" classes, one backward pass each, more than {_EXACT_LIMIT}; use estimator='sample'"
                 )
             return "exact", (expected_label_losses(selected), len(selected))
         return "sample", ([(1.0, sampled_label_loss(selected, generator))], len(selected))

@@ -25,8 +25,8 @@ OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
 def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
     """Evaluation mode inside; afterwards the module is as it was.
 
-    Kept are the mode of each submodule, buffers (batch norm), torchmetrics, ``.grad`` (not touched by the passes), random
-    states; logging is muted, as Lightning refuses it outside of its own steps.
+    Kept are the mode of each submodule, buffers (batch norm), torchmetrics, ``.grad`` (not touched by the passes),
+    random states; logging is muted, as Lightning refuses it outside of its own steps.
     """
     modes = {module: module.training for module in pl_module.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
@@ -150,7 +150,7 @@ def training_loss(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) 
 
 
 class LogitsReader:
-    """Reaches a module's logits: through a user's function, or from the submodule that returns something with ``.logits``.
+    """Reaches a module's logits: by a user's function, or from the submodule whose output has ``.logits``.
 
     Args:
         trainer: the Trainer.

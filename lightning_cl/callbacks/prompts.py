@@ -58,7 +58,8 @@ class PromptSamples(ContinualCallback):
             if trained == 0:
                 return  # a module that builds its model for training: nothing has been evaluated yet
             raise MisconfigurationException(
-                f"PromptSamples: nothing in {type(pl_module).__name__} can generate (a transformers model has .generate)"
+                f"PromptSamples: nothing in {type(pl_module).__name__} can generate (a transformers model has"
+                " .generate)"
             )
         if not hasattr(data.tokenizer, "decode"):
             raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")

@@ -29,9 +29,9 @@ class QuadraticPenalty(ContinualCallback):
     """``strength / 2 · Σ importance · (θ − anchor)²``; a subclass says where importance and anchor come from.
 
     ``apply="gradient"`` adds the penalty's gradient in closed form, once per optimizer step, after unscaling and the
-    reduction over ranks and before clipping. ``apply="proximal"`` leaves the gradients alone and moves the weights after
-    the step, by an implicit step that is stable for every strength and that neither clipping nor Adam's second moment
-    undoes.
+    reduction over ranks and before clipping. ``apply="proximal"`` leaves the gradients alone and moves the weights
+    after the step, by an implicit step that is stable for every strength and that neither clipping nor Adam's second
+    moment undoes.
 
     Memory: 8 bytes per trainable parameter (importance and anchor in fp32), and one temporary of the largest parameter.
     Compute per step: one pass over parameters, importance and anchor.
@@ -71,8 +71,8 @@ class QuadraticPenalty(ContinualCallback):
         missing = sorted(self.anchor.keys() - everything.keys())
         if missing:
             raise MisconfigurationException(
-                f"{type(self).__name__}: it has learnt the importance of {missing[0]!r} (and {len(missing) - 1} more), which"
-                f" {type(pl_module).__name__} does not have; was the model changed since the checkpoint?"
+                f"{type(self).__name__}: it has learnt the importance of {missing[0]!r} (and {len(missing) - 1} more),"
+                f" which {type(pl_module).__name__} does not have; was the model changed since the checkpoint?"
             )
         for name in self.anchor:
             parameter = everything[name]
@@ -187,8 +187,8 @@ def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None) -> Tensor:
     if tensor.shape != parameter.shape:
         if tensor.ndim != parameter.ndim or any(t > p for t, p in zip(tensor.shape, parameter.shape, strict=True)):
             raise MisconfigurationException(
-                f"a parameter of shape {list(tensor.shape)} has become {list(parameter.shape)}: what was learnt about its"
-                " importance does not fit any more"
+                f"a parameter of shape {list(tensor.shape)} has become {list(parameter.shape)}: what was learnt about"
+                " its importance does not fit any more"
             )
         grown = full_cpu(fill).float() if fill is not None else torch.zeros(parameter.shape)
         grown[tuple(slice(0, size) for size in tensor.shape)] = full_cpu(tensor)

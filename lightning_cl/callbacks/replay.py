@@ -19,18 +19,19 @@ from lightning_cl.data.mixing import MixMode
 class Replay(ContinualCallback):
     """Experience replay: samples of earlier tasks take part in the batches of later ones.
 
-    At the end of each task its training set is offered to a buffer of fixed size; during later tasks the buffer's samples
-    have the share `ratio` of the loss-bearing tokens (of the samples, where there are no tokens), in every window of
-    batches. Loss masks travel with the samples. The filling is decided by index from one seed, so that all ranks hold the
-    same buffer and its budget is global.
+    At the end of each task its training set is offered to a buffer of fixed size; during later tasks the buffer's
+    samples have the share `ratio` of the loss-bearing tokens (of the samples, where there are no tokens), in every
+    window of batches. Loss masks travel with the samples. The filling is decided by index from one seed, so that all
+    ranks hold the same buffer and its budget is global.
 
-    Memory: the samples (5 bytes per token of text). Compute: none in ``replace`` mode, where the batch keeps its size and a
-    pass over the new data takes ``1 / (1 − ratio)`` times the steps; ``ratio / (1 − ratio)`` of a step in ``add`` mode.
+    Memory: the samples (5 bytes per token of text). Compute: none in ``replace`` mode, where the batch keeps its size
+    and a pass over the new data takes ``1 / (1 − ratio)`` times the steps; ``ratio / (1 − ratio)`` of a step in ``add``
+    mode.
 
     Args:
         buffer_size: the largest number of samples kept, over all tasks.
-        ratio: share of replayed tokens, from 0 (stores, and replays nothing) to below 1. One to five percent removes most
-            forgetting of a pretrained model; a small model and very different tasks need 25 %.
+        ratio: share of replayed tokens, from 0 (stores, and replays nothing) to below 1. One to five percent removes
+            most forgetting of a pretrained model; a small model and very different tasks need 25 %.
         policy: ``reservoir``: uniform over all samples seen. ``task_balanced``: equal shares for the tasks.
         mode: ``replace``: replayed samples take places of the batch. ``add``: they come on top of it.
         seed: seed of what is kept and drawn.
@@ -141,6 +142,6 @@ def check_mixable(loader: Any, task: str | None = None) -> None:
     reason = None if isinstance(loader, TaskLoader) else why_not_plannable(loader)
     if reason is not None:
         raise MisconfigurationException(
-            f"Replay cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a torch"
-            " DataLoader over a map-style data set (with __len__ and __getitem__) and a batch_size"
+            f"Replay cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a"
+            " torch DataLoader over a map-style data set (with __len__ and __getitem__) and a batch_size"
         )

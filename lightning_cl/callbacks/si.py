@@ -25,16 +25,16 @@ class SI(QuadraticPenalty):
 
     Nothing is measured apart from training: no extra passes over the data.
 
-    Memory: 12 bytes per trainable parameter kept (ω, Ω, anchor), and 8 more while a task is trained (the gradient and the
-    weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
+    Memory: 12 bytes per trainable parameter kept (ω, Ω, anchor), and 8 more while a task is trained (the gradient and
+    the weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
 
     Args:
         strength: the factor. With ``normalize=True`` and AdamW, 0.001 to 0.1 is sane for ``apply="gradient"``, 1 to 100
             for ``apply="proximal"``.
-        damping: ξ, in units of a squared parameter change. Where it exceeds ``Δ²`` by far, as with small learning rates,
-            Ω is the bare path integral divided by ξ.
-        normalize: divide each task's share of Ω by its mean before it is added, so that a strength means the same for every
-            model.
+        damping: ξ, in units of a squared parameter change. Where it exceeds ``Δ²`` by far, as with small learning
+            rates, Ω is the bare path integral divided by ξ.
+        normalize: divide each task's share of Ω by its mean before it is added, so that a strength means the same for
+            every model.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
 
     Attributes:
@@ -58,7 +58,8 @@ class SI(QuadraticPenalty):
     @torch.no_grad()
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         parameters = trainable_parameters(pl_module)
-        # The weights at the start are those at the end of the task before: anchor of the penalty and start of Δ at once.
+        # The weights at the start are those at the end of the task before: anchor of the penalty and start of Δ at
+        # once.
         self.anchor = {name: p.detach().float().clone() for name, p in parameters.items()} | {
             name: anchor for name, anchor in self.anchor.items() if name not in parameters
         }

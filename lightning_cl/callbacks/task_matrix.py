@@ -24,8 +24,9 @@ from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, 
 class TaskMatrix(ContinualCallback):
     """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
 
-    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. After every
-    task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is printed.
+    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. After
+    every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is
+    printed.
 
     Memory: none. Compute: one validation of every task before training and after every task.
 
@@ -61,7 +62,8 @@ class TaskMatrix(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if not is_overridden("validation_step", pl_module):
             raise MisconfigurationException(
-                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} has no validation_step to measure it in"
+                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} has no validation_step to measure"
+                " it in"
             )
 
     @override
@@ -114,8 +116,8 @@ class TaskMatrix(ContinualCallback):
                 module.training = training
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
-                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} logs no such metric in validation; it logs"
-                f" {sorted(trainer.callback_metrics)}"
+                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} logs no such metric in validation;"
+                f" it logs {sorted(trainer.callback_metrics)}"
             )
         return float(trainer.callback_metrics[self.monitor])
 
@@ -160,8 +162,8 @@ class TaskMatrix(ContinualCallback):
         """The scores, each with its definition.
 
         Returns:
-            ``average``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN where nothing is known),
-            ``definitions``, ``tasks``, ``matrix`` (a list of rows) and what it is about.
+            ``average``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN where nothing is
+            known), ``definitions``, ``tasks``, ``matrix`` (a list of rows) and what it is about.
         """
         matrix = self.trained_matrix()
         metrics = {

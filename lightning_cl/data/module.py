@@ -35,17 +35,17 @@ class TaskDataModule(L.LightningDataModule):
     ``LightningDataModule`` are used as they are.
 
     Args:
-        tasks: what to learn, in order: ``{name: data}``, or a list of :class:`~lightning_cl.Task`. In the dictionary, data
-            is what ``Task.train`` takes, or a dictionary of ``Task``'s arguments.
-        tokenizer: for tasks that are text: the name of a tokenizer on the hub, a folder, a ``transformers`` tokenizer, or
-            :class:`~lightning_cl.data.TrainedBPE` for a vocabulary of our own.
+        tasks: what to learn, in order: ``{name: data}``, or a list of :class:`~lightning_cl.Task`. In the dictionary,
+            data is what ``Task.train`` takes, or a dictionary of ``Task``'s arguments.
+        tokenizer: for tasks that are text: the name of a tokenizer on the hub, a folder, a ``transformers`` tokenizer,
+            or :class:`~lightning_cl.data.TrainedBPE` for a vocabulary of our own.
         max_length: tokens in a block of text.
         batch_size: samples in a batch, per device.
         num_workers: worker processes that load samples; 0 loads in the main process.
         seed: seed of the order of the samples and of the validation split.
         collate_fn: joins samples of torch data sets to a batch; default: torch's.
-        val_fraction: share of a text task that is held out where the task has no `val`; whole documents, the same ones in
-            every run.
+        val_fraction: share of a text task that is held out where the task has no `val`; whole documents, the same ones
+            in every run.
 
     Attributes:
         tasks: the list of tasks.
@@ -121,8 +121,8 @@ class TaskDataModule(L.LightningDataModule):
                         )
                 elif source is not None and not _is_data(source):
                     raise TypeError(
-                        f"task {task.name!r}, {role}: expected a path, texts, a datasets.Dataset with a `text` column, a"
-                        f" torch Dataset, a DataLoader or a LightningDataModule, got {_describe(source)}"
+                        f"task {task.name!r}, {role}: expected a path, texts, a datasets.Dataset with a `text` column,"
+                        f" a torch Dataset, a DataLoader or a LightningDataModule, got {_describe(source)}"
                     )
 
     def fingerprint(self) -> str | None:
@@ -214,7 +214,8 @@ class TaskDataModule(L.LightningDataModule):
         tokens, loss = len(train.ids), sum(train.loss_tokens(i) for i in range(len(train)))
         masked = 1 - loss / max(tokens, 1)
         return [
-            f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss, {train.dropped} records dropped"
+            f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss, {train.dropped} records"
+            " dropped"
         ]
 
     # ------------------------------------------------------------------ inside

@@ -14,8 +14,8 @@ from typing import Any
 class TrainedBPE:
     """A byte-level BPE vocabulary of fixed size, trained once and cached.
 
-    It is trained on the first task alone: nothing about the future is needed, and data that arrives later finds the same
-    vocabulary. Byte level means that any text can be written in it.
+    It is trained on the first task alone: nothing about the future is needed, and data that arrives later finds the
+    same vocabulary. Byte level means that any text can be written in it.
 
     Args:
         vocab_size: number of tokens, ``<|endoftext|>`` included.

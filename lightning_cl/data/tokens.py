@@ -61,6 +61,7 @@ class TokenCollator:
         self.pad_id = pad_id
 
     def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A batch from samples of :class:`TokenDataset`."""
         shape = (len(samples), max(len(sample["input_ids"]) for sample in samples))
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)

@@ -94,8 +94,8 @@ def forward_transfer(
     if preset == "sapt":
         if single_task is None or single_task.shape != matrix.shape[1:]:
             raise ValueError(
-                "preset='sapt' compares with models trained on one task alone: give `single_task`, one score for each of"
-                f" the {matrix.shape[1]} tasks"
+                "preset='sapt' compares with models trained on one task alone: give `single_task`, one score for each"
+                f" of the {matrix.shape[1]} tasks"
             )
         return (_sign(mode) * (matrix.diagonal(offset=-1)[:tasks] - single_task[:tasks])).nanmean()
     before = matrix.diagonal()[1:tasks]  # R[j − 1, j] for j = 2 … T

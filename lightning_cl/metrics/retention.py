@@ -24,8 +24,8 @@ from lightning_cl.functional.retention import (
 class _MatrixMetric(Metric):
     """A score of the matrix of every task after every task, row by row.
 
-    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``); a later
-    row may have more tasks than an earlier one, whose missing entries are unknown.
+    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``); a
+    later row may have more tasks than an earlier one, whose missing entries are unknown.
     """
 
     full_state_update = False
@@ -98,7 +98,9 @@ class BackwardTransfer(_MatrixMetric):
 
 
 class ForwardTransfer(_MatrixMetric):
-    """``mean_{j≥2} (R[j−1, j] − R[0, j])`` (``gem``, ``trace``) or ``mean_j (R[j, j] − s_j)`` (``sapt``): positive is good.
+    """``mean_{j≥2} (R[j−1, j] − R[0, j])`` (``gem``, ``trace``) or ``mean_j (R[j, j] − s_j)`` (``sapt``).
+
+    Positive is good.
 
     Args:
         mode: whether higher or lower scores are better.
@@ -138,8 +140,8 @@ class Forgetting(_MatrixMetric):
     """
 
     definition = (
-        "loss on each earlier task from its best value after any earlier training to the end, mean over T - 1; positive is"
-        " bad"
+        "loss on each earlier task from its best value after any earlier training to the end, mean over T - 1;"
+        " positive is bad"
     )
 
     def compute(self) -> Tensor:

@@ -28,16 +28,16 @@ class CausalLM(L.LightningModule):
     """A Hugging Face causal language model: loss, optimizer and schedule per task, text generation, saving.
 
     Nothing in this library needs it: any LightningModule that returns a loss works. Batches are Hugging Face's
-    (``input_ids``, ``attention_mask``, ``labels``), as :class:`~lightning_cl.TaskDataModule` makes them from text. Logged
-    are ``loss``, ``perplexity`` and ``token_accuracy``, with ``train_`` and ``val_`` in front; validation is a mean over
-    tokens.
+    (``input_ids``, ``attention_mask``, ``labels``), as :class:`~lightning_cl.TaskDataModule` makes them from text.
+    Logged are ``loss``, ``perplexity`` and ``token_accuracy``, with ``train_`` and ``val_`` in front; validation is a
+    mean over tokens.
 
     Args:
         model: the name of a model on the hub, a folder, or a configuration to train from scratch:
             ``{"model_type": "llama", "hidden_size": 160, …}``, whose vocabulary is the DataModule's tokenizer's.
         optimizer: makes the optimizer from parameter groups, anew for each task. Norms and biases get no weight decay.
-        schedule: makes the schedule from the optimizer and the task's number of steps, anew for each task, stepped after
-            each optimizer step; None keeps the learning rate constant.
+        schedule: makes the schedule from the optimizer and the task's number of steps, anew for each task, stepped
+            after each optimizer step; None keeps the learning rate constant.
 
     Attributes:
         lm: the ``transformers`` model, once Lightning has called ``configure_model``.
@@ -57,8 +57,8 @@ class CausalLM(L.LightningModule):
         if isinstance(model, dict):
             if "model_type" not in model:
                 raise ValueError(
-                    f"model={model!r}: a configuration needs `model_type`, such as 'llama'; without one, give the name of a"
-                    " model on the hub or a folder"
+                    f"model={model!r}: a configuration needs `model_type`, such as 'llama'; without one, give the name"
+                    " of a model on the hub or a folder"
                 )
         elif not isinstance(model, (str, Path)):
             raise TypeError(f"model={model!r}: expected a name, a folder or a configuration")
@@ -83,8 +83,8 @@ class CausalLM(L.LightningModule):
             rows = self.lm.get_input_embeddings().num_embeddings
             if len(self.tokenizer) > rows:
                 raise MisconfigurationException(
-                    f"tokenizer: it has {len(self.tokenizer)} tokens, the model only {rows} embeddings; give the tokenizer"
-                    " that belongs to the model"
+                    f"tokenizer: it has {len(self.tokenizer)} tokens, the model only {rows} embeddings; give the"
+                    " tokenizer that belongs to the model"
                 )
 
     def _from_config(self, source: dict[str, Any]) -> nn.Module:
@@ -97,8 +97,8 @@ class CausalLM(L.LightningModule):
                 settings.setdefault(token, getattr(self.tokenizer, token))
         elif "vocab_size" not in settings:
             raise MisconfigurationException(
-                "CausalLM(model={…}): a configuration without `vocab_size` takes it from the DataModule's tokenizer, and there"
-                " is none"
+                "CausalLM(model={…}): a configuration without `vocab_size` takes it from the DataModule's tokenizer,"
+                " and there is none"
             )
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
 
