@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator, check_state, check_trainer
@@ -86,6 +87,8 @@ def fit_tasks(
         _check_finished(trainer, coordinator, position)
         _boundary(trainer, module, data, trained=index + 1)
         _save_boundary(trainer, coordinator, tasks[index], index)
+    if start == len(tasks) and checkpoint_path is not None:
+        _load_weights(trainer, module, data, checkpoint_path)
     if trainer.fast_dev_run:
         rank_zero_info(describe_plan(trainer, data, coordinator.costs))
     methods = TaskCoordinator.methods(trainer)
@@ -188,6 +191,19 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
     data.expected_fingerprint = state["fingerprint"]
     coordinator.load(trainer, state)
     coordinator.names = ours
+
+
+def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, path: Path) -> None:
+    """Nothing is left to train: the module still gets what the checkpoint's training ended with."""
+    data.driven, loggers, trainer.loggers = True, trainer.loggers, []
+    try:
+        if is_overridden("validation_step", module):
+            trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
+        else:
+            module.configure_model()
+            module.load_state_dict(read_checkpoint(path)["state_dict"])
+    finally:
+        trainer.loggers = loggers
 
 
 # ---------------------------------------------------------------------- each task

@@ -81,7 +81,8 @@ class TaskMatrix(ContinualCallback):
         for column in unknown:
             self.matrix[trained, column] = self._evaluate(trainer, pl_module, data, column, ckpt_path)
             ckpt_path = None  # the weights are in the module now
-        self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
+        if unknown:
+            self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
         self.seconds += time.monotonic() - start
         self._log(trainer, trained)
 
@@ -194,8 +195,14 @@ class TaskMatrix(ContinualCallback):
 
     @override
     def continual_state(self) -> dict[str, Any]:
-        return {"matrix": self.matrix.clone(), "tasks": list(self.tasks), "seconds": self.seconds}
+        return {
+            "matrix": self.matrix.clone(),
+            "tasks": list(self.tasks),
+            "on_training_data": list(self.on_training_data),
+            "seconds": self.seconds,
+        }
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
-        self.matrix, self.tasks, self.seconds = state["matrix"], list(state["tasks"]), state["seconds"]
+        self.matrix, self.tasks, self.seconds = state["matrix"].clone(), list(state["tasks"]), state["seconds"]
+        self.on_training_data = list(state["on_training_data"])
