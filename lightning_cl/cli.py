@@ -17,6 +17,7 @@ from typing_extensions import override
 # Imported for their names: `--trainer.callbacks+=EWC` finds classes that are loaded.
 from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
+from lightning_cl.cli_help import HelpFormatter, HelpfulParser
 from lightning_cl.data import TaskDataModule
 from lightning_cl.sequence import evaluate_tasks, fit_tasks, run_folder
 
@@ -31,6 +32,13 @@ forgot.
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl fit --help                                                all arguments
 """
+
+_SUBCOMMANDS = {
+    "fit": "Trains the model on the tasks of the data, one after another. max_epochs and max_steps are per task.",
+    "validate": "Shows the validation metrics of each task.",
+    "test": "Shows the test metrics of each task that has test data.",
+    "predict": "Runs the model's predict_step.",
+}
 
 
 class ContinualCLI(LightningCLI):
@@ -47,7 +55,17 @@ class ContinualCLI(LightningCLI):
             subclass_mode_model=True,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"parser_mode": "omegaconf", "description": _DESCRIPTION},
+            # An optimizer that the command line builds once would carry its momentum from task to task; models get a
+            # callable instead.
+            auto_configure_optimizers=False,
+            parser_class=HelpfulParser,
+            parser_kwargs={
+                "parser_mode": "omegaconf",
+                "prog": "lightning-cl",
+                "description": _DESCRIPTION,
+                "formatter_class": HelpFormatter,
+            }
+            | {name: {"parser_mode": "omegaconf", "description": text} for name, text in _SUBCOMMANDS.items()},
             args=args,
         )
 
@@ -96,17 +114,22 @@ def main(args: list[str] | None = None) -> None:
     try:
         ContinualCLI(args)
     except Exception as error:
-        if not _is_ours(error):
+        ours = _ours(error)
+        if ours is None:
             raise
-        print(f"lightning-cl: error: {error}", file=sys.stderr)
+        print(f"lightning-cl: error: {ours}", file=sys.stderr)
         sys.exit(1)
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether this library raised the error itself, so that its message says it all and a traceback would hide it."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _ours(error: BaseException | None) -> BaseException | None:
+    """The error of the chain that this library raised itself: its message says it all, a traceback would hide it."""
     package = str(Path(__file__).parent) + os.sep
-    return bool(frames) and frames[-1].filename.startswith(package) and (frames[-1].line or "").startswith("raise ")
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and frames[-1].filename.startswith(package) and (frames[-1].line or "").startswith("raise "):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 if __name__ == "__main__":
