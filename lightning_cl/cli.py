@@ -65,7 +65,10 @@ class ContinualCLI(LightningCLI):
                 "description": _DESCRIPTION,
                 "formatter_class": HelpFormatter,
             }
-            | {name: {"parser_mode": "omegaconf", "description": text} for name, text in _SUBCOMMANDS.items()},
+            | {
+                name: {"parser_mode": "omegaconf", "prog": f"lightning-cl {name}", "description": text}
+                for name, text in _SUBCOMMANDS.items()
+            },
             args=args,
         )
 

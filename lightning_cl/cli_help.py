@@ -48,9 +48,12 @@ class HelpfulParser(LightningArgumentParser):
                 yield f"{name} takes {', '.join(classes[name])}"
                 yield _closest(option, classes[name], "{}", wanted=option)
             else:
-                known = {argument: cls for cls, arguments in classes.items() for argument in arguments}
+                known: dict[str, list[str]] = {}
+                for cls, arguments in classes.items():
+                    for argument in arguments:
+                        known.setdefault(argument, []).append(cls)
                 for match in difflib.get_close_matches(option, known, n=1, cutoff=0.6):
-                    yield f"did you mean {match!r}, as {known[match]} takes it?"
+                    yield f"did you mean {match!r}, an argument of {', '.join(known[match][:3])}?"
         for name in re.findall(
             r"(?:import path string:|Unexpected import path format|class_path) '?([\w.]+)'?", message
         ):

@@ -158,6 +158,7 @@ def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule
     coordinator.driven = data.driven = True
     coordinator.data = data
     coordinator.names = [task.name for task in data.trained_tasks]
+    coordinator.first_step = trainer.global_step
     coordinator.pristine = coordinator.pristine or _snapshot(trainer)
     return coordinator
 
@@ -228,8 +229,6 @@ def _limit(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task) -> None
     loop.max_epochs = epochs if epochs is not None else -1
     loop.epoch_loop.max_steps = steps
     coordinator.max_steps = steps if steps != -1 else None
-    if not coordinator.started:
-        coordinator.first_step = trainer.global_step
     coordinator.lr = task.lr
 
 
@@ -257,6 +256,8 @@ def _reset_per_task(trainer: L.Trainer, task: Task, index: int) -> None:
         if isinstance(callback, ModelCheckpoint):
             base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
             callback.dirpath = str(base / f"{index}-{task.slug}")
+            # "Nothing has been trained since": else its first save falls into the middle of an accumulation window.
+            callback._last_global_step_saved = trainer.global_step
 
 
 def _boundary(
@@ -286,7 +287,7 @@ def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task,
     loop.epoch_loop.batch_progress.reset()
     loop.epoch_loop.scheduler_progress.reset()
     loop.epoch_loop.val_loop.batch_progress.reset()
-    coordinator.reach_boundary()
+    coordinator.reach_boundary(trainer)
     folder = run_folder(trainer)
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
     if trainer.checkpoint_callbacks and not trainer.fast_dev_run:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -53,6 +53,7 @@ class TaskCoordinator(Callback):
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
         self._resumed: dict[str, Any] | None = None
+        self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
 
@@ -130,18 +131,19 @@ class TaskCoordinator(Callback):
     def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
         """The loader's place and the random states, so that the next batch is the one that would have come."""
 
-        def restore() -> None:
-            states = resumed["random_states"]
-            if len(states) == trainer.world_size:
-                set_random_state(states[trainer.global_rank])
-
+        self._states_to_restore = resumed["random_states"]
         loader = trainer.train_dataloader
         if inside and isinstance(loader, TaskLoader) and resumed["loader"] is not None:
             # Not through Lightning's own state of the loops: it is lost as soon as a module reads
             # `trainer.estimated_stepping_batches` in `configure_optimizers`.
-            loader.load_state_dict(resumed["loader"], on_resumed=restore)
+            loader.load_state_dict(resumed["loader"], on_resumed=lambda: self._restore_random_state(trainer))
         else:
-            restore()
+            self._restore_random_state(trainer)
+
+    def _restore_random_state(self, trainer: L.Trainer) -> None:
+        states, self._states_to_restore = self._states_to_restore, None
+        if states is not None and len(states) == trainer.world_size:
+            set_random_state(states[trainer.global_rank])
 
     # ------------------------------------------------------------------ steps
 
@@ -207,11 +209,14 @@ class TaskCoordinator(Callback):
             loader = trainer.train_dataloader
             if isinstance(loader, TaskLoader) and resumed["loader"] is not None:
                 loader.load_state_dict(resumed["loader"])
+            self._states_to_restore = resumed["random_states"]
             self._end_task(trainer, pl_module)
             pl_module.cpu()
 
     def _end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_handles()
+        # Resumed behind the last batch: none was fetched.
+        self._restore_random_state(trainer)
         if self.ended:
             return  # resumed from a checkpoint that was written between this and the boundary
         trained = self._train_seconds()
@@ -260,9 +265,10 @@ class TaskCoordinator(Callback):
         """A fresh task is about to be fitted (called by ``fit_tasks``)."""
         self.position, self.started, self.ended, self.at_boundary = position, False, False, False
 
-    def reach_boundary(self) -> None:
+    def reach_boundary(self, trainer: L.Trainer) -> None:
         """The current task is done and evaluated: what is saved now starts the next one (called by ``fit_tasks``)."""
         self.at_boundary = True
+        self.first_step = trainer.global_step
         # Whoever resumes from here starts the next task from these states; so does the run that goes on.
         self._resumed = {"loader": None, "random_states": _gather(get_random_state())}
 
@@ -289,8 +295,11 @@ class TaskCoordinator(Callback):
             },
         }
         if self.at_boundary:
-            # The next task gets a fresh optimizer and schedule.
+            # The next task gets a fresh optimizer and schedule, and scores of its own.
             checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+                    checkpoint["callbacks"].pop(callback.state_key, None)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -133,11 +133,12 @@ class TaskLoader:
         self._counts_tokens = len(dataset) > 0 and self._tokens_of_new(0) is not None
 
     @classmethod
-    def from_dataloader(cls, loader: DataLoader, **placement: Any) -> TaskLoader:
+    def from_dataloader(cls, loader: DataLoader, *, for_training: bool = True, **placement: Any) -> TaskLoader:
         """The same batches as a user's ``DataLoader``, in the same order.
 
         Args:
             loader: over a map-style data set, with automatic batching.
+            for_training: False: without shuffling, which would draw from the random states of training.
             placement: ``rank``, ``world_size``, ``broadcast``, ``seed``, and ``batch_size`` to override the loader's.
 
         Raises:
@@ -149,7 +150,8 @@ class TaskLoader:
         batch_size = placement.pop("batch_size", None) or loader.batch_size
         sampler: Any = loader.sampler
         shuffle = isinstance(sampler, RandomSampler)
-        default = isinstance(sampler, SequentialSampler) or (
+        default = isinstance(sampler, SequentialSampler) or (not for_training and shuffle)
+        default = default or (
             placement.get("world_size", 1) > 1
             and isinstance(sampler, RandomSampler)
             and not sampler.replacement
@@ -164,7 +166,7 @@ class TaskLoader:
             loader.dataset,
             batch_size,
             loader.collate_fn,
-            shuffle=shuffle,
+            shuffle=shuffle and for_training,
             sampler=None if default else sampler,
             drop_last=loader.drop_last,
             settings=settings,

@@ -33,9 +33,9 @@ def plan_mixed_batches(
     The share is kept by error diffusion: a replayed sample comes next whenever that brings the running share nearer to
     ``ratio``. So over any window the share is off by about one sample.
 
-    ``replace`` keeps the batch size: a pass over the new samples takes ``1 / (1 − ratio)`` times the batches, and the
-    number of batches is the same in every epoch (:func:`mixed_length`). ``add`` puts the replayed samples on top of
-    full batches of new ones.
+    ``replace`` keeps the batch size (the batches of an epoch differ by one sample at most): a pass over the new samples
+    takes ``1 / (1 − ratio)`` times the batches, and their number is the same in every epoch (:func:`mixed_length`).
+    ``add`` puts the replayed samples on top of full batches of new ones.
 
     Args:
         order: the new samples of this epoch, by index.
@@ -79,15 +79,13 @@ def plan_mixed_batches(
             slots.append(pending)
             owed -= weight(pending)
             replayed, pending = replayed + 1, next(draw)
-    batches = plan_batches(slots, batch_size, drop_last)
     if drop_last:
-        return batches[:length]
-    if len(batches) < length and len(slots) >= length:
-        # One batch fewer than in other epochs would change the epoch's length: share the samples out evenly.
-        sizes = [len(slots) // length + (i < len(slots) % length) for i in range(length)]
-        stream = iter(slots)
-        batches = [[next(stream) for _ in range(size)] for size in sizes]
-    return batches
+        return plan_batches(slots, batch_size, drop_last)[:length]
+    # The same number of batches in every epoch, of sizes that differ by one at most: the replayed samples must not leave
+    # a last batch with a single sample, which batch norm cannot train on.
+    sizes = [len(slots) // length + (i < len(slots) % length) for i in range(min(length, len(slots)))]
+    stream = iter(slots)
+    return [[next(stream) for _ in range(size)] for size in sizes]
 
 
 def mixed_length(

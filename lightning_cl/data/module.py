@@ -199,7 +199,7 @@ class TaskDataModule(L.LightningDataModule):
         data = self._data(task)
         source = data.val if data.val is not None else data.train
         if isinstance(source, L.LightningDataModule):
-            return self._wrap(source.val_dataloader(), task)
+            return self._wrap(source.val_dataloader(), task, for_training=False)
         return self._loader_of(source, task, shuffle=False)
 
     def validated_on_training_data(self, task: Task) -> bool:
@@ -247,11 +247,11 @@ class TaskDataModule(L.LightningDataModule):
 
     def _loader_of(self, source: Any, task: Task, shuffle: bool) -> Any:
         if isinstance(source, L.LightningDataModule):
-            return self._wrap(source.train_dataloader() if shuffle else source.test_dataloader(), task)
+            return self._wrap(source.train_dataloader() if shuffle else source.test_dataloader(), task, shuffle)
         if isinstance(source, IterableDataset):
             source = DataLoader(source, task.batch_size or self.batch_size, collate_fn=self.collate_fn)
         if isinstance(source, DataLoader) or not hasattr(source, "__getitem__"):
-            return self._wrap(source, task)
+            return self._wrap(source, task, for_training=shuffle)
         if isinstance(source, TokenDataset):
             pad = self.tokenizer.pad_token_id
             collate: Any = TokenCollator(pad if pad is not None else self.tokenizer.eos_token_id or 0)
@@ -267,12 +267,13 @@ class TaskDataModule(L.LightningDataModule):
             **self._ranks(),
         )
 
-    def _wrap(self, loader: Any, task: Task) -> Any:
+    def _wrap(self, loader: Any, task: Task, for_training: bool) -> Any:
         """A loader of somebody else's, made resumable where that is possible."""
         if why_not_plannable(loader) is not None:
             return loader
         return TaskLoader.from_dataloader(
             loader,
+            for_training=for_training,
             batch_size=task.batch_size,
             seed=self.seed * 1_000_003 + self.tasks.index(task),
             broadcast=None if self.trainer is None else self.trainer.strategy.broadcast,
