@@ -307,12 +307,14 @@ class _MixingSource(_DataLoaderSource):
     @override
     def dataloader(self) -> Any:
         loader = super().dataloader()
+        if not TaskCoordinator.of(self._trainer).driven:
+            with untouched_random_state():
+                for method in TaskCoordinator.methods(self._trainer):
+                    method.check_loader(loader, "of trainer.fit")
         methods = [method for method in TaskCoordinator.methods(self._trainer) if method.mixes]
         if not methods:
             return loader
         if not isinstance(loader, TaskLoader):
-            for method in methods:
-                method.check_loader(loader, "of trainer.fit")
             ranks = self._trainer.distributed_sampler_kwargs or {}
             loader = TaskLoader.from_dataloader(
                 loader,

@@ -99,7 +99,8 @@ def test_resume_from_every_checkpoint_equals_never_stopped(tmp_path, kind, setti
 
 
 def test_resume_after_the_last_step_before_the_task_end(tmp_path):
-    """Lightning writes its last checkpoint of a task before the Fisher pass; nothing is left to train, all to measure."""
+    """Lightning writes its last checkpoint of a task before the Fisher pass; nothing is left to train, all to
+    measure."""
     reference = fingerprint(*run(tmp_path / "reference", max_steps=6, max_epochs=-1))
     checkpoint = tmp_path / "reference" / "checkpoints" / "1-b" / "step=12.ckpt"
     state = torch.load(checkpoint, weights_only=True)["lightning_cl"]
@@ -175,7 +176,7 @@ def test_a_cut_off_checkpoint_is_named_and_never_picked_as_the_last(tmp_path, cu
     broken.write_bytes(content[: int(cut * len(content))])
     os.utime(broken, (time.time() + 60, time.time() + 60))
     data = TaskDataModule({name: classification(i, 40) for i, name in enumerate("abc")}, batch_size=8)
-    with pytest.raises(ValueError, match="9-z.ckpt.*damaged"):
+    with pytest.raises(ValueError, match=r"9-z\.ckpt.*damaged"):
         fit_tasks(trainer(tmp_path / "2", callbacks().values(), max_epochs=1), Hard(), data, broken)
     assert find_last_checkpoint(tmp_path / "1") != broken
 

@@ -71,7 +71,9 @@ class TaskBalanced:
             self._size += 1
             return self._size - 1
         largest = max(self._slots, key=lambda name: len(self._slots[name]))
-        if len(own) < len(self._slots[largest]):
+        # A task that has lost samples goes on as a reservoir: a sure place would favour its late samples.
+        complete = len(own) == self.seen[task] - 1
+        if complete and len(own) < len(self._slots[largest]):
             slots = self._slots[largest]
             position = rng.randrange(len(slots))
             slot = slots[position]
@@ -79,7 +81,7 @@ class TaskBalanced:
             slots.pop()
             own.append(slot)
             return slot
-        position = rng.randrange(self.seen[task])  # a reservoir within the largest task
+        position = rng.randrange(self.seen[task])  # a reservoir within the task
         return own[position] if position < len(own) else None
 
     def state_dict(self) -> dict[str, Any]:

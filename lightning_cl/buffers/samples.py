@@ -30,10 +30,10 @@ def own(sample: Any) -> Any:
         if sample.dtype.kind not in "biuf":
             raise TypeError(f"a numpy scalar of dtype {sample.dtype}")
         return sample
-    if isinstance(sample, _PLAIN):
+    if type(sample) in _PLAIN:  # not a subclass: an enum is an int, and unreadable in a checkpoint
         return sample
     if isinstance(sample, dict):
-        return {key: own(value) for key, value in sample.items()}
+        return {own(key): own(value) for key, value in sample.items()}
     if type(sample) is tuple:
         return tuple(own(value) for value in sample)
     if isinstance(sample, list):

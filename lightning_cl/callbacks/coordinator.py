@@ -48,6 +48,7 @@ class TaskCoordinator(Callback):
         self.trainer_limits: tuple[int | None, int] | None = None
         self.pristine: dict[int, dict[str, Any]] = {}
         self.costs: list[dict[str, float]] = []
+        self.applied: dict[str, Tensor] = {}  # what several proximal penalties have applied in this step
         self._seconds_before = 0.0
         self._clock: float | None = None
         self._handles: list[RemovableHandle] = []
@@ -130,7 +131,6 @@ class TaskCoordinator(Callback):
 
     def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
         """The loader's place and the random states, so that the next batch is the one that would have come."""
-
         self._states_to_restore = resumed["random_states"]
         loader = trainer.train_dataloader
         if inside and isinstance(loader, TaskLoader) and resumed["loader"] is not None:
@@ -166,15 +166,20 @@ class TaskCoordinator(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        methods = self.methods(trainer)
+        methods = self._in_edit_order(trainer)
         scale = amp_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
         for method in methods:
             method.observe_gradients(trainer, pl_module, optimizer, scale)
-        for method in sorted(methods, key=lambda m: m.edit_order):
+        for method in methods:
             method.edit_gradients(trainer, pl_module, optimizer, scale)
 
+    def _in_edit_order(self, trainer: L.Trainer) -> list[ContinualCallback]:
+        """The same order whatever the order in the Trainer's list, down to the rounding of sums."""
+        return sorted(self.methods(trainer), key=lambda method: (method.edit_order, type(method).__name__))
+
     def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        methods = self.methods(trainer)
+        methods = self._in_edit_order(trainer)
+        self.applied.clear()
         for method in methods:
             method.edit_weights(trainer, pl_module, optimizer)
         for method in methods:
@@ -417,7 +422,10 @@ def scale_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[Any],
 
 def _after_step_hook(coordinator: TaskCoordinator, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        coordinator._after_step(trainer, pl_module, optimizer)
+        # After an overflow in fp16, the scaler skips the step; a fused optimizer is called, and skips it by itself.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf):
+            coordinator._after_step(trainer, pl_module, optimizer)
 
     return hook
 

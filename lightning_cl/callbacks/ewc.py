@@ -116,8 +116,9 @@ class EWC(QuadraticPenalty):
             self.constant += constant
         else:
             for name, new in fisher.items():
-                old = self.importance.get(name)
-                self.importance[name] = (new if old is None else new.add_(old)).mul_(self.decay)
+                self.importance[name] = new if name not in self.importance else new.add_(self.importance[name])
+            for importance in self.importance.values():
+                importance.mul_(self.decay)
             self.anchor.update(weights)
 
     def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str]:

@@ -19,6 +19,7 @@ from lightning_cl.callbacks.base import (
     tensor_bytes,
     trainable_parameters,
 )
+from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.functional import add_penalty_gradient_, proximal_step_
 
 Apply = Literal["gradient", "proximal"]
@@ -97,12 +98,17 @@ class QuadraticPenalty(ContinualCallback):
         if not self.is_active or self.apply != "proximal":
             return
         parameters = self._parameters(pl_module)
+        coordinator = TaskCoordinator.of(trainer)
+        several = (
+            sum(isinstance(m, QuadraticPenalty) and m.apply == "proximal" for m in coordinator.methods(trainer)) > 1
+        )
+        applied = coordinator.applied if several else None
         for group in optimizer.param_groups:
             members = {id(p) for p in group["params"]}
             # A parameter without a gradient was not stepped.
             own = {name: p for name, p in parameters.items() if id(p) in members and p.grad is not None}
             importance, anchor = self._for(own)
-            proximal_step_(own, anchor, importance, self.strength, float(group["lr"]))
+            proximal_step_(own, anchor, importance, self.strength, float(group["lr"]), applied)
 
     # ------------------------------------------------------------------ for subclasses
 

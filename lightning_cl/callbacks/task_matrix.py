@@ -120,7 +120,9 @@ class TaskMatrix(ContinualCallback):
                 f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} logs no such metric in validation;"
                 f" it logs {sorted(trainer.callback_metrics)}"
             )
-        return float(trainer.callback_metrics[self.monitor])
+        value = trainer.callback_metrics[self.monitor].to(trainer.strategy.root_device, torch.float64)
+        # A metric logged without sync_dist is each rank's own.
+        return float(trainer.strategy.reduce(value, reduce_op="mean"))
 
     def _log(self, trainer: L.Trainer, trained: int) -> None:
         metrics = {

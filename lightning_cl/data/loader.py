@@ -94,6 +94,8 @@ class TaskLoader:
         world_size: number of processes.
         broadcast: sends rank 0's order to all ranks (only for `sampler` with several ranks).
         settings: further arguments of ``DataLoader`` (workers, pinning).
+        like: the user's ``DataLoader`` that this one stands in for: random numbers are drawn when, and from where, it
+            would draw them.
     """
 
     batch_sampler = None  # Lightning looks for it beside `sampler`
@@ -112,6 +114,7 @@ class TaskLoader:
         world_size: int = 1,
         broadcast: Callable[[Any], Any] | None = None,
         settings: dict[str, Any] | None = None,
+        like: DataLoader | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -129,8 +132,13 @@ class TaskLoader:
         self._resume: dict[str, Any] | None = None
         self._on_resumed: Callable[[], None] | None = None
         self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
-        self._total_weight: int | None = None
-        self._counts_tokens = len(dataset) > 0 and self._tokens_of_new(0) is not None
+        self._draws_random = like is not None or sampler is not None
+        self._generator = like.generator if like is not None else None
+        self._weights: list[int] | None = None  # tokens of the new samples, where there are tokens
+
+    @property
+    def _counts_tokens(self) -> bool:
+        return hasattr(self.dataset, "loss_tokens") or self._weights is not None
 
     @classmethod
     def from_dataloader(cls, loader: DataLoader, *, for_training: bool = True, **placement: Any) -> TaskLoader:
@@ -147,13 +155,15 @@ class TaskLoader:
         reason = why_not_plannable(loader)
         if reason is not None:
             raise TypeError(reason)
-        batch_size = placement.pop("batch_size", None) or loader.batch_size
-        sampler: Any = loader.sampler
+        batches: Any = loader.batch_sampler  # its sampler, not the loader's: they differ if the user gave it
+        batch_size = placement.pop("batch_size", None) or batches.batch_size
+        sampler = batches.sampler
         shuffle = isinstance(sampler, RandomSampler)
-        default = isinstance(sampler, SequentialSampler) or (not for_training and shuffle)
-        default = default or (
+        # Shuffling on several ranks needs one order for all: drawn from the seed.
+        own_order = isinstance(sampler, SequentialSampler) or (shuffle and not for_training)
+        own_order = own_order or (
             placement.get("world_size", 1) > 1
-            and isinstance(sampler, RandomSampler)
+            and shuffle
             and not sampler.replacement
             and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
         )
@@ -167,15 +177,31 @@ class TaskLoader:
             batch_size,
             loader.collate_fn,
             shuffle=shuffle and for_training,
-            sampler=None if default else sampler,
-            drop_last=loader.drop_last,
+            sampler=None if own_order else sampler,
+            drop_last=batches.drop_last,
             settings=settings,
+            like=loader if for_training else None,
             **placement,
         )
 
     def mix_in(self, mix: Mix) -> None:
         """Lets the samples of a buffer take part in the batches from now on."""
         self._mix = mix if len(mix.buffer) > 0 and mix.ratio > 0 else None
+        self._weights = None
+        if self._mix is None:
+            return
+        # Shares are of tokens where both sides have tokens, else of samples.
+        replayed = [loss_tokens(sample) for sample in mix.buffer.items]
+        if any(count is None for count in replayed) or sum(replayed) == 0 or len(self.dataset) == 0:  # type: ignore[arg-type]
+            return
+        count_of = getattr(self.dataset, "loss_tokens", None)
+        if count_of is None and loss_tokens(self.dataset[0]) is not None:
+
+            def count_of(index: int) -> int:
+                return loss_tokens(self.dataset[index]) or 0
+
+        if count_of is not None:
+            self._weights = [*(count_of(i) for i in range(len(self.dataset))), *replayed]  # type: ignore[list-item]
 
     @property
     def sampler(self) -> TaskLoader:
@@ -184,14 +210,18 @@ class TaskLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
+        if epoch != self._epoch:
+            self._position, self._epoch_rng = 0, None
         self._epoch = epoch
 
     def __len__(self) -> int:
         size = self.batch_size * self.world_size
         samples = len(self.order_sampler) if self.order_sampler is not None else len(self.dataset)
         if self._mix is not None and self._mix.mode == "replace":
-            weight = self._total_new_weight()
-            return mixed_length(samples, weight, self._mean_replay_weight(), self._mix.ratio, size, self.drop_last)
+            # What a sampler leaves out or repeats is not known here: the mean weight, then.
+            weight = samples * self._mean_weight(0, len(self.dataset))
+            replayed = self._mean_weight(len(self.dataset), len(self._mix.buffer))
+            return mixed_length(samples, weight, replayed, self._mix.ratio, size, self.drop_last)
         return samples // size if self.drop_last else math.ceil(samples / size)
 
     def __iter__(self) -> Iterator[Any]:
@@ -199,17 +229,17 @@ class TaskLoader:
         # restores a state and before it sets the epoch.
         resume, self._resume = self._resume, None
         start = 0
-        if resume is not None and resume["epoch"] == self._epoch:
+        if resume is not None and resume["epoch"] == self._epoch and resume["position"] > 0:
             self._restore_epoch_rng(resume["epoch_rng"])
             start = resume["position"]
         else:
             self._finish_resume()
         self._epoch_rng = self._rng_states()
         generator = torch.Generator()
-        generator.set_state(torch.get_rng_state())
-        if self.order_sampler is not None:
-            # What DataLoader's own iterator takes from the global generator, so that the order is the user's.
-            torch.empty((), dtype=torch.int64).random_()
+        generator.set_state(torch.get_rng_state() if self._generator is None else self._generator.get_state())
+        if self._draws_random:
+            # What DataLoader's own iterator draws, so that everything after it is what the user's loader would give.
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         batches = self._plan(self._epoch)
         self._finish_resume()
         self._position = start
@@ -261,12 +291,14 @@ class TaskLoader:
                 order,
                 self._draws(epoch),
                 self._weight,
-                self._mean_replay_weight(),
+                self._mean_weight(len(self.dataset), len(self._mix.buffer)),
                 self._mix.ratio,
                 size,
                 self._mix.mode,
                 epoch,
                 self.drop_last,
+                length=len(self) if self._mix.mode == "replace" else None,
+                multiple=self.world_size,
             )
         return [share_of_rank(batch, self.rank, self.world_size) for batch in batches]
 
@@ -290,30 +322,18 @@ class TaskLoader:
             yield from (start + torch.randperm(len(self._mix.buffer), generator=generator)).tolist()
 
     def _weight(self, index: int) -> int:
-        return self._tokens(index) if self._counts_tokens else 1
+        return 1 if self._weights is None else self._weights[index]
+
+    def _mean_weight(self, start: int, count: int) -> float:
+        return 1.0 if self._weights is None else max(sum(self._weights[start : start + count]) / count, 1e-9)
 
     def _tokens(self, index: int) -> int:
+        if self._weights is not None:
+            return self._weights[index]
         if index < len(self.dataset):
-            return self._tokens_of_new(index) or 0
+            return self.dataset.loss_tokens(index)
         assert self._mix is not None
         return loss_tokens(self._mix.buffer[index - len(self.dataset)]) or 0
-
-    def _tokens_of_new(self, index: int) -> int | None:
-        # Only data sets that can tell without loading the sample: an image or a web page is not read for its length.
-        count = getattr(self.dataset, "loss_tokens", None)
-        return count(index) if count is not None else None
-
-    def _total_new_weight(self) -> int:
-        if self.order_sampler is not None:
-            return len(self.order_sampler)
-        if self._total_weight is None:
-            self._total_weight = sum(self._weight(i) for i in range(len(self.dataset)))
-        return self._total_weight
-
-    def _mean_replay_weight(self) -> float:
-        assert self._mix is not None
-        start, count = len(self.dataset), len(self._mix.buffer)
-        return max(sum(self._weight(start + i) for i in range(count)) / count, 1e-9)
 
     def _count(self, indices: list[int]) -> None:
         for index in indices:
@@ -323,19 +343,19 @@ class TaskLoader:
                 self.counts[f"{kind}_tokens"] += self._tokens(index)
 
     def _rng_states(self) -> dict[str, torch.Tensor] | None:
-        """The random states that a user's sampler may draw from."""
-        if self.order_sampler is None:
+        """The random states that an epoch of the user's loader starts from."""
+        if not self._draws_random:
             return None
-        states = {"global": torch.get_rng_state()}
-        generator = getattr(self.order_sampler, "generator", None)
-        if generator is not None:
-            states["sampler"] = generator.get_state()
-        return states
+        generators = {"loader": self._generator, "sampler": getattr(self.order_sampler, "generator", None)}
+        states = {name: generator.get_state() for name, generator in generators.items() if generator is not None}
+        return states | {"global": torch.get_rng_state()}
 
     def _restore_epoch_rng(self, states: dict[str, torch.Tensor] | None) -> None:
-        if states is None or self.order_sampler is None:
+        if states is None:
             return
         torch.set_rng_state(states["global"])
+        if "loader" in states and self._generator is not None:
+            self._generator.set_state(states["loader"])
         if "sampler" in states:
             self.order_sampler.generator.set_state(states["sampler"])
 

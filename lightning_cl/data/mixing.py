@@ -27,15 +27,17 @@ def plan_mixed_batches(
     mode: MixMode,
     epoch: int = 0,
     drop_last: bool = False,
+    length: int | None = None,
+    multiple: int = 1,
 ) -> list[list[int]]:
     """One epoch of batches in which replayed samples carry the share ``ratio`` of the total weight.
 
     The share is kept by error diffusion: a replayed sample comes next whenever that brings the running share nearer to
     ``ratio``. So over any window the share is off by about one sample.
 
-    ``replace`` keeps the batch size (the batches of an epoch differ by one sample at most): a pass over the new samples
-    takes ``1 / (1 − ratio)`` times the batches, and their number is the same in every epoch (:func:`mixed_length`).
-    ``add`` puts the replayed samples on top of full batches of new ones.
+    ``replace`` keeps the batch size (the batches of an epoch are of about equal size and never larger): a pass over the
+    new samples takes ``1 / (1 − ratio)`` times the batches, and their number is the same in every epoch
+    (:func:`mixed_length`). ``add`` puts the replayed samples on top of full batches of new ones.
 
     Args:
         order: the new samples of this epoch, by index.
@@ -48,44 +50,76 @@ def plan_mixed_batches(
         epoch: how many epochs of this task came before: what they owe is carried over, so that a ratio below one
             sample per epoch is kept too.
         drop_last: leave out a last batch that is not full.
+        length: in ``replace`` mode, the number of batches; by default, from the weights of `order`.
+        multiple: all batches but the last get a multiple of this many samples, so that ranks can share them.
     """
     odds = ratio / (1.0 - ratio)
     new_weights = [weight(i) for i in order]
     expected = odds * sum(new_weights) / mean_replay_weight  # replayed samples per epoch, a real number
     # owed: weight of replayed samples still to come. Error diffusion over the earlier epochs left about this much.
     owed = (epoch * expected - math.floor(epoch * expected + 0.5)) * mean_replay_weight
+    replayed = _EvenDraws(draw, weight, mean_replay_weight)
 
     if mode == "add":
-        batches = plan_batches(range(len(order)), batch_size, drop_last)
-        mixed, pending = [], next(draw)
-        for positions in batches:
+        mixed = []
+        for positions in plan_batches(range(len(order)), batch_size, drop_last):
             batch = [order[p] for p in positions]
             owed += odds * sum(new_weights[p] for p in positions)
-            while owed >= weight(pending) / 2:
-                batch.append(pending)
-                owed -= weight(pending)
-                pending = next(draw)
+            while owed >= multiple * mean_replay_weight / 2:
+                for _ in range(multiple):
+                    batch.append(replayed.take())
+                    owed -= weight(batch[-1])
             mixed.append(batch)
         return mixed
 
-    length = mixed_length(len(order), sum(new_weights), mean_replay_weight, ratio, batch_size, drop_last)
+    if length is None:
+        length = mixed_length(len(order), sum(new_weights), mean_replay_weight, ratio, batch_size, drop_last)
     most = max(length * batch_size - len(order), 0)
     slots: list[int] = []
-    replayed, pending = 0, next(draw)
+    count = 0
     for index, new_weight in zip(order, new_weights, strict=True):
         slots.append(index)
         owed += odds * new_weight
-        while replayed < most and owed >= weight(pending) / 2:
-            slots.append(pending)
-            owed -= weight(pending)
-            replayed, pending = replayed + 1, next(draw)
+        while count < most and owed >= weight(replayed.peek()) / 2:
+            slots.append(replayed.take())
+            owed -= weight(slots[-1])
+            count += 1
     if drop_last:
+        slots += [replayed.take() for _ in range(length * batch_size - len(slots))]
         return plan_batches(slots, batch_size, drop_last)[:length]
-    # The same number of batches in every epoch, of sizes that differ by one at most: the replayed samples must not leave
-    # a last batch with a single sample, which batch norm cannot train on.
-    sizes = [len(slots) // length + (i < len(slots) % length) for i in range(min(length, len(slots)))]
+    # Always the same number of batches, of about equal size: the replayed samples must not leave a last batch with a
+    # single sample, which batch norm cannot train on.
+    groups, rest = divmod(len(slots), multiple)
+    length = min(length, max(groups, 1))
+    sizes = [multiple * (groups // length + (i < groups % length)) for i in range(length)]
+    if sizes[-1] + rest > batch_size:
+        sizes.append(0)
+    sizes[-1] += rest
     stream = iter(slots)
     return [[next(stream) for _ in range(size)] for size in sizes]
+
+
+class _EvenDraws:
+    """Draws in an order in which every stretch has nearly the mean weight.
+
+    Of a few pending draws the one is taken that brings the sum nearest to what so many samples weigh on average. So the
+    number of replayed samples in an epoch hardly depends on whether long or short ones were drawn.
+    """
+
+    def __init__(self, draw: Iterator[int], weight: Callable[[int], int], mean: float, pending: int = 8) -> None:
+        self._draw, self._weight, self._mean = draw, weight, mean
+        self._pending = [next(draw) for _ in range(pending)]
+        self._surplus = 0.0  # of the weights taken so far, over their number times the mean
+
+    def peek(self) -> int:
+        return min(self._pending, key=lambda i: abs(self._surplus + self._weight(i) - self._mean))
+
+    def take(self) -> int:
+        index = self.peek()
+        self._pending.remove(index)  # the oldest first among equals: without weights, the order of the draws
+        self._pending.append(next(self._draw))
+        self._surplus += self._weight(index) - self._mean
+        return index
 
 
 def mixed_length(

@@ -17,7 +17,9 @@ def is_text_source(source: Any) -> bool:
     if isinstance(source, (str, Path)):
         return True
     if isinstance(source, (list, tuple)):
-        return bool(source) and all(isinstance(item, (str, dict)) for item in source)
+        return bool(source) and all(
+            isinstance(item, str) or (isinstance(item, dict) and "input_ids" not in item) for item in source
+        )
     return "text" in (getattr(source, "column_names", None) or ())
 
 

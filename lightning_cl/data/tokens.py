@@ -105,12 +105,14 @@ def split_documents(texts: Sequence[str], fraction: float, seed: int) -> tuple[l
     wanted, taken, held_out = fraction * sum(map(len, texts)), 0, set()
     for index in order[:-1]:
         # A document that overshoots by more than it helps is left in training.
-        if taken and abs(taken + len(texts[index]) - wanted) > abs(taken - wanted):
+        if abs(taken + len(texts[index]) - wanted) > abs(taken - wanted):
             continue
         held_out.add(index)
         taken += len(texts[index])
         if taken >= wanted:
             break
+    if not held_out:
+        held_out.add(min(range(len(texts)), key=lambda index: len(texts[index])))
     return (
         [text for i, text in enumerate(texts) if i not in held_out],
         [text for i, text in enumerate(texts) if i in held_out],

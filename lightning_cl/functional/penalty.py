@@ -71,6 +71,7 @@ def proximal_step_(
     importance: Mapping[str, Tensor],
     strength: float,
     learning_rate: float,
+    applied: dict[str, Tensor] | None = None,
 ) -> None:
     """``θ ← anchor + (θ − anchor) / (1 + learning_rate · strength · importance)`` in place.
 
@@ -83,6 +84,10 @@ def proximal_step_(
         importance: name to weight.
         strength: the factor λ.
         learning_rate: the optimizer's current learning rate for these parameters.
+        applied: where several penalties are applied one after another in one step: name to the sum of
+            ``learning_rate · strength · importance`` of those before, to which this one is added. With
+            ``q_k / (1 + Σ_{j≤k} q_j)`` in place of ``q_k / (1 + q_k)`` the steps together are the exact step of the
+            penalties' sum, in any order.
     """
     if strength == 0.0 or learning_rate == 0.0:
         return  # bit for bit: anchor + (θ − anchor) is not always θ in floating point
@@ -90,8 +95,12 @@ def proximal_step_(
         parameter = parameters[name]
         # θ − (θ − anchor) · q / (1 + q): a weight of importance 0 moves by exactly nothing.
         q = importance[name].float() * min(learning_rate * strength, torch.finfo(torch.float32).max)
+        if applied is None:
+            total = q + 1.0
+        else:
+            total = applied[name].add_(q) + 1.0 if name in applied else applied.setdefault(name, q.clone()) + 1.0
         # An overflow gives inf / inf; its limit is 1: the anchor.
-        q.div_(q + 1.0).nan_to_num_(nan=1.0)
+        q.div_(total).nan_to_num_(nan=1.0)
         if parameter.dtype == torch.float32:
             parameter.sub_(q.mul_(parameter - reference))
         else:

@@ -33,11 +33,11 @@ class _MatrixMetric(Metric):
     rows: list[Tensor]
 
     def __init__(self, mode: Mode = "max", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # Every rank has all rows: gathering them would double the matrix.
+        super().__init__(**{"sync_on_compute": False} | kwargs)
         if mode not in ("max", "min"):
             raise ValueError(f"mode={mode!r}: expected 'max' (higher is better) or 'min' (lower is better)")
         self.mode: Mode = mode
-        # Every rank sees the same rows: nothing to reduce.
         self.add_state("rows", default=[], dist_reduce_fx=None)
 
     def update(self, rows: Tensor) -> None:

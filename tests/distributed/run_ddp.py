@@ -1,0 +1,63 @@
+"""One run of a sequence on any number of processes; started by test_ddp.py, saves what each rank ends with."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+warnings.simplefilter("ignore")
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from toys import Classifier, classification, trainer  # noqa: E402
+
+from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, fit_tasks  # noqa: E402
+
+
+class Seen(Callback):
+    """The samples that this rank trains on, by their first number."""
+
+    def __init__(self):
+        self.samples = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.samples.append(batch[0][:, 0].clone())
+
+
+def main(out: str, ranks: int, kind: str, ckpt_path: str | None) -> None:
+    """Three tasks with every method at once."""
+    L.seed_everything(1, verbose=False)
+    batch_size = 8 // ranks
+    tasks = {name: classification(i, 40) for i, name in enumerate("abc")}
+    if kind == "loaders":
+        data = {name: DataLoader(dataset, batch_size, shuffle=True) for name, dataset in tasks.items()}
+    else:
+        data = TaskDataModule(tasks, batch_size=batch_size)
+    ewc = EWC(1.0, samples=15, outputs=lambda module, batch: module(batch[0]))
+    si, replay, matrix, seen = SI(1.0), Replay(20, 0.25), TaskMatrix(), Seen()
+    checkpoint = ModelCheckpoint(every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+    run = trainer(out, [ewc, si, replay, matrix, seen, checkpoint], max_epochs=2, **strategy)
+    # Dropout: each rank draws its own numbers, which a checkpoint must keep for all ranks.
+    module = Classifier(dropout=0.2 if kind == "dropout" else 0.0)
+    fit_tasks(run, module, data, ckpt_path)
+    torch.save(
+        {
+            "weights": module.state_dict(),
+            "ewc": ewc.importance,
+            "si": si.importance,
+            "buffer": torch.stack([sample[0] for sample in replay.buffer.items]),
+            "matrix": matrix.matrix,
+            "seen": seen.samples,
+        },
+        f"{out}/rank{run.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else None)
