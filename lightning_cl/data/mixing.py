@@ -102,11 +102,11 @@ def plan_mixed_batches(
 class _EvenDraws:
     """Draws in an order in which every stretch has nearly the mean weight.
 
-    Of a few pending draws the one is taken that brings the sum nearest to what so many samples weigh on average. So the
+    Of some pending draws the one is taken that brings the sum nearest to what so many samples weigh on average. So the
     number of replayed samples in an epoch hardly depends on whether long or short ones were drawn.
     """
 
-    def __init__(self, draw: Iterator[int], weight: Callable[[int], int], mean: float, pending: int = 8) -> None:
+    def __init__(self, draw: Iterator[int], weight: Callable[[int], int], mean: float, pending: int = 32) -> None:
         self._draw, self._weight, self._mean = draw, weight, mean
         self._pending = [next(draw) for _ in range(pending)]
         self._surplus = 0.0  # of the weights taken so far, over their number times the mean
