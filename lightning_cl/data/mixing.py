@@ -35,9 +35,9 @@ def plan_mixed_batches(
     The share is kept by error diffusion: a replayed sample comes next whenever that brings the running share nearer to
     ``ratio``. So over any window the share is off by about one sample.
 
-    ``replace`` keeps the batch size (the batches of an epoch are of about equal size and never larger): a pass over the
-    new samples takes ``1 / (1 − ratio)`` times the batches, and their number is the same in every epoch
-    (:func:`mixed_length`). ``add`` puts the replayed samples on top of full batches of new ones.
+    ``replace`` keeps the batch size: a pass over the new samples takes ``1 / (1 − ratio)`` times the batches, and their
+    number is the same in every epoch (:func:`mixed_length`). ``add`` puts the replayed samples on top of full batches
+    of new ones.
 
     Args:
         order: the new samples of this epoch, by index.
@@ -51,7 +51,7 @@ def plan_mixed_batches(
             sample per epoch is kept too.
         drop_last: leave out a last batch that is not full.
         length: in ``replace`` mode, the number of batches; by default, from the weights of `order`.
-        multiple: all batches but the last get a multiple of this many samples, so that ranks can share them.
+        multiple: in ``add`` mode, replayed samples come in multiples of this many, so that ranks can share them.
     """
     odds = ratio / (1.0 - ratio)
     new_weights = [weight(i) for i in order]
@@ -87,16 +87,21 @@ def plan_mixed_batches(
     if drop_last:
         slots += [replayed.take() for _ in range(length * batch_size - len(slots))]
         return plan_batches(slots, batch_size, drop_last)[:length]
-    # Always the same number of batches, of about equal size: the replayed samples must not leave a last batch with a
-    # single sample, which batch norm cannot train on.
-    groups, rest = divmod(len(slots), multiple)
-    length = min(length, max(groups, 1))
-    sizes = [multiple * (groups // length + (i < groups % length)) for i in range(length)]
-    if sizes[-1] + rest > batch_size:
-        sizes.append(0)
-    sizes[-1] += rest
-    stream = iter(slots)
-    return [[next(stream) for _ in range(size)] for size in sizes]
+    return [slots[start:end] for start, end in _cuts(len(slots), length, batch_size)]
+
+
+def _cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Where an epoch of so many samples is cut into `length` batches.
+
+    All are full but the last. Where that would be small, the last two share what is left: replayed samples must not
+    leave a batch with a single sample, which batch norm cannot train on.
+    """
+    length = min(length, slots)
+    ends = [batch_size * (i + 1) for i in range(length - 1)] + [slots]
+    if length > 1 and slots - ends[-2] < batch_size / 2:
+        begin = ends[-3] if length > 2 else 0
+        ends[-2] = begin + math.ceil((slots - begin) / 2)
+    return zip([0, *ends[:-1]], ends, strict=True)
 
 
 class _EvenDraws:
