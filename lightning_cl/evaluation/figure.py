@@ -41,27 +41,33 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
 
 def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:
     import numpy as np
+    from matplotlib.patches import Rectangle
 
     values = np.array(matrix, dtype=float)
-    # Green is good, whichever direction that is.
-    image = axes.imshow(values, cmap="RdYlGn" if report["mode"] == "max" else "RdYlGn_r", aspect="auto")
+    # Each column between its own worst and best: tasks differ in what a good score is. Blue is good, red is bad, which
+    # the colour-blind can tell apart too.
+    good = values if report["mode"] == "max" else -values
+    known = np.isfinite(good)
+    low = np.where(known, good, np.inf).min(0)
+    high = np.where(known, good, -np.inf).max(0)
+    shade = (good - low) / np.where(high > low, high - low, 1.0)
+    axes.imshow(np.where(known, shade, np.nan), cmap="RdYlBu", vmin=-0.15, vmax=1.15, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_yticks(range(len(rows)), [f"after {row}" if i else row for i, row in enumerate(rows)])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            axes.text(j, i, "?" if math.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=10)
+            color = "white" if known[i, j] and not 0.08 < shade[i, j] < 0.92 else "black"
+            text = "?" if math.isnan(value) else f"{value:.2f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=11, color=color)
     trained = [name for name in tasks if name not in report["watched"]]
     for i, name in enumerate(trained[: len(rows) - 1]):
         box = {"xy": (tasks.index(name) - 0.5, i + 0.5), "width": 1, "height": 1}
-        from matplotlib.patches import Rectangle
-
         axes.add_patch(Rectangle(**box, fill=False, edgecolor="black", linewidth=1.8))
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_xlabel(f"{report['monitor']} (boxed: just trained)", fontsize=9)
-    image.set_clim(np.nanmin(values), np.nanmax(values) + 1e-12)
+    axes.set_xlabel(f"{report['monitor']}; box: just trained; colour: from the task's worst to its best", fontsize=9)
 
 
 def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:

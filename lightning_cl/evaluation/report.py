@@ -152,7 +152,7 @@ def _format_answers(report: dict[str, Any]) -> list[str]:
         for index, prompt in enumerate(method.get("prompts", [])):
             lines += ["", f"  {prompt!r} …"]
             for trained, answers in sorted(method["answers"].items(), key=lambda item: int(item[0])):
-                answer = " ".join(answers[index].split())
+                answer = " ".join(answers[index].split()) or "(blank)"
                 lines.append(f"    {names[int(trained)]:>16} | {answer[:100]}")
     return lines
 

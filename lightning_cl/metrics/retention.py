@@ -63,7 +63,7 @@ class AverageAccuracy(_MatrixMetric):
         kwargs: of ``torchmetrics.Metric``.
     """
 
-    definition = "mean over the tasks of the score after the last task"
+    definition = "mean over the tasks after the last one"
 
     def compute(self) -> Tensor:
         """The mean."""
@@ -87,10 +87,7 @@ class BackwardTransfer(_MatrixMetric):
     def definition(self) -> str:
         """The definition in words."""
         over = "T - 1" if self.preset == "gem" else "T"
-        return (
-            f"gain on each earlier task from its own end to the last task's end, summed, over {over}; positive is good"
-            f" (preset {self.preset!r})"
-        )
+        return f"gain on earlier tasks since each was learnt, over {over} ({self.preset}); positive is good"
 
     def compute(self) -> Tensor:
         """The backward transfer."""
@@ -120,11 +117,8 @@ class ForwardTransfer(_MatrixMetric):
     def definition(self) -> str:
         """The definition in words."""
         if self.preset == "sapt":
-            return "score right after training a task minus that of a model trained on it alone; positive is good"
-        return (
-            "gain on a task through the tasks before it, over the model before any training, mean over tasks 2 to T;"
-            f" positive is good (preset {self.preset!r})"
-        )
+            return "gain over a model trained on the task alone, mean over T (sapt); positive is good"
+        return f"gain on tasks 2 to T from those before, over the untrained model ({self.preset}); positive is good"
 
     def compute(self) -> Tensor:
         """The forward transfer."""
@@ -139,10 +133,7 @@ class Forgetting(_MatrixMetric):
         kwargs: of ``torchmetrics.Metric``.
     """
 
-    definition = (
-        "loss on each earlier task from its best value after any earlier training to the end, mean over T - 1;"
-        " positive is bad"
-    )
+    definition = "drop from each earlier task's best, mean over T - 1; positive is bad"
 
     def compute(self) -> Tensor:
         """The forgetting."""
