@@ -89,7 +89,7 @@ class ContinualCLI(LightningCLI):
         """All tasks, one after another; the trained model as a Hugging Face folder at the end."""
         fit_tasks(self.trainer, model, datamodule, ckpt_path)
         folder = run_folder(self.trainer)
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):  # type: ignore[attr-defined]
             model.save_pretrained(folder / "model")
             print(f"  {folder / 'model'}: the model, for AutoModelForCausalLM.from_pretrained\n")
 

@@ -89,7 +89,7 @@ def fit_tasks(
         _save_boundary(trainer, coordinator, tasks[index], index)
     if start == len(tasks) and checkpoint_path is not None:
         _load_weights(trainer, module, data, checkpoint_path)
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         rank_zero_info(describe_plan(trainer, data, coordinator.costs))
     methods = TaskCoordinator.methods(trainer)
     return next((method.summary() for method in methods if hasattr(method, "summary")), {})
@@ -216,7 +216,7 @@ def _limit(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task) -> None
     coordinator.trainer_limits = (epochs, steps)
     if task.max_epochs is not None or task.max_steps is not None:
         epochs, steps = task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         epochs, steps = coordinator.trainer_limits
     if steps == -1 and (epochs is None or epochs == -1):
         raise MisconfigurationException(
@@ -290,7 +290,7 @@ def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task,
     coordinator.reach_boundary(trainer)
     folder = run_folder(trainer)
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
-    if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+    if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         trainer.save_checkpoint(folder / "tasks" / f"{index}-{task.slug}.ckpt", weights_only=False)
 
 
@@ -362,7 +362,7 @@ def steps_of_task(trainer: L.Trainer) -> int | None:
         with untouched_random_state():
             loader = trainer.fit_loop._data_source.dataloader()
         try:
-            batches = len(loader)  # type: ignore[arg-type]
+            batches = len(loader)
         except TypeError:
             batches = None
         if batches is not None and why_not_plannable(loader) is None and trainer.distributed_sampler_kwargs:

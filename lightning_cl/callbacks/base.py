@@ -149,7 +149,8 @@ class ContinualCallback(Callback):
 
     def is_log_step(self, trainer: L.Trainer) -> bool:
         """Whether this optimizer step's metrics go to the logger, so that what costs time is measured only then."""
-        return trainer.log_every_n_steps > 0 and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (trainer.global_step + 1) % every == 0
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

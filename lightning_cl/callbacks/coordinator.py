@@ -248,7 +248,7 @@ class TaskCoordinator(Callback):
         if not isinstance(loader, TaskLoader):
             return {}
         counts = torch.tensor(list(loader.counts.values()), dtype=torch.int64, device=trainer.strategy.root_device)
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")  # type: ignore[assignment]
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")
         return dict(zip(loader.counts, counts.tolist(), strict=True))
 
     @override
@@ -293,7 +293,9 @@ class TaskCoordinator(Callback):
             "fingerprint": self.data.fingerprint() if self.data is not None else None,
             "costs": [dict(cost) for cost in self.costs],
             "loader": loader.state_dict() if isinstance(loader, TaskLoader) else None,
-            "random_states": self._resumed["random_states"] if self.at_boundary else _gather(get_random_state()),
+            "random_states": self._resumed["random_states"]
+            if self.at_boundary and self._resumed is not None
+            else _gather(get_random_state()),
             "methods": {
                 name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
                 for method, name in named(self.methods(trainer))

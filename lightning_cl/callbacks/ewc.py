@@ -124,16 +124,17 @@ class EWC(QuadraticPenalty):
     def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str]:
         """This task's Fisher diagonal, and the estimator that was used."""
         assert self.task is not None
+        index = self.task.index
         parameters = trainable_parameters(pl_module)
-        count = 1 if trainer.fast_dev_run else self.samples
+        count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
         label = f"{type(self).__name__}: Fisher of {self.task}"
         used = {self.estimator}
 
         def losses() -> Iterator[tuple[WeightedLosses, int]]:
             read_logits = LogitsReader(trainer, pl_module, self.outputs)
-            for number, batch in single_samples(trainer, count, seed=self.task.index, label=label):
+            for number, batch in single_samples(trainer, count, seed=index, label=label):
                 # One generator per sample: the labels do not depend on which rank draws them.
-                generator = torch.Generator().manual_seed(1 + self.task.index * 1_000_003 + number)
+                generator = torch.Generator().manual_seed(1 + index * 1_000_003 + number)
                 estimator, terms = self._losses_of(trainer, pl_module, batch, read_logits, generator)
                 used.add(estimator)
                 yield terms
@@ -143,7 +144,7 @@ class EWC(QuadraticPenalty):
         positions_of_all = torch.tensor(positions, dtype=torch.float64, device=trainer.strategy.root_device)
         positions = int(trainer.strategy.reduce(positions_of_all, reduce_op="sum"))
         for name, value in total.items():
-            total[name] = trainer.strategy.reduce(value, reduce_op="sum").div_(max(positions, 1))  # type: ignore[union-attr]
+            total[name] = trainer.strategy.reduce(value, reduce_op="sum").div_(max(positions, 1))
         used.discard("auto")
         return total, "/".join(sorted(used))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -83,7 +83,7 @@ def single_samples(trainer: L.Trainer, count: int, seed: int, label: str) -> Ite
     Yields:
         the sample's number (the same whatever the number of ranks) and the batch.
     """
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if isinstance(loader, TaskLoader) or why_not_plannable(loader) is None:
         dataset, collate = loader.dataset, loader.collate_fn
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -95,9 +95,14 @@ def single_samples(trainer: L.Trainer, count: int, seed: int, label: str) -> Ite
         share = -(-count // trainer.world_size)
         batches = ((number * trainer.world_size + trainer.global_rank, row) for number, row in _rows(loader, share))
         total = share
-    hidden = trainer.progress_bar_callback is None or trainer.global_rank > 0
-    for number, batch in tqdm(batches, desc=label, total=total, disable=hidden, leave=False, unit="sample"):
+    for number, batch in progress(trainer, batches, label, total):
         yield number, to_device(trainer, batch)
+
+
+def progress(trainer: L.Trainer, items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
+    """A bar for work outside of Lightning's loops, where the Trainer shows bars at all."""
+    hidden = trainer.progress_bar_callback is None or trainer.global_rank > 0
+    return iter(tqdm(items, desc=label, total=total, disable=hidden, leave=False))
 
 
 def to_device(trainer: L.Trainer, batch: Any) -> Any:

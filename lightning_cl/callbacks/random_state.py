@@ -13,7 +13,7 @@ import torch
 
 def get_random_state() -> dict[str, Any]:
     """The states of python, numpy, torch and all CUDA devices, as plain containers and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         # numpy arrays cannot be loaded with weights_only=True; torch has no uint32 everywhere, so bytes go in.

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.buffers.samples import own
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
+from lightning_cl.callbacks.passes import progress
 from lightning_cl.data.loader import Mix, TaskLoader, why_not_plannable
 from lightning_cl.data.mixing import MixMode
 
@@ -62,7 +63,7 @@ class Replay(ContinualCallback):
         ):
             raise ValueError(f"ratio={ratio!r}: expected a share in [0, 1), as 0.05 for five percent")
         self.ratio = float(ratio)
-        self.mode = check_choice("mode", mode, ("replace", "add"))
+        self.mode: MixMode = check_choice("mode", mode, ("replace", "add"))  # type: ignore[assignment]
         self.seed = seed
         self.buffer = ReplayBuffer(buffer_size, policy, seed)
 
@@ -83,7 +84,7 @@ class Replay(ContinualCallback):
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         if not isinstance(loader, TaskLoader):
             check_mixable(loader)
         chosen: dict[int, int] = {}
@@ -91,7 +92,8 @@ class Replay(ContinualCallback):
             slot = self.buffer.choose_slot(self.task.name)
             if slot is not None:
                 chosen[slot] = index  # a later sample may take the slot again: only the last one is loaded
-        for slot in sorted(chosen):
+        label = f"{type(self).__name__}: keeping samples of {self.task}"
+        for slot in progress(trainer, sorted(chosen), label):
             self.buffer.put(slot, loader.dataset[chosen[slot]], self.task.name)
 
     @override

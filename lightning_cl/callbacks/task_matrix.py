@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
 from lightning_cl.callbacks.coordinator import TaskCoordinator, named
+from lightning_cl.callbacks.passes import progress
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.functional.retention import Mode, Preset
 from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
@@ -78,7 +79,8 @@ class TaskMatrix(ContinualCallback):
         start = time.monotonic()
         self._grow(data, trained)
         unknown = [column for column in range(len(self.tasks)) if self.matrix[trained, column].isnan()]
-        for column in unknown:
+        when = f"after task {trained}/{len(data.trained_tasks)}" if trained else "before training"
+        for column in progress(trainer, unknown, f"Evaluating all tasks {when}"):
             self.matrix[trained, column] = self._evaluate(trainer, pl_module, data, column, ckpt_path)
             ckpt_path = None  # the weights are in the module now
         if unknown:
@@ -104,14 +106,15 @@ class TaskMatrix(ContinualCallback):
         data.watch = column
         # The user's curves of the current task's validation are not to be mixed with these.
         trainer.loggers = []
-        if bar is not None and bar.is_enabled:
+        shown = bar is not None and getattr(bar, "is_enabled", True)
+        if bar is not None and shown:
             bar.disable()
         try:
             trainer.validate(pl_module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
         finally:
             data.watch = None
             trainer.loggers = loggers
-            if bar is not None and bar.is_disabled:
+            if bar is not None and shown:
                 bar.enable()
             for module, training in modes.items():
                 module.training = training
@@ -149,10 +152,10 @@ class TaskMatrix(ContinualCallback):
         methods = named(TaskCoordinator.methods(trainer))
         report = build_report(self, coordinator.costs, methods)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_report(report, folder)
         if final:
-            rank_zero_info(format_report(report, None if trainer.fast_dev_run else folder))
+            rank_zero_info(format_report(report, None if trainer.fast_dev_run else folder))  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ what others read
 

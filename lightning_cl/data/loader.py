@@ -244,8 +244,8 @@ class TaskLoader:
         self._finish_resume()
         self._position = start
         fetched = DataLoader(
-            _NewThenReplayed(self.dataset, self._mix.buffer if self._mix is not None else ()),
-            batch_sampler=batches[start:],  # type: ignore[arg-type]
+            _NewThenReplayed(self.dataset, self._mix.buffer.items if self._mix is not None else ()),
+            batch_sampler=batches[start:],
             collate_fn=self.collate_fn,
             generator=generator,
             **self._settings,

@@ -280,7 +280,7 @@ class TaskDataModule(L.LightningDataModule):
             **self._ranks(),
         )
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> dict[str, Any]:
         # Data parallel ranks: under tensor parallelism several processes share one batch.
         sampler = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return {"rank": sampler.get("rank", 0), "world_size": sampler.get("num_replicas", 1)}
@@ -335,7 +335,8 @@ def _as_task(name: str | None, data: Any) -> Task:
         unknown = [key for key in data if key not in known]
         if unknown:
             raise TypeError(f"task {name or data.get('name')!r}: unknown argument {unknown[0]!r}; there are {known}")
-        return Task(**({"name": name} if name is not None else {}) | data)
+        arguments: dict[str, Any] = ({"name": name} if name is not None else {}) | data
+        return Task(**arguments)
     if name is None:
         raise TypeError(f"tasks: expected a Task in the list, got {_describe(data)}")
     return Task(name, train=data)

@@ -63,8 +63,9 @@ def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[fl
             axes.text(j, i, text, ha="center", va="center", fontsize=11, color=color)
     trained = [name for name in tasks if name not in report["watched"]]
     for i, name in enumerate(trained[: len(rows) - 1]):
-        box = {"xy": (tasks.index(name) - 0.5, i + 0.5), "width": 1, "height": 1}
-        axes.add_patch(Rectangle(**box, fill=False, edgecolor="black", linewidth=1.8))
+        axes.add_patch(
+            Rectangle((tasks.index(name) - 0.5, i + 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.8)
+        )
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_xlabel(f"{report['monitor']}; box: just trained; colour: from the task's worst to its best", fontsize=9)

@@ -72,8 +72,9 @@ class CausalLM(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if getattr(data, "tokenizer", None) is not None:
-            self.tokenizer = data.tokenizer
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
 
     @override
     def configure_model(self) -> None:
@@ -170,7 +171,7 @@ class CausalLM(L.LightningModule):
     def configure_optimizers(self) -> Any:
         from lightning_cl.sequence import steps_of_task
 
-        optimizer = self.optimizer(_parameter_groups(self))  # type: ignore[arg-type]
+        optimizer = self.optimizer(_parameter_groups(self))
         if self.schedule is None:
             return optimizer
         steps = steps_of_task(self.trainer)
@@ -224,7 +225,7 @@ class CausalLM(L.LightningModule):
 def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Matrices with the optimizer's weight decay; norms and biases (vectors) without."""
     trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2]},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]

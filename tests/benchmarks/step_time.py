@@ -109,7 +109,7 @@ def main() -> None:
         if name.startswith("EWC") and "+" not in name:
             line += f"; Fisher of 16 sequences: {end / (2 * reference):.2f} training passes over them"
         print(line, flush=True)
-    parameters = {name: p for name, p in _model().named_parameters()}
+    parameters = dict(_model().named_parameters())
     anchor = {name: p.detach() + 0.01 for name, p in parameters.items()}
     importance = {name: torch.rand_like(p) for name, p in parameters.items()}
     for p in parameters.values():
