@@ -62,8 +62,8 @@ def fit_tasks(
     """
     if not isinstance(data, TaskDataModule):
         data = TaskDataModule(data)
-    coordinator = _prepare(trainer, module, data)
     checkpoint_path = _resolve(ckpt_path, trainer)
+    coordinator = _prepare(trainer, module, data, resumed=checkpoint_path is not None)
     if checkpoint_path is not None:
         _load(trainer, data, coordinator, checkpoint_path)
     tasks = data.trained_tasks
@@ -150,15 +150,13 @@ def run_folder(trainer: L.Trainer) -> Path:
 # ---------------------------------------------------------------------- before the first task
 
 
-def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule) -> TaskCoordinator:
+def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, resumed: bool) -> TaskCoordinator:
     check_trainer(trainer, module)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
     coordinator = TaskCoordinator.of(trainer)
-    coordinator.driven = data.driven = True
-    coordinator.data = data
-    coordinator.names = [task.name for task in data.trained_tasks]
-    coordinator.first_step = trainer.global_step
+    coordinator.begin_sequence(trainer, data, resumed)
+    data.driven = True
     coordinator.pristine = coordinator.pristine or _snapshot(trainer)
     return coordinator
 

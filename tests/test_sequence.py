@@ -312,3 +312,16 @@ def test_plain_fits_with_one_callback_are_tasks_in_sequence(tmp_path):
         assert ewc.tasks_done == si.tasks_done == seed + 1
     assert ewc.task.index == 1
     assert float(sum(t.sum() for t in ewc.importance.values())) > 0
+
+
+def test_a_second_sequence_on_the_same_trainer_starts_anew_and_keeps_what_was_learnt(tmp_path):
+    ewc, matrix, recorder, module = EWC(1.0, samples=8), TaskMatrix(), Recorder(), Classifier()
+    run = trainer(tmp_path, [ewc, matrix, recorder], max_epochs=1)
+    fit_tasks(run, module, {"a": DataLoader(classification(0), 8)})
+    first = {name: importance.clone() for name, importance in ewc.importance.items()}
+    fit_tasks(run, module, {"b": DataLoader(classification(1), 8), "c": DataLoader(classification(2), 8)})
+    assert steps_per_task(recorder) == [6, 6, 6]
+    assert matrix.tasks == ["b", "c"]
+    assert not matrix.matrix.isnan().any()
+    assert ewc.tasks_done == 3
+    assert all((ewc.importance[name] >= first[name]).all() for name in first)

@@ -7,6 +7,7 @@ their order in ``Trainer(callbacks=[…])``:
 ==================  ====================================================================================
 question            when
 ==================  ====================================================================================
+on_sequence_start   ``fit_tasks`` starts a sequence anew, without a checkpoint
 check_loader        before any training, for the loader of every task
 mix_into            the loader of a task is built
 on_task_start       once per task, never on a resume inside it
@@ -67,6 +68,9 @@ class ContinualCallback(Callback):
         self.scalars: dict[str, float | Tensor] = {}
 
     # ------------------------------------------------------------------ questions
+
+    def on_sequence_start(self) -> None:
+        """A new sequence starts; what the method learnt before, it may keep."""
 
     @property
     def mixes(self) -> bool:

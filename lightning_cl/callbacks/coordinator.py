@@ -266,6 +266,21 @@ class TaskCoordinator(Callback):
 
     # ------------------------------------------------------------------ state
 
+    def begin_sequence(self, trainer: L.Trainer, data: TaskDataModule, resumed: bool) -> None:
+        """A sequence starts, from its beginning or from a checkpoint (called by ``fit_tasks``)."""
+        self.driven, self.data = True, data
+        self.names = [task.name for task in data.trained_tasks]
+        self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
+        self.position, self.first_step, self.costs = (
+            TaskPosition(0, self.names[0], len(self.names)),
+            trainer.global_step,
+            [],
+        )
+        self._resumed = None
+        if not resumed:
+            for method in self.methods(trainer):
+                method.on_sequence_start()
+
     def begin_task(self, position: TaskPosition) -> None:
         """A fresh task is about to be fitted (called by ``fit_tasks``)."""
         self.position, self.started, self.ended, self.at_boundary = position, False, False, False

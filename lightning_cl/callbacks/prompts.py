@@ -43,6 +43,10 @@ class PromptSamples(ContinualCallback):
         self.answers: dict[int, list[str]] = {}
 
     @override
+    def on_sequence_start(self) -> None:
+        self.answers = {}
+
+    @override
     def at_boundary(
         self,
         trainer: L.Trainer,

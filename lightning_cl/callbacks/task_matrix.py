@@ -68,6 +68,10 @@ class TaskMatrix(ContinualCallback):
             )
 
     @override
+    def on_sequence_start(self) -> None:
+        self.matrix, self.tasks, self.seconds = torch.empty(0, 0), [], 0.0
+
+    @override
     def at_boundary(
         self,
         trainer: L.Trainer,
