@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 # Imported for their names: `--trainer.callbacks+=EWC` finds classes that are loaded.
@@ -73,6 +73,13 @@ class ContinualCLI(LightningCLI):
         )
 
     @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for action in parser._actions:
+            for choice in getattr(action, "_choices_actions", ()):
+                choice.help = _SUBCOMMANDS.get(choice.dest, choice.help)
+
+    @override
     def _parse_ckpt_path(self) -> None:
         # Lightning lets hyper-parameters from the checkpoint win over the command line, silently.
         return
@@ -87,6 +94,10 @@ class ContinualCLI(LightningCLI):
 
     def fit(self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any) -> None:
         """All tasks, one after another; the trained model as a Hugging Face folder at the end."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfigCallback):
+                # Before the first evaluation, which runs without loggers and so without a run folder.
+                callback.setup(self.trainer, model, "fit")
         fit_tasks(self.trainer, model, datamodule, ckpt_path)
         folder = run_folder(self.trainer)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):  # type: ignore[attr-defined]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import re
 import sys
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import NoReturn
 
 from jsonargparse import DefaultHelpFormatter
@@ -25,65 +25,72 @@ class HelpfulParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        hints = list(dict.fromkeys(self._hints(message)))
-        problem = _essence(message)
-        program = self.prog.replace(" [options]", "").split(" ")[0]
-        lines = [f"{program}: error: {problem}", *(f"  {hint}" for hint in hints)]
-        lines.append(f"  all arguments: {program} fit --help; all settings of a run: --print_config")
+        lines = [f"lightning-cl: error: {_essence(message)}"]
+        lines += [f"  {hint}" for hint in dict.fromkeys(self._hints(message))]
+        lines.append("  all arguments: lightning-cl fit --help; all settings of a run: --print_config")
         sys.stderr.write("\n".join(lines) + "\n")
         sys.exit(2)
 
     def _hints(self, message: str) -> Iterator[str]:
-        for option in re.findall(r"(?:unrecognized arguments|ambiguous option): --([\w.+]+)", message):
-            names = [name for name in self._option_names() if not name.endswith((".help", "+"))]
-            yield _closest(f"--{option}", names, "--{}", wanted=option)
-        for key in re.findall(r"[Kk]ey ['\"]?([\w.]+)['\"]? is not expected", message):
-            names = self._option_names()
-            yield _closest(key, [name for name in names if not name.endswith((".help", "+"))], "{}", wanted=key)
+        unknown = r"(?:unrecognized arguments|ambiguous option): --|does not accept option '|[Kk]ey ['\"]?"
+        for option in re.findall(rf"(?:{unknown})([\w.]+)", message):
+            if not option.startswith(("trainer.callbacks", "subcommand")):
+                yield _closest(option, self._option_names())
+        classes = _classes()
         owner = re.search(r"given class_path '([\w.]+)'", message)
         for option in re.findall(r"Option '([\w.]+)' is not accepted", message):
-            classes = _classes()
             name = owner.group(1).split(".")[-1] if owner else ""
+            # Whoever writes --model.… means the model.
+            if not classes.get(name) and any(argument.startswith("--model.") for argument in sys.argv):
+                name = "CausalLM" if get_close_matches(option, classes["CausalLM"], cutoff=0.6) else name
             if classes.get(name):
                 yield f"{name} takes {', '.join(classes[name])}"
-                yield _closest(option, classes[name], "{}", wanted=option)
-            else:
-                known: dict[str, list[str]] = {}
-                for cls, arguments in classes.items():
-                    for argument in arguments:
-                        known.setdefault(argument, []).append(cls)
-                for match in difflib.get_close_matches(option, known, n=1, cutoff=0.6):
-                    yield f"did you mean {match!r}, an argument of {', '.join(known[match][:3])}?"
-        for name in re.findall(
-            r"(?:import path string:|Unexpected import path format|class_path) '?([\w.]+)'?", message
-        ):
-            short = name.split(".")[-1]
-            if short not in _classes():
-                yield _closest(short, list(_classes()), "{}", wanted=short)
+                yield _closest(option, classes[name])
+                continue
+            known: dict[str, list[str]] = {}
+            for cls, arguments in classes.items():
+                for argument in arguments:
+                    known.setdefault(argument, []).append(cls)
+            for match in get_close_matches(option, known, n=1, cutoff=0.6):
+                yield f"did you mean {match!r}, an argument of {', '.join(known[match][:3])}?"
+        for name in re.findall(r"(?:import path string: |class_path ')([\w.]+)|no attribute '(\w+)'", message):
+            short = "".join(name).split(".")[-1]
+            if short not in classes:
+                yield _closest(short, list(classes))
 
     def _option_names(self) -> list[str]:
-        return [option.lstrip("-") for action in self._actions for option in action.option_strings if "--" in option]
+        """All options, and the groups that they are in."""
+        parsers = [self]
+        for action in self._actions:
+            if isinstance(getattr(action, "choices", None), dict):
+                parsers += [parser for parser in action.choices.values() if isinstance(parser, HelpfulParser)]
+        names = [
+            option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings
+        ]
+        names = [name for name in names if not name.endswith((".help", "+"))]
+        return list(dict.fromkeys(names + [name.split(".")[0] for name in names]))
 
 
 def _essence(message: str) -> str:
     """The line of jsonargparse's nested message that says what is wrong, and where."""
     where = re.match(r'Parser key "([^"]+)"', message)
-    core = re.findall(
-        r"(?:Problem with given class_path '[\w.]+':\s*)?(?:Option|Expected a dot import path)[^\n]*", message
-    )
-    if where is None or not core:
+    wrong = r"Option [^\n]*|Expected a dot import path[^\n]*|[^\n]*has no attribute[^\n]*"
+    core = re.search(rf"(?:Problem with given class_path '[\w.]+':\s*)?(?:{wrong})", message)
+    if where is None or core is None:
         return message
-    text = " ".join(core[0].split()).replace("Problem with given class_path", "class")
+    text = " ".join(core.group().split()).replace("Problem with given class_path", "class").lstrip("- ")
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1", text)
+    text = re.sub(r".*module '(\S+)' has no attribute '(\w+)'", r"there is no class \1.\2", text)
     return f"{where.group(1)}: {text}"
 
 
-def _closest(given: str, names: list[str], form: str, wanted: str) -> str:
-    # By the last part too: `--trainer.max_stepz` is nearer to `trainer.max_steps` than to anything else.
-    matches = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
+def _closest(given: str, names: list[str]) -> str:
+    matches = get_close_matches(given, names, n=3, cutoff=0.6)
+    if not matches and "." in given:  # a misspelt group: `trainr.max_steps`
+        matches = get_close_matches(given.split(".")[0], names, n=1, cutoff=0.6)
     if not matches:
         return f"{given}: nothing of a similar name is known"
-    return f"did you mean {' or '.join(form.format(match) for match in matches)}?"
+    return f"did you mean {' or '.join(matches)}?"
 
 
 def _classes() -> dict[str, list[str]]:

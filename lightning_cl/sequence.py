@@ -24,10 +24,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator, check_state, check_trainer
-from lightning_cl.callbacks.random_state import untouched_random_state
 from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, find_last_checkpoint, read_checkpoint
 from lightning_cl.data.loader import TaskLoader, why_not_plannable
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task, TaskPosition
 
 
@@ -341,8 +341,9 @@ def describe_plan(trainer: L.Trainer, data: TaskDataModule, costs: list[dict[str
         limits = [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
         lines.append(f"  {index + 1}. {task.name}: {size}{''.join(', ' + limit for limit in limits)}")
         lines += [f"     {line}" for line in data.describe(task)]
-        if isinstance(loader, TaskLoader) and index > 0:
-            for method in TaskCoordinator.methods(trainer):
+        mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
+        if isinstance(loader, TaskLoader) and index > 0 and mixing:
+            for method in mixing:
                 method.mix_into(trainer, loader)
             lines.append(f"     with replay: {len(loader)} batches an epoch")
     return "\n".join(lines)

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback
-from lightning_cl.callbacks.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.data.loader import TaskLoader
+from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.tasks import TaskPosition
 
 if TYPE_CHECKING:

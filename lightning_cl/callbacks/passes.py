@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_cl.callbacks.random_state import untouched_random_state
 from lightning_cl.data.loader import TaskLoader, why_not_plannable
+from lightning_cl.random_state import untouched_random_state
 
 OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
 """``outputs(module, batch)`` gives the logits of a batch: ``[batch, classes]`` or ``[batch, length, classes]``."""

@@ -11,7 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback
+from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.random_state import untouched_random_state
 
 
 class PromptSamples(ContinualCallback):
@@ -35,7 +37,7 @@ class PromptSamples(ContinualCallback):
 
     def __init__(self, prompts: list[str], max_new_tokens: int = 32) -> None:
         super().__init__()
-        if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
             raise ValueError(f"prompts={prompts!r}: expected a list of texts")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: expected a positive integer")
@@ -57,13 +59,24 @@ class PromptSamples(ContinualCallback):
     ) -> None:
         if trained in self.answers or ckpt_path is not None:
             return
+        if trained == 0 and not (data.is_set_up and _generator(pl_module)):
+            return  # nothing is built yet: `on_task_start` asks
+        self._ask(trainer, pl_module, data, trained)
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = TaskCoordinator.of(trainer).data
+        if data is None:
+            return  # a plain fit: there are no boundaries to ask at
+        with untouched_random_state():
+            if self.task is not None and self.task.index == 0 and 0 not in self.answers:
+                self._ask(trainer, pl_module, data, 0)
+
+    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
         model = _generator(pl_module)
         if model is None:
-            if trained == 0:
-                return  # a module that builds its model for training: nothing has been evaluated yet
             raise MisconfigurationException(
-                f"PromptSamples: nothing in {type(pl_module).__name__} can generate (a transformers model has"
-                " .generate)"
+                f"PromptSamples: nothing in {type(pl_module).__name__} can generate (a transformers model has .generate)"
             )
         if not hasattr(data.tokenizer, "decode"):
             raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")
@@ -74,13 +87,14 @@ class PromptSamples(ContinualCallback):
 
     @torch.no_grad()
     def _answer(self, model: Any, tokenizer: Any, prompt: str) -> str:
-        training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         inputs = {key: inputs[key].to(next(model.parameters()).device) for key in ("input_ids", "attention_mask")}
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         ids = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad)
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     @override

@@ -48,9 +48,8 @@ class TaskDataModule(L.LightningDataModule):
             in every run.
 
     Attributes:
-        tasks: the list of tasks.
-        index: which of the trained tasks is the current one.
-        tokenizer: once the data is set up, the tokenizer.
+        index: which of the trained tasks is the current one. (``tasks`` becomes a list of ``Task``, and ``tokenizer``,
+            once the data is set up, the tokenizer itself.)
 
     Raises:
         ValueError: for arguments out of range, two tasks of one name, or no task to train on.
@@ -128,6 +127,11 @@ class TaskDataModule(L.LightningDataModule):
     def fingerprint(self) -> str | None:
         """A hash of the tokenizer: a model must not go on with another vocabulary than it was trained with."""
         return fingerprint(self.tokenizer) if hasattr(self.tokenizer, "get_vocab") else None
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the data has been read: ``tokenizer`` is then a tokenizer."""
+        return self._prepared is not None
 
     # ------------------------------------------------------------------ Lightning's hooks
 

@@ -99,8 +99,10 @@ def _sentence(summary: dict[str, Any], name: str, trained: list[str]) -> str:
     sign = 1 if summary["mode"] == "max" else -1
     note = " (measured on its training data)" if name in summary["measured_on_training_data"] else ""
     if name in summary["watched"]:
-        if math.isnan(values[0]):
-            return f"{name} (watched){note}: {metric} is {_number(last)} now; it was not measured before training."
+        if math.isnan(values[0]) or math.isnan(last):
+            return f"{name} (watched){note}: {metric} {_number(values[0])} before training, {_number(last)} now."
+        if last == values[0]:
+            return f"{name} (watched){note}: {metric} is {_number(last)}, as before training."
         change = sign * (last - values[0])
         verb = "better" if change > 0 else "worse"
         return (

@@ -46,7 +46,7 @@ def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem"
         mode: whether higher or lower scores are better.
         preset: the denominator.
     """
-    _check_preset(preset)
+    check_preset(preset)
     tasks = _trained(matrix)
     terms = _sign(mode) * (matrix[tasks, : tasks - 1] - matrix.diagonal(offset=-1)[: tasks - 1])
     if preset != "gem" and tasks > 1:
@@ -89,7 +89,7 @@ def forward_transfer(
     Raises:
         ValueError: if ``sapt`` is asked for without one `single_task` score per task.
     """
-    _check_preset(preset)
+    check_preset(preset)
     tasks = _trained(matrix)
     if preset == "sapt":
         if single_task is None or single_task.shape != matrix.shape[1:]:
@@ -118,6 +118,7 @@ def _sign(mode: Mode) -> int:
     return 1 if mode == "max" else -1
 
 
-def _check_preset(preset: Preset) -> None:
+def check_preset(preset: Preset) -> None:
+    """Raises ValueError for an unknown preset."""
     if preset not in ("gem", "trace", "sapt"):
         raise ValueError(f"preset: expected 'gem', 'trace' or 'sapt', got {preset!r}")

@@ -16,6 +16,7 @@ from lightning_cl.functional.retention import (
     Preset,
     average_score,
     backward_transfer,
+    check_preset,
     forgetting,
     forward_transfer,
 )
@@ -44,12 +45,12 @@ class _MatrixMetric(Metric):
         """Adds one row or several."""
         if rows.ndim not in (1, 2):
             raise ValueError(f"rows: expected the shape [tasks] or [rows, tasks], got {list(rows.shape)}")
-        self.rows.extend(rows.detach().float().reshape(-1, rows.shape[-1]))
+        self.rows.extend(rows.detach().to(self.dtype).reshape(-1, rows.shape[-1]))
 
     def matrix(self) -> Tensor:
         """``[rows, tasks]``; unknown entries are NaN."""
         width = max(len(row) for row in self.rows)
-        matrix = torch.full((len(self.rows), width), torch.nan, device=self.rows[0].device)
+        matrix = torch.full((len(self.rows), width), torch.nan, dtype=self.rows[0].dtype, device=self.rows[0].device)
         for i, row in enumerate(self.rows):
             matrix[i, : len(row)] = row
         return matrix
@@ -81,6 +82,7 @@ class BackwardTransfer(_MatrixMetric):
 
     def __init__(self, mode: Mode = "max", preset: Preset = "gem", **kwargs: Any) -> None:
         super().__init__(mode, **kwargs)
+        check_preset(preset)
         self.preset: Preset = preset
 
     @property
@@ -110,6 +112,7 @@ class ForwardTransfer(_MatrixMetric):
         self, mode: Mode = "max", preset: Preset = "gem", single_task: Tensor | None = None, **kwargs: Any
     ) -> None:
         super().__init__(mode, **kwargs)
+        check_preset(preset)
         self.preset: Preset = preset
         self.single_task = single_task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_cl.models.schedule import WarmupDecay
+from lightning_cl.random_state import untouched_random_state
 
 ScheduleCallable = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
@@ -79,7 +81,12 @@ class CausalLM(L.LightningModule):
     @override
     def configure_model(self) -> None:
         if self.lm is None:
-            self.lm = self._from_config(self.source) if isinstance(self.source, dict) else self._from_name(self.source)
+            # When the model is built depends on who asks first; what training draws must not depend on that.
+            with untouched_random_state():
+                built = (
+                    self._from_config(self.source) if isinstance(self.source, dict) else self._from_name(self.source)
+                )
+            self.lm = built.train()  # from_pretrained gives a model in evaluation mode: without dropout
         if self.tokenizer is not None:
             rows = self.lm.get_input_embeddings().num_embeddings
             if len(self.tokenizer) > rows:
@@ -101,14 +108,24 @@ class CausalLM(L.LightningModule):
                 "CausalLM(model={…}): a configuration without `vocab_size` takes it from the DataModule's tokenizer,"
                 " and there is none"
             )
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        try:
+            config = AutoConfig.for_model(**settings)
+        except ValueError as error:
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+            near = get_close_matches(str(source["model_type"]), CONFIG_MAPPING_NAMES, n=3) or ["llama", "qwen3", "gpt2"]
+            raise ValueError(
+                f"model.model_type={source['model_type']!r}: transformers knows no such architecture; did you mean"
+                f" {' or '.join(map(repr, near))}?"
+            ) from error
+        return AutoModelForCausalLM.from_config(config)
 
     def _from_name(self, source: str) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         try:
             return AutoModelForCausalLM.from_pretrained(source)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"model={source!r}: no model folder of that name and none on the hub ({str(error).splitlines()[0]})"
             ) from error
@@ -196,7 +213,7 @@ class CausalLM(L.LightningModule):
         """
         if self.lm is None or self.tokenizer is None:
             raise RuntimeError("CausalLM.generate: there is no model or no tokenizer yet; train or validate first")
-        training = self.lm.training
+        modes = {module: module.training for module in self.lm.modules()}
         self.lm.eval()
         inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.lm.device)
         ids = self.lm.generate(
@@ -206,7 +223,8 @@ class CausalLM(L.LightningModule):
             do_sample=False,
             pad_token_id=self.tokenizer.eos_token_id,
         )
-        self.lm.train(training)
+        for module, training in modes.items():
+            module.training = training
         return self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
