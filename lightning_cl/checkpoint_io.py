@@ -43,6 +43,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.close(folder)
 
 
+def resolve_checkpoint(ckpt_path: str | Path | None, folder: str | Path) -> Path | None:
+    """A checkpoint's path; ``"last"`` is the newest one below `folder` that a sequence can go on from."""
+    if ckpt_path is None:
+        return None
+    return find_last_checkpoint(folder) if str(ckpt_path) == "last" else Path(ckpt_path)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, its tensors mapped from the file.
 
@@ -71,14 +78,17 @@ def is_whole(path: Path) -> bool:
 
 
 def find_last_checkpoint(folder: str | Path) -> Path:
-    """The newest whole checkpoint below a folder.
+    """The newest whole checkpoint below a folder that was written by a sequence with all its state.
 
     Raises:
         FileNotFoundError: if there is none.
     """
     found = sorted(Path(folder).rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in found:
-        if is_whole(path):
+        if not is_whole(path):
+            rank_zero_warn(f"{path} is damaged or cut off; an earlier checkpoint is used")
+        elif "lightning_cl" not in read_checkpoint(path):
+            rank_zero_warn(f"{path} holds weights only, or is not of a sequence; an earlier checkpoint is used")
+        else:
             return path
-        rank_zero_warn(f"{path} is damaged or cut off; an earlier checkpoint is used")
-    raise FileNotFoundError(f"ckpt_path='last': there is no checkpoint below {Path(folder).absolute()}")
+    raise FileNotFoundError(f"ckpt_path='last': there is no checkpoint to go on from below {Path(folder).absolute()}")

@@ -19,7 +19,8 @@ from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
 from lightning_cl.cli_help import HelpFormatter, HelpfulParser
 from lightning_cl.data import TaskDataModule
-from lightning_cl.sequence import evaluate_tasks, fit_tasks, run_folder
+from lightning_cl.evaluation.tasks import evaluate_tasks
+from lightning_cl.sequence import fit_tasks, run_folder
 
 __all__ = ["ContinualCLI", "callbacks", "data", "main", "models"]
 
@@ -49,6 +50,7 @@ class ContinualCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
+        HelpfulParser.arguments = sys.argv[1:] if args is None else args
         super().__init__(
             model_class=L.LightningModule,
             datamodule_class=TaskDataModule,

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -23,6 +23,9 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 class HelpfulParser(LightningArgumentParser):
     """Lightning's parser; an error is one message with the names that would have been right."""
 
+    arguments: Sequence[str] = ()
+    """The command line that is being parsed."""
+
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [f"lightning-cl: error: {_essence(message)}"]
@@ -32,8 +35,9 @@ class HelpfulParser(LightningArgumentParser):
         sys.exit(2)
 
     def _hints(self, message: str) -> Iterator[str]:
-        unknown = r"(?:unrecognized arguments|ambiguous option): --|does not accept option '|[Kk]ey ['\"]?"
-        for option in re.findall(rf"(?:{unknown})([\w.]+)", message):
+        unknown = r"(?:unrecognized arguments|ambiguous option): --|does not accept option '"
+        unexpected = re.findall(r"[Kk]ey ['\"]([\w.]+)['\"] is not expected", message)
+        for option in [*re.findall(rf"(?:{unknown})([\w.]+)", message), *unexpected]:
             if not option.startswith(("trainer.callbacks", "subcommand")):
                 yield _closest(option, self._option_names())
         classes = _classes()
@@ -41,7 +45,7 @@ class HelpfulParser(LightningArgumentParser):
         for option in re.findall(r"Option '([\w.]+)' is not accepted", message):
             name = owner.group(1).split(".")[-1] if owner else ""
             # Whoever writes --model.… means the model.
-            if not classes.get(name) and any(argument.startswith("--model.") for argument in sys.argv):
+            if not classes.get(name) and any(argument.startswith("--model.") for argument in self.arguments):
                 name = "CausalLM" if get_close_matches(option, classes["CausalLM"], cutoff=0.6) else name
             if classes.get(name):
                 yield f"{name} takes {', '.join(classes[name])}"
@@ -62,8 +66,9 @@ class HelpfulParser(LightningArgumentParser):
         """All options, and the groups that they are in."""
         parsers = [self]
         for action in self._actions:
-            if isinstance(getattr(action, "choices", None), dict):
-                parsers += [parser for parser in action.choices.values() if isinstance(parser, HelpfulParser)]
+            choices = getattr(action, "choices", None)
+            if isinstance(choices, dict):
+                parsers += [parser for parser in choices.values() if isinstance(parser, HelpfulParser)]
         names = [
             option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings
         ]

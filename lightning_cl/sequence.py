@@ -11,22 +11,29 @@ This is the only file that touches the internals of Lightning's loops. What it w
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
+from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator, check_state, check_trainer
-from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, find_last_checkpoint, read_checkpoint
+from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, read_checkpoint, resolve_checkpoint
 from lightning_cl.data.loader import TaskLoader, why_not_plannable
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.evaluation.tasks import describe_plan
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task, TaskPosition
 
@@ -62,8 +69,25 @@ def fit_tasks(
     """
     if not isinstance(data, TaskDataModule):
         data = TaskDataModule(data)
-    checkpoint_path = _resolve(ckpt_path, trainer)
+    checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir)
     coordinator = _prepare(trainer, module, data, resumed=checkpoint_path is not None)
+    with _restored_limits(trainer, coordinator, data) as limits:
+        _train(trainer, module, data, coordinator, checkpoint_path, limits)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(describe_plan(trainer, data))
+    methods = TaskCoordinator.methods(trainer)
+    return next((method.summary() for method in methods if hasattr(method, "summary")), {})
+
+
+def _train(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule,
+    coordinator: TaskCoordinator,
+    checkpoint_path: Path | None,
+    limits: _Limits,
+) -> None:
+    """The loop over the tasks."""
     if checkpoint_path is not None:
         _load(trainer, data, coordinator, checkpoint_path)
     tasks = data.trained_tasks
@@ -79,67 +103,16 @@ def fit_tasks(
             coordinator.begin_task(position)
         else:
             coordinator.position = position
-        _limit(trainer, coordinator, tasks[index])
-        _reset_per_task(trainer, tasks[index], index)
+        _limit(trainer, coordinator, tasks[index], limits)
+        _reset_per_task(trainer, coordinator, tasks[index], index)
         rank_zero_info(f"{str(position).capitalize()}")
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-        _check_finished(trainer, coordinator, position)
+        _check_finished(coordinator, position)
         _boundary(trainer, module, data, trained=index + 1)
-        _save_boundary(trainer, coordinator, tasks[index], index)
+        _save_boundary(trainer, coordinator, tasks[index], index, fresh=checkpoint_path is None and index == 0)
     if start == len(tasks) and checkpoint_path is not None:
         _load_weights(trainer, module, data, checkpoint_path)
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        rank_zero_info(describe_plan(trainer, data, coordinator.costs))
-    methods = TaskCoordinator.methods(trainer)
-    return next((method.summary() for method in methods if hasattr(method, "summary")), {})
-
-
-def evaluate_tasks(
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    data: TaskDataModule,
-    stage: Literal["validate", "test"] = "validate",
-    ckpt_path: str | Path | None = None,
-) -> dict[str, dict[str, float]]:
-    """Evaluates a module on each task by itself.
-
-    Args:
-        trainer: any Trainer.
-        module: the module.
-        data: the tasks; for ``test``, those that have test data.
-        stage: ``validate`` or ``test``.
-        ckpt_path: where to load the weights from; ``"last"`` for the newest whole checkpoint.
-
-    Returns:
-        for each task the logged metrics.
-
-    Raises:
-        ValueError: if no task has test data.
-    """
-    data.driven = True
-    weights = _resolve(ckpt_path, trainer)
-    results = {}
-    for column, task in enumerate(data.tasks):
-        if stage == "test" and task.test is None and not isinstance(task.train, L.LightningDataModule):
-            continue
-        data.watch = column
-        run = trainer.validate if stage == "validate" else trainer.test
-        run(module, datamodule=data, ckpt_path=str(weights) if weights is not None else None, verbose=False)
-        weights = None  # the module has them now
-        results[task.name] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    data.watch = None
-    if not results:
-        raise ValueError("no task has test data: give Task(test=…)")
-    names = sorted({name for metrics in results.values() for name in metrics})
-    width = max(len(task) for task in results)
-    rows = [" " * width + "".join(f"  {name:>20}" for name in names)]
-    rows += [
-        f"{task:<{width}}" + "".join(f"  {metrics.get(name, math.nan):>20.4f}" for name in names)
-        for task, metrics in results.items()
-    ]
-    rank_zero_info("\n".join(["", *rows, ""]))
-    return results
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -152,19 +125,44 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, resumed: bool) -> TaskCoordinator:
     check_trainer(trainer, module)
+    _check_settings(trainer, module)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
     coordinator = TaskCoordinator.of(trainer)
     coordinator.begin_sequence(trainer, data, resumed)
     data.driven = True
-    coordinator.pristine = coordinator.pristine or _snapshot(trainer)
     return coordinator
 
 
-def _resolve(ckpt_path: str | Path | None, trainer: L.Trainer) -> Path | None:
-    if ckpt_path is None:
-        return None
-    return find_last_checkpoint(trainer.default_root_dir) if str(ckpt_path) == "last" else Path(ckpt_path)
+def _check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuses settings of the Trainer that would silently mean something else in a sequence.
+
+    Raises:
+        MisconfigurationException: saying what to do instead.
+    """
+    overfit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit > 0:
+        raise MisconfigurationException(
+            f"Trainer(overfit_batches={overfit}): not with a sequence of tasks; use limit_train_batches"
+        )
+    if trainer._checkpoint_connector._hpc_resume_path is not None:
+        path = trainer._checkpoint_connector._hpc_resume_path
+        raise MisconfigurationException(
+            f"{path}: Lightning would resume every task from this file of a requeued job; move it away and give it to"
+            " fit_tasks as ckpt_path"
+        )
+    configured = module.configure_callbacks()
+    offered = configured if isinstance(configured, (list, tuple)) else [configured]
+    if any(isinstance(callback, ContinualCallback) for callback in offered):
+        raise MisconfigurationException(
+            f"{type(module).__name__}.configure_callbacks returns a continual-learning callback: Lightning makes a new"
+            " one for every task, which has learnt nothing; give it to Trainer(callbacks=[…])"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and "://" in str(callback.dirpath or ""):
+            raise MisconfigurationException(
+                f"ModelCheckpoint(dirpath={str(callback.dirpath)!r}): a sequence needs a local folder"
+            )
 
 
 def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator, path: Path) -> None:
@@ -194,7 +192,8 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
 
 def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, path: Path) -> None:
     """Nothing is left to train: the module still gets what the checkpoint's training ended with."""
-    data.driven, loggers, trainer.loggers = True, trainer.loggers, []
+    data.driven, loggers = True, trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         if is_overridden("validation_step", module):
             trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
@@ -208,15 +207,36 @@ def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataM
 # ---------------------------------------------------------------------- each task
 
 
-def _limit(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task) -> None:
-    """Makes ``max_epochs`` and ``max_steps`` those of this task."""
-    epochs, steps = coordinator.trainer_limits or (trainer.max_epochs, trainer.max_steps)
-    coordinator.trainer_limits = (epochs, steps)
-    if task.max_epochs is not None or task.max_steps is not None:
+@dataclass
+class _Limits:
+    """What the Trainer was made with."""
+
+    max_epochs: int | None
+    max_steps: int
+    min_steps: int | None
+
+
+@contextmanager
+def _restored_limits(trainer: L.Trainer, coordinator: TaskCoordinator, data: TaskDataModule) -> Iterator[_Limits]:
+    """Whatever happens inside, the Trainer is afterwards as its owner made it."""
+    limits = _Limits(trainer.max_epochs, trainer.max_steps, trainer.fit_loop.min_steps)
+    try:
+        yield limits
+    finally:
+        loop = trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = limits.max_epochs, limits.max_steps
+        loop.epoch_loop.min_steps = limits.min_steps
+        coordinator.driven = data.driven = False
+        coordinator.data = coordinator.max_steps = coordinator.min_steps = coordinator.lr = None
+
+
+def _limit(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, limits: _Limits) -> None:
+    """Makes ``max_epochs``, ``max_steps`` and ``min_steps`` those of this task."""
+    epochs, steps = limits.max_epochs, limits.max_steps
+    if not trainer.fast_dev_run and (task.max_epochs is not None or task.max_steps is not None):  # type: ignore[attr-defined]
         epochs, steps = task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        epochs, steps = coordinator.trainer_limits
-    if steps == -1 and (epochs is None or epochs == -1):
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if steps == -1 and (epochs is None or epochs == -1) and not timed:
         raise MisconfigurationException(
             f"task {task.name!r} would never end: set Trainer(max_epochs=…) or max_steps, or the task's own"
         )
@@ -227,30 +247,40 @@ def _limit(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task) -> None
     loop.max_epochs = epochs if epochs is not None else -1
     loop.epoch_loop.max_steps = steps
     coordinator.max_steps = steps if steps != -1 else None
+    coordinator.min_steps = limits.min_steps
     coordinator.lr = task.lr
 
 
-def _snapshot(trainer: L.Trainer) -> dict[int, dict[str, Any]]:
-    """EarlyStopping and ModelCheckpoint as the user made them."""
-    return {
-        index: copy.deepcopy({key: value for key, value in vars(callback).items() if key not in ("log", "log_dict")})
-        for index, callback in enumerate(trainer.callbacks)  # type: ignore[attr-defined]
-        if _has_scores(callback)
-    }
-
-
 def _has_scores(callback: Callback) -> bool:
-    return isinstance(callback, (EarlyStopping, ModelCheckpoint))
+    return isinstance(callback, (EarlyStopping, ModelCheckpoint, Timer))
 
 
-def _reset_per_task(trainer: L.Trainer, task: Task, index: int) -> None:
-    """The user's own EarlyStopping and ModelCheckpoint objects, as before the first task, with a folder per task."""
-    coordinator = TaskCoordinator.of(trainer)
+def _snapshot(callback: Callback) -> dict[str, Any]:
+    """A callback as its owner made it; what cannot be copied (a lock) is kept as it is."""
+    values = {}
+    for name, value in vars(callback).items():
+        if name in ("log", "log_dict"):
+            continue  # Lightning puts the module's here
+        try:
+            values[name] = copy.deepcopy(value)
+        except (TypeError, AttributeError, RuntimeError):
+            values[name] = value
+    return values
+
+
+def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
+    """The user's own EarlyStopping, ModelCheckpoint and Timer objects, as when first seen, with a folder per task."""
     trainer.should_stop = False
     folder = run_folder(trainer)
-    scored = [callback for callback in trainer.callbacks if _has_scores(callback)]  # type: ignore[attr-defined]
-    for callback, values in zip(scored, coordinator.pristine.values(), strict=True):
-        vars(callback).update(copy.deepcopy(values))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not _has_scores(callback):
+            continue
+        if id(callback) not in coordinator.pristine:
+            coordinator.pristine[id(callback)] = (callback, _snapshot(callback))
+        _, values = coordinator.pristine[id(callback)]
+        fresh = type("_", (), {})()
+        vars(fresh).update(values)
+        vars(callback).update(_snapshot(fresh))
         if isinstance(callback, ModelCheckpoint):
             base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
             callback.dirpath = str(base / f"{index}-{task.slug}")
@@ -270,7 +300,7 @@ def _boundary(
             method.after_boundary(trainer, trained, final=trained == len(data.trained_tasks))
 
 
-def _check_finished(trainer: L.Trainer, coordinator: TaskCoordinator, position: TaskPosition) -> None:
+def _check_finished(coordinator: TaskCoordinator, position: TaskPosition) -> None:
     if not coordinator.ended:
         raise RuntimeError(
             f"{position}: the Trainer returned without having trained it (no batches, limit_train_batches=0, or stopped"
@@ -278,7 +308,7 @@ def _check_finished(trainer: L.Trainer, coordinator: TaskCoordinator, position: 
         )
 
 
-def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
+def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int, fresh: bool) -> None:
     """Writes ``tasks/<index>-<name>.ckpt``: the next task starts from here, with a fresh optimizer."""
     loop = trainer.fit_loop
     loop.epoch_progress.reset()
@@ -286,10 +316,16 @@ def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task,
     loop.epoch_loop.scheduler_progress.reset()
     loop.epoch_loop.val_loop.batch_progress.reset()
     coordinator.reach_boundary(trainer)
-    folder = run_folder(trainer)
+    folder = run_folder(trainer) / "tasks"
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
-    if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        trainer.save_checkpoint(folder / "tasks" / f"{index}-{task.slug}.ckpt", weights_only=False)
+    if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if fresh and trainer.is_global_zero and folder.exists() and any(folder.iterdir()):
+        # An earlier run without a version of its own (logger=False): its checkpoints are not overwritten.
+        version = next(v for v in itertools.count(1) if not folder.with_name(f"tasks-v{v}").exists())
+        folder.rename(folder.with_name(f"tasks-v{version}"))
+    trainer.strategy.barrier("tasks")
+    trainer.save_checkpoint(folder / f"{index}-{task.slug}.ckpt", weights_only=False)
 
 
 # ---------------------------------------------------------------------- with and without the driver
@@ -313,7 +349,12 @@ class _MixingSource(_DataLoaderSource):
         if not methods:
             return loader
         if not isinstance(loader, TaskLoader):
-            ranks = self._trainer.distributed_sampler_kwargs or {}
+            ranks = _shards_of_lightning(self._trainer)
+            if not ranks and self._trainer.world_size > 1:
+                raise MisconfigurationException(
+                    "Trainer(use_distributed_sampler=False): Replay would keep other samples on each rank; let"
+                    " Lightning shard the loader"
+                )
             loader = TaskLoader.from_dataloader(
                 loader,
                 rank=ranks.get("rank", 0),
@@ -332,23 +373,6 @@ def let_methods_mix(trainer: L.Trainer) -> None:
         trainer.fit_loop._data_source = _MixingSource(source, trainer)
 
 
-def describe_plan(trainer: L.Trainer, data: TaskDataModule, costs: list[dict[str, float]]) -> str:
-    """What a full run would do, in words: the result of a preflight."""
-    lines = ["Preflight: one batch of every task went through. The full run:"]
-    for index, task in enumerate(data.trained_tasks):
-        loader = data.train_loader(task)
-        size = f"{len(loader)} batches an epoch" if hasattr(loader, "__len__") else "a stream of unknown length"
-        limits = [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
-        lines.append(f"  {index + 1}. {task.name}: {size}{''.join(', ' + limit for limit in limits)}")
-        lines += [f"     {line}" for line in data.describe(task)]
-        mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
-        if isinstance(loader, TaskLoader) and index > 0 and mixing:
-            for method in mixing:
-                method.mix_into(trainer, loader)
-            lines.append(f"     with replay: {len(loader)} batches an epoch")
-    return "\n".join(lines)
-
-
 def steps_of_task(trainer: L.Trainer) -> int | None:
     """How many optimizer steps the coming fit takes, for schedules; None if nobody can know.
 
@@ -364,11 +388,19 @@ def steps_of_task(trainer: L.Trainer) -> int | None:
             batches = len(loader)
         except TypeError:
             batches = None
-        if batches is not None and why_not_plannable(loader) is None and trainer.distributed_sampler_kwargs:
-            batches = math.ceil(batches / trainer.distributed_sampler_kwargs["num_replicas"])  # Lightning will shard it
+        ranks = _shards_of_lightning(trainer)
+        if batches is not None and why_not_plannable(loader) is None and ranks:
+            batches = math.ceil(batches / ranks["num_replicas"])  # Lightning will shard it
         if batches is not None:
             limit = trainer.limit_train_batches
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
             by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
     known = [count for count in (by_epochs, steps if steps > 0 else None) if count is not None]
     return min(known) if known else None
+
+
+def _shards_of_lightning(trainer: L.Trainer) -> dict[str, int]:
+    """Rank and number of ranks over which Lightning shards a plain loader; empty where it does not."""
+    if not trainer._accelerator_connector.use_distributed_sampler:
+        return {}
+    return trainer.distributed_sampler_kwargs or {}

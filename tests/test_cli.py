@@ -141,7 +141,7 @@ TYPOS = {
     "model argument that resembles one of another class": (["--model.modle=x"], None, "model"),
     "trainer in yaml": ([], {"trainer": {"max_step": 3}}, "max_steps"),
     "data in yaml": ([], {"data": {"batchsize": 3}}, "batch_size"),
-    "top level in yaml": ([], {"trainr": {"max_steps": 3}}, "trainer"),
+    "top level in yaml": ([], {"trainr": {"max_steps": 3}}, "max_steps"),
 }
 
 

@@ -139,12 +139,12 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     ("column", "words"),
     [
         # before, when learnt, after the last task
-        ([4.0, 2.0, 3.0], "50% of what it had learnt was kept"),
-        ([4.0, 2.0, 2.2], "90% of what it had learnt was kept"),
-        ([4.0, 2.0, 4.0], "0% of what it had learnt was kept"),
-        ([4.0, 2.0, 2.0], "nothing was lost"),
-        ([4.0, 2.0, 1.5], "nothing was lost"),
-        ([4.0, 2.0, 4.5], "worse than before training"),
+        ([4.0, 2.0, 3.0], "50% of what its training gave was kept"),
+        ([4.0, 2.0, 2.2], "90% of what its training gave was kept"),
+        ([4.0, 2.0, 4.0], "0% of what its training gave was kept"),
+        ([4.0, 2.0, 2.0], "no worse than when it was learnt"),
+        ([4.0, 2.0, 1.5], "no worse than when it was learnt"),
+        ([4.0, 2.0, 4.5], "all that its training gave is lost, and more"),
         ([4.0, 4.5, 5.0], "0.500 worse"),  # it never learnt: a share of nothing says nothing
         ([NAN, 2.0, 3.0], "1.000 worse"),
     ],
@@ -166,7 +166,7 @@ def test_unknown_entries_make_no_claim(column):
 def test_higher_is_better_in_mode_max():
     # 10 % before, 90 % when learnt, 70 % at the end: three quarters of the gain are left.
     report = report_of([[0.1, 0.2], [0.9, 0.2], [0.7, 0.8]], "ab", mode="max")
-    assert "75% of what it had learnt was kept" in sentence(report, "a")
+    assert "75% of what its training gave was kept" in sentence(report, "a")
 
 
 def test_the_last_task_has_nothing_to_forget():
@@ -206,7 +206,7 @@ def test_a_watched_task_with_an_unknown_entry_makes_no_claim(column):
 def test_a_watched_column_in_front_does_not_shift_the_rows():
     rows = [[3.0, 4.0, 5.0], [3.0, 2.0, 5.0], [3.0, 3.0, 1.0]]
     report = report_of(rows, ("w", "a", "b"), watched=["w"])
-    assert "50% of what it had learnt was kept" in sentence(report, "a")
+    assert "50% of what its training gave was kept" in sentence(report, "a")
     assert report["average"] == pytest.approx(2.0)
 
 

@@ -43,10 +43,10 @@ class TaskCoordinator(Callback):
         self.at_boundary = False
         self.first_step = 0
         self.max_steps: int | None = None
+        self.min_steps: int | None = None
         self.lr: float | None = None
         self.data: TaskDataModule | None = None
-        self.trainer_limits: tuple[int | None, int] | None = None
-        self.pristine: dict[int, dict[str, Any]] = {}
+        self.pristine: dict[int, tuple[Callback, dict[str, Any]]] = {}
         self.costs: list[dict[str, float]] = []
         self.applied: dict[str, Tensor] = {}  # what several proximal penalties have applied in this step
         self._seconds_before = 0.0
@@ -82,9 +82,16 @@ class TaskCoordinator(Callback):
             with untouched_random_state():
                 for task in self.data.trained_tasks:
                     loader = self.data.train_loader(task)
+                    if isinstance(loader, TaskLoader) and len(loader) == 0:
+                        raise MisconfigurationException(
+                            f"task {task.name!r}: its training loader gives no batch (is the data empty, or smaller"
+                            " than a batch with drop_last=True?)"
+                        )
                     for method in self.methods(trainer):
                         method.check_loader(loader, task.name)
         if stage == "fit":
+            if not self.driven:
+                self.names, self.at_boundary = [], False
             check_trainer(trainer, pl_module)
             from lightning_cl.sequence import let_methods_mix
 
@@ -98,6 +105,8 @@ class TaskCoordinator(Callback):
             # While optimizers and schedules were made, the limit was this task's own number of steps; the loop counts
             # the steps of all tasks.
             trainer.fit_loop.epoch_loop.max_steps = self.first_step + self.max_steps
+        if self.min_steps is not None:
+            trainer.fit_loop.epoch_loop.min_steps = self.first_step + self.min_steps
         if self.lr is not None:
             for optimizer in trainer.optimizers:
                 schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -295,9 +304,14 @@ class TaskCoordinator(Callback):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
+        in_flight = 0
+        if loader is not None:
+            # A batch that raised an exception was fetched, and not trained on.
+            progress = trainer.fit_loop.epoch_loop.batch_progress.current
+            in_flight = progress.ready - progress.processed  # type: ignore[attr-defined]
         checkpoint[CHECKPOINT_KEY] = {
             "format": FORMAT,
-            "driven": self.driven,
+            "driven": bool(self.names),
             "tasks": list(self.names),
             "index": self.position.index + (1 if self.at_boundary else 0),
             "name": self.position.name,
@@ -307,7 +321,7 @@ class TaskCoordinator(Callback):
             "train_seconds": self._train_seconds(),
             "fingerprint": self.data.fingerprint() if self.data is not None else None,
             "costs": [dict(cost) for cost in self.costs],
-            "loader": loader.state_dict() if isinstance(loader, TaskLoader) else None,
+            "loader": loader.state_dict(in_flight) if isinstance(loader, TaskLoader) else None,
             "random_states": self._resumed["random_states"]
             if self.at_boundary and self._resumed is not None
             else _gather(get_random_state()),

@@ -45,14 +45,16 @@ class EWC(QuadraticPenalty):
     task, on its own data, in evaluation mode (:mod:`lightning_cl.functional.fisher` has the definition). For language
     models a sequence is a sample and ``F = Σ_seq (∇ Σ_t log p)² / number of loss tokens``, so that with
     ``normalize=False`` the strength is the λ of a Laplace approximation for a loss that is a mean over tokens. Modules
-    without token counts: the mean over samples, as their loss reduces.
+    without token counts: the mean over samples. ``empirical`` takes the loss of ``training_step`` for a mean over the
+    tokens that bear loss (over samples, where there are none), without further terms; ``sample`` and ``exact`` need
+    nothing of the loss, and take the logits for those of a softmax.
 
     Memory: 8 bytes per trainable parameter, for any number of tasks in both modes. Compute: one pass over parameters,
     importance and anchor per step; per task `samples` forward and backward passes of single samples.
 
     Args:
-        strength: the factor λ. With ``normalize=True`` and AdamW, 0.001 to 0.1 is sane for ``apply="gradient"``, 1 to
-            100 for ``apply="proximal"``.
+        strength: the factor λ. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``): 0.001 to 0.01
+            for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
         estimator: where the labels of the Fisher come from. ``sample``: one draw per position from the model's own
             softmax. ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``:
             ``sample`` where the logits can be reached, else ``empirical``.
@@ -60,8 +62,9 @@ class EWC(QuadraticPenalty):
         mode: ``online``: ``F ← decay · (F + F_new)``, the anchor is the latest task's weights. ``separate``: one
             penalty per task, which add up to one quadratic with importance ``Σ F_t`` and anchor ``Σ F_t θ_t / Σ F_t``.
         decay: γ of the online mode; ``importance`` is what the penalty multiplies, γ included.
-        normalize: divide each task's F by its mean before it is added, so that a strength means the same for every
-            model.
+        normalize: divide each task's F by its mean before it is added, so that strengths are of one order of magnitude
+            for different models and losses. It weighs the tasks alike, and with several tasks the sum grows with their
+            number; False keeps the units of the papers.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
         outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
             ``.logits``.
@@ -97,6 +100,14 @@ class EWC(QuadraticPenalty):
             raise MisconfigurationException(
                 f"EWC: gradients of single samples cannot be taken from parameters sharded by"
                 f" {type(trainer.strategy).__name__}; use strategy='ddp' or one device, or SI, which works on shards"
+            )
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        if isinstance(loader, (dict, list, tuple)):
+            raise MisconfigurationException(
+                f"EWC: the training data of task {task!r} is a {type(loader).__name__} of loaders; it needs one loader"
+                " to take single samples from"
             )
 
     @override
@@ -171,8 +182,12 @@ class EWC(QuadraticPenalty):
             tokens = int(mask.sum()) if mask is not None else 1
             # A mean over tokens times their number is the sum of the definition.
             return "empirical", ([(1.0, loss * tokens)], tokens)
-        mask = loss_positions(batch, logits)
-        selected = logits[:, :-1][mask] if mask is not None else logits.flatten(0, -2)
+        shifted = read_logits.shifted
+        mask = loss_positions(batch, logits, shifted)
+        if mask is None:
+            selected = logits.flatten(0, -2)
+        else:
+            selected = (logits[:, :-1] if shifted else logits)[mask]
         if self.estimator == "exact":
             if selected.numel() > _EXACT_LIMIT:
                 raise MisconfigurationException(

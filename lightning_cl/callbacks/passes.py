@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_cl.data.loader import TaskLoader, why_not_plannable
+from lightning_cl.data.loader import TaskLoader, task_indices, why_not_plannable
 from lightning_cl.random_state import untouched_random_state
 
 OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
@@ -30,6 +30,11 @@ def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
     """
     modes = {module: module.training for module in pl_module.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+    # Lists and dictionaries that modules fill in training_step, for use at the end of an epoch.
+    containers = {
+        module: {name: copy.copy(value) for name, value in vars(module).items() if _is_users(name, value)}
+        for module in pl_module.modules()
+    }
     metrics = {module: copy.deepcopy(vars(module)) for module in pl_module.modules() if isinstance(module, Metric)}
 
     def mute(*args: Any, **kwargs: Any) -> None:
@@ -51,9 +56,22 @@ def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
                 for name, buffer in buffers.items():
                     if not torch.equal(current[name], buffer):
                         current[name].copy_(buffer)
+            for module, values in containers.items():
+                for name, value in values.items():
+                    _refill(vars(module)[name], value)
             for metric, state in metrics.items():
                 metric.__dict__.clear()
                 metric.__dict__.update(state)
+
+
+def _is_users(name: str, value: Any) -> bool:
+    """Whether an attribute is a plain container of the module's author, not of torch or Lightning."""
+    return type(value) in (list, dict) and not name.startswith("_")
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.update(content) if isinstance(container, dict) else container.extend(content)
 
 
 def _restore_attribute(owner: Any, name: str) -> Callable[[], None]:
@@ -86,8 +104,11 @@ def single_samples(trainer: L.Trainer, count: int, seed: int, label: str) -> Ite
     loader: Any = trainer.train_dataloader
     if isinstance(loader, TaskLoader) or why_not_plannable(loader) is None:
         dataset, collate = loader.dataset, loader.collate_fn
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = list(enumerate(order[:count]))[trainer.global_rank :: trainer.world_size]
+        indices = task_indices(loader)
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = [(number, indices[place]) for number, place in enumerate(order[:count])][
+            trainer.global_rank :: trainer.world_size
+        ]
         batches: Iterator[tuple[int, Any]] = ((number, collate([dataset[index]])) for number, index in chosen)
         total: int | None = len(chosen)
     else:
@@ -166,12 +187,15 @@ class LogitsReader:
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: OutputsFunction | None) -> None:
         self._trainer, self._module, self._outputs = trainer, pl_module, outputs
         self._source: nn.Module | None = None
+        self._unreachable = False
 
     def __call__(self, batch: Any) -> Tensor | None:
         """Logits of a batch with their graph; None if nothing that the module calls returns any."""
         if self._outputs is not None:
             with forward_context(self._trainer):
                 return self._outputs(self._module, batch)
+        if self._unreachable:
+            return None
         caught: list[tuple[nn.Module, Tensor]] = []
 
         def catch(module: nn.Module, args: Any, output: Any) -> None:
@@ -187,30 +211,47 @@ class LogitsReader:
             for handle in handles:
                 handle.remove()
         if not caught:
+            self._unreachable = True
             return None
         # The outermost module returns last.
         self._source, logits = caught[-1]
         return logits
 
+    @property
+    def shifted(self) -> bool:
+        """Whether position t predicts token t + 1: not so in masked, token-classifying and encoder-decoder models."""
+        name = type(self._source).__name__
+        unshifted = name.endswith(("ForMaskedLM", "ForTokenClassification", "ForPreTraining"))
+        return not unshifted and not getattr(getattr(self._source, "config", None), "is_encoder_decoder", False)
 
-def loss_positions(batch: Any, logits: Tensor | None = None) -> Tensor | None:
+
+def loss_positions(batch: Any, logits: Tensor | None = None, shifted: bool = True) -> Tensor | None:
     """Which positions of a batch of token sequences predict a token that bears loss.
 
     Args:
-        batch: with ``input_ids`` and, as Hugging Face has it, ``labels`` (−100: no loss) or ``attention_mask``.
+        batch: with ``input_ids`` and, as Hugging Face has it, ``labels`` (−100: no loss), or ``loss_mask``, or
+            ``attention_mask``.
         logits: if given, positions are only returned when their length fits.
+        shifted: True: position t predicts token t + 1 (causal models); False: position t predicts label t.
 
     Returns:
-        bool ``[batch, length − 1]``: position t predicts token t + 1; None for a batch that is no token sequence.
+        bool ``[batch, length − 1]`` (not shifted: ``[batch, length]``); None for a batch that is no token sequence, as
+        that of a classifier.
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
         return None
-    ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
-    if logits is not None and (logits.ndim != 3 or logits.shape[1] != ids.shape[1]):
+    ids, labels = batch["input_ids"], batch.get("labels")
+    reference = ids if shifted or not isinstance(labels, Tensor) else labels
+    if logits is not None and (logits.ndim != 3 or logits.shape[1] != reference.shape[1]):
         return None
+    begin = 1 if shifted else 0
     if isinstance(labels, Tensor):
         # Labels of another shape: a classifier of sequences, one label each.
-        return labels[:, 1:] != -100 if labels.shape == ids.shape else None
-    if isinstance(mask, Tensor) and mask.shape == ids.shape:
-        return mask[:, 1:] != 0
-    return torch.ones_like(ids[:, 1:], dtype=torch.bool)
+        return labels[:, begin:] != -100 if labels.shape == reference.shape and labels.ndim == 2 else None
+    if "label" in batch:
+        return None
+    for key in ("loss_mask", "attention_mask"):
+        mask = batch.get(key)
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            return mask[:, begin:] != 0
+    return torch.ones_like(ids[:, begin:], dtype=torch.bool)

@@ -76,7 +76,7 @@ class PromptSamples(ContinualCallback):
         model = _generator(pl_module)
         if model is None:
             raise MisconfigurationException(
-                f"PromptSamples: nothing in {type(pl_module).__name__} can generate (a transformers model has .generate)"
+                f"PromptSamples: nothing in {type(pl_module).__name__} can generate text; it needs a transformers model"
             )
         if not hasattr(data.tokenizer, "decode"):
             raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")

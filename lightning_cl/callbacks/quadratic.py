@@ -32,7 +32,9 @@ class QuadraticPenalty(ContinualCallback):
     ``apply="gradient"`` adds the penalty's gradient in closed form, once per optimizer step, after unscaling and the
     reduction over ranks and before clipping. ``apply="proximal"`` leaves the gradients alone and moves the weights
     after the step, by an implicit step that is stable for every strength and that neither clipping nor Adam's second
-    moment undoes.
+    moment rescales. Under plain SGD both have the same optimum. Under Adam the strength of the proximal mode is in
+    units of Adam's normalised step and not of the loss: it does not change when the loss is scaled, and its sane range
+    is another one.
 
     Memory: 8 bytes per trainable parameter (importance and anchor in fp32), and one temporary of the largest parameter.
     Compute per step: one pass over parameters, importance and anchor.

@@ -13,7 +13,7 @@ from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.buffers.samples import own
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
 from lightning_cl.callbacks.passes import progress
-from lightning_cl.data.loader import Mix, TaskLoader, why_not_plannable
+from lightning_cl.data.loader import Mix, TaskLoader, task_indices, why_not_plannable
 from lightning_cl.data.mixing import MixMode
 
 
@@ -25,9 +25,9 @@ class Replay(ContinualCallback):
     window of batches. Loss masks travel with the samples. The filling is decided by index from one seed, so that all
     ranks hold the same buffer and its budget is global.
 
-    Memory: the samples (5 bytes per token of text). Compute: none in ``replace`` mode, where the batch keeps its size
-    and a pass over the new data takes ``1 / (1 − ratio)`` times the steps; ``ratio / (1 − ratio)`` of a step in ``add``
-    mode.
+    Memory: the samples (5 bytes per token of text). Compute: none per step in ``replace`` mode, where the batch
+    keeps its number of samples and a pass over the new data takes ``1 / (1 − ratio)`` times the steps (if replayed
+    samples are as long as new ones); ``ratio / (1 − ratio)`` of a step in ``add`` mode.
 
     Args:
         buffer_size: the largest number of samples kept, over all tasks.
@@ -88,7 +88,7 @@ class Replay(ContinualCallback):
         if not isinstance(loader, TaskLoader):
             check_mixable(loader)
         chosen: dict[int, int] = {}
-        for index in range(len(loader.dataset)):
+        for index in task_indices(loader):
             slot = self.buffer.choose_slot(self.task.name)
             if slot is not None:
                 chosen[slot] = index  # a later sample may take the slot again: only the last one is loaded

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -109,7 +110,7 @@ class TaskMatrix(ContinualCallback):
         modes = {module: module.training for module in pl_module.modules()}
         data.watch = column
         # The user's curves of the current task's validation are not to be mixed with these.
-        trainer.loggers = []
+        trainer.loggers = [DummyLogger() for _ in loggers]
         shown = bar is not None and getattr(bar, "is_enabled", True)
         if bar is not None and shown:
             bar.disable()
@@ -122,6 +123,11 @@ class TaskMatrix(ContinualCallback):
                 bar.enable()
             for module, training in modes.items():
                 module.training = training
+        if self.monitor not in trainer.callback_metrics and data.val_loader(data.tasks[column]) is None:
+            raise MisconfigurationException(
+                f"task {data.tasks[column].name!r}: there is nothing to measure it on: give Task(val=…), one loader or"
+                " data set"
+            )
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
                 f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} logs no such metric in validation;"

@@ -15,17 +15,21 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.data.mixing import (
     MixMode,
+    balanced_order,
     mixed_length,
     plan_batches,
     plan_mixed_batches,
     share_of_rank,
 )
+from lightning_cl.random_state import untouched_random_state
 
 _KEPT_SETTINGS = ("num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "timeout")
 
@@ -134,6 +138,7 @@ class TaskLoader:
         self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
         self._draws_random = like is not None or sampler is not None
         self._generator = like.generator if like is not None else None
+        self._replayed: list[Any] = []
         self._weights: list[int] | None = None  # tokens of the new samples, where there are tokens
 
     @property
@@ -159,6 +164,8 @@ class TaskLoader:
         batch_size = placement.pop("batch_size", None) or batches.batch_size
         sampler = batches.sampler
         shuffle = isinstance(sampler, RandomSampler)
+        if isinstance(sampler, SubsetRandomSampler) and not for_training:
+            sampler = sorted(int(index) for index in sampler.indices)
         # Shuffling on several ranks needs one order for all: drawn from the seed.
         own_order = isinstance(sampler, SequentialSampler) or (shuffle and not for_training)
         own_order = own_order or (
@@ -187,11 +194,13 @@ class TaskLoader:
     def mix_in(self, mix: Mix) -> None:
         """Lets the samples of a buffer take part in the batches from now on."""
         self._mix = mix if len(mix.buffer) > 0 and mix.ratio > 0 else None
+        # The buffer will take in this task's samples at its end; what is replayed during the task stays as it is now.
+        self._replayed = list(mix.buffer.items) if self._mix is not None else []
         self._weights = None
         if self._mix is None:
             return
         # Shares are of tokens where both sides have tokens, else of samples.
-        replayed = [loss_tokens(sample) for sample in mix.buffer.items]
+        replayed = [loss_tokens(sample) for sample in self._replayed]
         if any(count is None for count in replayed) or sum(replayed) == 0 or len(self.dataset) == 0:  # type: ignore[arg-type]
             return
         count_of = getattr(self.dataset, "loss_tokens", None)
@@ -219,8 +228,8 @@ class TaskLoader:
         samples = len(self.order_sampler) if self.order_sampler is not None else len(self.dataset)
         if self._mix is not None and self._mix.mode == "replace":
             # What a sampler leaves out or repeats is not known here: the mean weight, then.
-            weight = samples * self._mean_weight(0, len(self.dataset))
-            replayed = self._mean_weight(len(self.dataset), len(self._mix.buffer))
+            weight = samples * self._mean_weight(task_indices(self))
+            replayed = self._mean_weight(self._replayed_indices())
             return mixed_length(samples, weight, replayed, self._mix.ratio, size, self.drop_last)
         return samples // size if self.drop_last else math.ceil(samples / size)
 
@@ -244,7 +253,7 @@ class TaskLoader:
         self._finish_resume()
         self._position = start
         fetched = DataLoader(
-            _NewThenReplayed(self.dataset, self._mix.buffer.items if self._mix is not None else ()),
+            _NewThenReplayed(self.dataset, self._replayed),
             batch_sampler=batches[start:],
             collate_fn=self.collate_fn,
             generator=generator,
@@ -255,11 +264,15 @@ class TaskLoader:
             self._count(indices)
             yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, and what it has given out in this task."""
+    def state_dict(self, in_flight: int = 0) -> dict[str, Any]:
+        """Where the loader stands, and what it has given out in this task.
+
+        Args:
+            in_flight: how many of the batches that were given out last have not been trained on.
+        """
         return {
             "epoch": self._epoch,
-            "position": self._position,
+            "position": max(self._position - in_flight, 0),
             "epoch_rng": self._epoch_rng,
             "counts": dict(self.counts),
         }
@@ -291,7 +304,7 @@ class TaskLoader:
                 order,
                 self._draws(epoch),
                 self._weight,
-                self._mean_weight(len(self.dataset), len(self._mix.buffer)),
+                self._mean_weight(self._replayed_indices()),
                 self._mix.ratio,
                 size,
                 self._mix.mode,
@@ -314,26 +327,34 @@ class TaskLoader:
         return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def _draws(self, epoch: int) -> Iterator[int]:
-        """Replayed samples, behind the new ones in index: pass after pass over the buffer, in random order."""
+        """Replayed samples, behind the new ones in index: pass after pass over the buffer, from a random start."""
         assert self._mix is not None
-        start = len(self.dataset)
+        count = len(self._replayed)
         generator = torch.Generator().manual_seed(_mix_seed(self._mix.seed, epoch))
+        shuffled = (len(self.dataset) + torch.randperm(count, generator=generator)).tolist()
+        cycle = balanced_order(shuffled, self._weight)
+        start = int(torch.randint(count, (), generator=generator))
         while True:
-            yield from (start + torch.randperm(len(self._mix.buffer), generator=generator)).tolist()
+            yield from cycle[start:]
+            yield from cycle[:start]
 
     def _weight(self, index: int) -> int:
         return 1 if self._weights is None else self._weights[index]
 
-    def _mean_weight(self, start: int, count: int) -> float:
-        return 1.0 if self._weights is None else max(sum(self._weights[start : start + count]) / count, 1e-9)
+    def _replayed_indices(self) -> Sequence[int]:
+        return range(len(self.dataset), len(self.dataset) + len(self._replayed))
+
+    def _mean_weight(self, indices: Sequence[int]) -> float:
+        if self._weights is None:
+            return 1.0
+        return max(sum(self._weights[i] for i in indices) / max(len(indices), 1), 1e-9)
 
     def _tokens(self, index: int) -> int:
         if self._weights is not None:
             return self._weights[index]
         if index < len(self.dataset):
             return self.dataset.loss_tokens(index)
-        assert self._mix is not None
-        return loss_tokens(self._mix.buffer[index - len(self.dataset)]) or 0
+        return loss_tokens(self._replayed[index - len(self.dataset)]) or 0
 
     def _count(self, indices: list[int]) -> None:
         for index in indices:
@@ -360,6 +381,29 @@ class TaskLoader:
             self.order_sampler.generator.set_state(states["sampler"])
 
 
+def task_indices(loader: Any) -> Sequence[int]:
+    """Which samples of its data set a loader can give: a sampler may leave some to other tasks, or to validation.
+
+    Args:
+        loader: a :class:`TaskLoader` or a ``DataLoader`` whose batches can be planned by index.
+    """
+    sampler = loader.order_sampler if isinstance(loader, TaskLoader) else loader.batch_sampler.sampler
+    everything = range(len(loader.dataset))
+    if sampler is None or isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler)):
+        return everything
+    if isinstance(sampler, SubsetRandomSampler):
+        return sorted(int(index) for index in sampler.indices)
+    if isinstance(sampler, WeightedRandomSampler):
+        return [index for index, weight in enumerate(sampler.weights.tolist()) if weight > 0]
+    generator = getattr(sampler, "generator", None)
+    state = generator.get_state() if generator is not None else None
+    with untouched_random_state():
+        indices = sorted({int(index) for index in sampler})
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    return indices
+
+
 def why_not_plannable(loader: Any) -> str | None:
     """Why a loader's batches cannot be planned by index, in words; None if they can."""
     if not isinstance(loader, DataLoader):
@@ -368,8 +412,12 @@ def why_not_plannable(loader: Any) -> str | None:
         return "its data set is a stream without length: it cannot be addressed by index"
     if loader.batch_sampler is None:
         return "its batching is switched off (batch_size=None)"
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return f"a {type(loader).__name__} makes its batches in its own way (__iter__)"
     if type(loader.batch_sampler) is not BatchSampler:
         return f"its batches are made by a custom batch sampler ({type(loader.batch_sampler).__name__})"
+    if not hasattr(loader.batch_sampler.sampler, "__len__"):
+        return "its sampler has no length"
     return None
 
 

@@ -41,7 +41,8 @@ def plan_mixed_batches(
 
     Args:
         order: the new samples of this epoch, by index.
-        draw: an endless stream of replayed samples, by index (any number that `weight` knows).
+        draw: an endless stream of replayed samples, by index (any number that `weight` knows), best one in which every
+            stretch has nearly the mean weight (:func:`balanced_order`).
         weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
         mean_replay_weight: mean of `weight` over what `draw` can give.
         ratio: the share of the replayed samples in the weight, in ``[0, 1)``.
@@ -58,17 +59,18 @@ def plan_mixed_batches(
     expected = odds * sum(new_weights) / mean_replay_weight  # replayed samples per epoch, a real number
     # owed: weight of replayed samples still to come. Error diffusion over the earlier epochs left about this much.
     owed = (epoch * expected - math.floor(epoch * expected + 0.5)) * mean_replay_weight
-    replayed = _EvenDraws(draw, weight, mean_replay_weight)
+    pending = next(draw)
 
     if mode == "add":
         mixed = []
         for positions in plan_batches(range(len(order)), batch_size, drop_last):
             batch = [order[p] for p in positions]
             owed += odds * sum(new_weights[p] for p in positions)
-            while owed >= multiple * mean_replay_weight / 2:
+            while owed >= multiple * weight(pending) / 2:
                 for _ in range(multiple):
-                    batch.append(replayed.take())
-                    owed -= weight(batch[-1])
+                    batch.append(pending)
+                    owed -= weight(pending)
+                    pending = next(draw)
             mixed.append(batch)
         return mixed
 
@@ -80,12 +82,12 @@ def plan_mixed_batches(
     for index, new_weight in zip(order, new_weights, strict=True):
         slots.append(index)
         owed += odds * new_weight
-        while count < most and owed >= weight(replayed.peek()) / 2:
-            slots.append(replayed.take())
-            owed -= weight(slots[-1])
-            count += 1
+        while count < most and owed >= weight(pending) / 2:
+            slots.append(pending)
+            owed -= weight(pending)
+            count, pending = count + 1, next(draw)
     if drop_last:
-        slots += [replayed.take() for _ in range(length * batch_size - len(slots))]
+        slots += [next(draw) for _ in range(length * batch_size - len(slots))]
         return plan_batches(slots, batch_size, drop_last)[:length]
     return [slots[start:end] for start, end in _cuts(len(slots), length, batch_size)]
 
@@ -97,34 +99,36 @@ def _cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]
     leave a batch with a single sample, which batch norm cannot train on.
     """
     length = min(length, slots)
-    ends = [batch_size * (i + 1) for i in range(length - 1)] + [slots]
-    if length > 1 and slots - ends[-2] < batch_size / 2:
+    ends = [min(batch_size * (i + 1), slots) for i in range(length)]
+    if slots <= batch_size * (length - 1):
+        ends = [slots * (i + 1) // length for i in range(length)]  # fewer than this many batches hold: evenly
+    elif length > 1 and slots - ends[-2] < batch_size / 2:
         begin = ends[-3] if length > 2 else 0
         ends[-2] = begin + math.ceil((slots - begin) / 2)
     return zip([0, *ends[:-1]], ends, strict=True)
 
 
-class _EvenDraws:
-    """Draws in an order in which every stretch has nearly the mean weight.
+def balanced_order(order: Sequence[int], weight: Callable[[int], int], pending: int = 32) -> list[int]:
+    """An order of the same items in which every stretch has nearly their mean weight.
 
-    Of some pending draws the one is taken that brings the sum nearest to what so many samples weigh on average. So the
-    number of replayed samples in an epoch hardly depends on whether long or short ones were drawn.
+    Of some pending items the one comes next that brings the sum nearest to what so many items weigh on average. So the
+    number of replayed samples in an epoch hardly depends on whether long or short ones are drawn. What fits badly comes
+    late: start at a random place of the cycle, and every item is as likely as any other.
     """
-
-    def __init__(self, draw: Iterator[int], weight: Callable[[int], int], mean: float, pending: int = 32) -> None:
-        self._draw, self._weight, self._mean = draw, weight, mean
-        self._pending = [next(draw) for _ in range(pending)]
-        self._surplus = 0.0  # of the weights taken so far, over their number times the mean
-
-    def peek(self) -> int:
-        return min(self._pending, key=lambda i: abs(self._surplus + self._weight(i) - self._mean))
-
-    def take(self) -> int:
-        index = self.peek()
-        self._pending.remove(index)  # the oldest first among equals: without weights, the order of the draws
-        self._pending.append(next(self._draw))
-        self._surplus += self._weight(index) - self._mean
-        return index
+    weights = [weight(i) for i in order]
+    mean = sum(weights) / max(len(weights), 1)
+    if len(set(weights)) < 2:
+        return list(order)
+    result, waiting, surplus = [], list(range(min(pending, len(order)))), 0.0
+    following = iter(range(len(waiting), len(order)))
+    while waiting:
+        # The longest waiting first among equals.
+        best = min(waiting, key=lambda position: abs(surplus + weights[position] - mean))
+        waiting.remove(best)
+        waiting += [position for position in [next(following, None)] if position is not None]
+        result.append(order[best])
+        surplus += weights[best] - mean
+    return result
 
 
 def mixed_length(

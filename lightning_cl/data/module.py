@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cl.data import records
@@ -85,7 +86,9 @@ class TaskDataModule(L.LightningDataModule):
         self.driven = False
         self.expected_fingerprint: str | None = None
         self._prepared: dict[str, _Prepared] | None = None
+        self._set_up: set[tuple[int, str]] = set()
         self._loader: TaskLoader | None = None
+        self._loader_task: str | None = None
         self.check()
 
     # ------------------------------------------------------------------ the sequence
@@ -151,7 +154,11 @@ class TaskDataModule(L.LightningDataModule):
             )
         for module in self._data_modules():
             module.trainer = self.trainer
-            module.setup(stage or "fit")
+            # Training data is looked at before the first fit: `fit` first, each stage once.
+            for needed in ("fit", stage or "fit"):
+                if (id(module), needed) not in self._set_up:
+                    self._set_up.add((id(module), needed))
+                    module.setup(needed)
         if self._prepared is not None:
             return
         if isinstance(self.tokenizer, TrainedBPE):
@@ -167,8 +174,11 @@ class TaskDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """The current task's batches."""
-        self._loader = self.train_loader(self.current)
-        return self._loader
+        loader = self.train_loader(self.current)
+        if isinstance(loader, TaskLoader) and self._loader is not None and self._loader_task == self.current.name:
+            loader.counts = self._loader.counts  # reload_dataloaders_every_n_epochs: one task, one count
+        self._loader, self._loader_task = loader if isinstance(loader, TaskLoader) else None, self.current.name
+        return loader
 
     def val_dataloader(self) -> Any:
         """Validation batches of the current task; of the watched one while the matrix is measured."""
@@ -180,7 +190,7 @@ class TaskDataModule(L.LightningDataModule):
         """Test batches of the task that is evaluated."""
         task = self.current if self.watch is None else self.tasks[self.watch]
         test = self._data(task).test
-        if test is None and isinstance(task.train, L.LightningDataModule):
+        if test is None and self.has_test_data(task):
             test = task.train
         return [] if test is None else self._loader_of(test, task, shuffle=False)
 
@@ -192,6 +202,14 @@ class TaskDataModule(L.LightningDataModule):
         """Handed on to the task's own DataModule, if it is one."""
         return self._delegate("on_after_batch_transfer", batch, dataloader_idx)
 
+    def has_test_data(self, task: Task) -> bool:
+        """Whether there is something to test a task on."""
+        module = task.train
+        own = isinstance(module, L.LightningDataModule) and is_overridden(
+            "test_dataloader", module, L.LightningDataModule
+        )
+        return task.test is not None or own
+
     # ------------------------------------------------------------------ loaders
 
     def train_loader(self, task: Task) -> Any:
@@ -202,7 +220,11 @@ class TaskDataModule(L.LightningDataModule):
         """The validation batches of a task, in order; its training data where there is nothing else."""
         data = self._data(task)
         source = data.val if data.val is not None else data.train
+        if data.val is None and not hasattr(source, "__len__") and not isinstance(source, L.LightningDataModule):
+            return None  # a stream may be endless
         if isinstance(source, L.LightningDataModule):
+            if not is_overridden("val_dataloader", source, L.LightningDataModule):
+                return None
             return self._wrap(source.val_dataloader(), task, for_training=False)
         return self._loader_of(source, task, shuffle=False)
 
@@ -273,7 +295,7 @@ class TaskDataModule(L.LightningDataModule):
 
     def _wrap(self, loader: Any, task: Task, for_training: bool) -> Any:
         """A loader of somebody else's, made resumable where that is possible."""
-        if why_not_plannable(loader) is not None:
+        if why_not_plannable(loader) is not None or self._sharded_by_its_owner():
             return loader
         return TaskLoader.from_dataloader(
             loader,
@@ -283,6 +305,12 @@ class TaskDataModule(L.LightningDataModule):
             broadcast=None if self.trainer is None else self.trainer.strategy.broadcast,
             **self._ranks(),
         )
+
+    def _sharded_by_its_owner(self) -> bool:
+        """``Trainer(use_distributed_sampler=False)``: whoever made a loader shards it over ranks himself."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return False
+        return not self.trainer._accelerator_connector.use_distributed_sampler
 
     def _ranks(self) -> dict[str, Any]:
         # Data parallel ranks: under tensor parallelism several processes share one batch.

@@ -30,7 +30,10 @@ def build_report(
     return {
         "format": 1,
         **summary,
-        "sentences": [_sentence(summary, name, trained) for name in [*trained, *summary["watched"]]],
+        "sentences": [
+            _sentence(summary, name, trained, [type(method).__name__ for method, _ in methods])
+            for name in [*trained, *summary["watched"]]
+        ],
         "costs": {
             "tasks": [{"task": name, **cost} for name, cost in zip(trained, costs, strict=False)],
             "evaluation_seconds": matrix.seconds,
@@ -91,7 +94,7 @@ def row_names(report: dict[str, Any]) -> list[str]:
     return ["before training", *trained][: len(report["matrix"])]
 
 
-def _sentence(summary: dict[str, Any], name: str, trained: list[str]) -> str:
+def _sentence(summary: dict[str, Any], name: str, trained: list[str], methods: list[str]) -> str:
     """What became of a task, in one plain sentence."""
     column = summary["tasks"].index(name)
     values = [row[column] for row in summary["matrix"]]
@@ -117,22 +120,28 @@ def _sentence(summary: dict[str, Any], name: str, trained: list[str]) -> str:
     if math.isnan(lost):
         return f"{begin}."
     if lost <= 0:
-        return f"{begin}: nothing was lost."
-    gain = sign * (learnt - values[0])
+        return f"{begin}: no worse than when it was learnt."
+    # What its own training gave: transfer from earlier tasks is not what it learnt.
+    before = values[trained.index(name)]
+    gain = sign * (learnt - (values[0] if math.isnan(before) else before))
     if math.isnan(gain) or gain <= 0:
-        return f"{begin}: {_number(lost)} worse. {_advice(0.0)}"
+        return f"{begin}: {_number(lost)} worse. {_advice(0.0, methods)}"
     kept = 1 - lost / gain
     if kept < 0:
-        return f"{begin}: all that it had learnt is lost, it is worse than before training. {_advice(kept)}"
-    return f"{begin}: {kept:.0%} of what it had learnt was kept. {_advice(kept)}".rstrip()
+        return f"{begin}: all that its training gave is lost, and more. {_advice(kept, methods)}"
+    return f"{begin}: {kept:.0%} of what its training gave was kept. {_advice(kept, methods)}".rstrip()
 
 
-def _advice(kept: float) -> str:
+def _advice(kept: float, methods: list[str]) -> str:
+    """What to try, by how much was lost and by what the run did already."""
     if kept >= 0.9:
         return ""
-    if kept >= 0.7:
-        return "To keep more, replay a larger share: Replay(ratio=…)."
-    return "Add Replay(ratio=0.25), or a penalty such as EWC, or lower the learning rate of later tasks."
+    penalties = [name for name in methods if name in ("EWC", "SI")]
+    if "Replay" in methods:
+        return "To keep more: a larger Replay(ratio=…)."
+    if penalties:
+        return f"To keep more: Replay beside {penalties[0]}, or a higher strength as long as the average gains."
+    return "To keep more: Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC."
 
 
 def _cost_rows(report: dict[str, Any]) -> list[list[str]]:

@@ -9,10 +9,10 @@ The estimators differ in where the labels ``y`` come from:
 
 * ``sample``: one draw per position from the model's own softmax (teacher-forced); unbiased.
 * ``exact``: the expectation over all labels; one backward pass per position and class, so for small outputs only.
-* ``empirical``: the labels of the data; biased, it goes to zero as the fit becomes perfect.
+* ``empirical``: the labels of the data; the Fisher only where the model has the distribution of the data.
 
 Squaring the gradient of a batch mean instead is not an estimate of any of these: it is too small by about the batch
-size, and it loses the rank order of the parameters.
+size, and it distorts the rank order of the parameters.
 
 Source: Kirkpatrick et al. 2017 (EWC), eq. 3; van de Ven 2025 (arXiv:2502.11756) on the estimators.
 """

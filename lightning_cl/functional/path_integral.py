@@ -27,7 +27,7 @@ def path_integral_step_(omega: Tensor, gradient: Tensor, step: Tensor) -> None:
 def path_importance(
     omega: Mapping[str, Tensor], displacement: Mapping[str, Tensor], damping: float
 ) -> dict[str, Tensor]:
-    """``max(ω, 0) / (Δ² + ξ)``: one task's share of Ω (eq. 5; the authors' code clamps at zero too).
+    """``max(ω, 0) / (Δ² + ξ)``: one task's share of Ω (eq. 5; the clamp at zero is the code's, not the paper's).
 
     Args:
         omega: name to the path integral over the task.

@@ -76,7 +76,8 @@ def proximal_step_(
     """``θ ← anchor + (θ − anchor) / (1 + learning_rate · strength · importance)`` in place.
 
     The exact minimiser of ``penalty(θ') + ‖θ' − θ‖² / (2 · learning_rate)``: an implicit step, stable for every
-    strength, where the explicit gradient step overshoots once ``learning_rate · strength · importance`` exceeds 2.
+    strength, where the explicit gradient step overshoots once ``learning_rate · strength · importance`` exceeds 1 and
+    diverges beyond 2.
 
     Args:
         parameters: name to parameter.
@@ -147,7 +148,7 @@ def merge_quadratics(
 
 @torch.no_grad()
 def normalize_importance(importance: Mapping[str, Tensor]) -> float:
-    """Divides all importances in place by their global mean, so that a strength means the same for every model.
+    """Divides all importances in place by their global mean, so that strengths compare between models.
 
     Args:
         importance: name to non-negative tensor.

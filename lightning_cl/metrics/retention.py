@@ -121,7 +121,7 @@ class ForwardTransfer(_MatrixMetric):
         """The definition in words."""
         if self.preset == "sapt":
             return "gain over a model trained on the task alone, mean over T (sapt); positive is good"
-        return f"gain on tasks 2 to T from those before, over the untrained model ({self.preset}); positive is good"
+        return f"gain on tasks 2 to T from those before, over the row before training ({self.preset}); positive is good"
 
     def compute(self) -> Tensor:
         """The forward transfer."""

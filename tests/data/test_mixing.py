@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lightning_cl.data.mixing import mixed_length, plan_batches, plan_mixed_batches, share_of_rank
+from lightning_cl.data.mixing import balanced_order, mixed_length, plan_batches, plan_mixed_batches, share_of_rank
 
 RATIOS = [0.01, 0.05, 0.25, 0.5, 0.9]
 NEW, OLD = 400, 150
@@ -30,9 +30,12 @@ def epoch_of(weights, ratio, *, mode="replace", batch_size=8, epoch=0, drop_last
     rng = random.Random(1000 + epoch)
     order = rng.sample(range(new), new)
 
+    cycle = balanced_order(rng.sample(range(START, START + OLD), OLD), weights.__getitem__)
+    start = rng.randrange(OLD)
+
     def draws():
         while True:
-            yield from rng.sample(range(START, START + OLD), OLD)
+            yield from cycle[start:] + cycle[:start]
 
     mean = sum(weights[i] for i in range(START, START + OLD)) / OLD
     return plan_mixed_batches(
@@ -64,7 +67,7 @@ def test_ratio_holds_within_one_sample_in_every_window(mode, ratio, kind):
 def test_ratio_holds_in_an_epoch_that_sees_a_part_of_a_large_buffer(seed):
     # 100 draws of 1 or 19 tokens can weigh a tenth more or less than expected, if they are taken as they come.
     weights = dict.fromkeys(range(100), 10) | {START + i: 1 if i % 2 else 19 for i in range(500)}
-    order = random.Random(seed).sample(range(START, START + 500), 500)
+    order = balanced_order(random.Random(seed).sample(range(START, START + 500), 500), weights.__getitem__)
     batches = plan_mixed_batches(range(100), itertools.cycle(order), weights.__getitem__, 10.0, 0.5, 8, "replace")
     assert worst_window(batches, weights, 0.5) <= 19
 
@@ -175,3 +178,29 @@ def test_ranks_have_parts_of_one_size(size, world_size):
 def test_ranks_share_without_repetition_where_the_batch_divides():
     parts = [share_of_rank(range(12), rank, 3) for rank in range(3)]
     assert sorted(itertools.chain(*parts)) == list(range(12))
+
+
+def test_a_balanced_order_is_a_permutation_of_even_stretches():
+    weights = {i: 1 if i % 3 else 40 for i in range(600)}
+    order = balanced_order(random.Random(0).sample(range(600), 600), weights.__getitem__)
+    assert sorted(order) == list(range(600))
+    surplus = list(itertools.accumulate(weights[i] - 14 for i in order))
+    assert max(map(abs, surplus)) <= 80  # two of the long ones; in random order it walks to some hundreds
+
+
+def test_every_length_is_replayed_alike_at_a_small_share():
+    # 300 stored samples of 20, 74 and 128 tokens: the ones of mean length must not push the others out.
+    weights = dict.fromkeys(range(400), 74) | {START + i: (20, 74, 128)[i % 3] for i in range(300)}
+    drawn = dict.fromkeys((20, 74, 128), 0)
+    for seed in range(60):
+        rng = random.Random(seed)
+        cycle = balanced_order(rng.sample(range(START, START + 300), 300), weights.__getitem__)
+        start = rng.randrange(300)
+        draws = itertools.cycle(cycle[start:] + cycle[:start])
+        batches = plan_mixed_batches(range(400), draws, weights.__getitem__, 74.0, 0.02, 8, "replace", epoch=seed)
+        for i in itertools.chain(*batches):
+            if i >= START:
+                drawn[weights[i]] += 1
+    total = sum(drawn.values())
+    assert total > 300
+    assert all(abs(count / total - 1 / 3) < 0.06 for count in drawn.values())

@@ -1,0 +1,79 @@
+"""Evaluation outside of a sequence, task by task, and the plan of a run in words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.checkpoint_io import resolve_checkpoint
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.module import TaskDataModule
+
+
+def evaluate_tasks(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule,
+    stage: Literal["validate", "test"] = "validate",
+    ckpt_path: str | Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Evaluates a module on each task by itself.
+
+    Args:
+        trainer: any Trainer.
+        module: the module.
+        data: the tasks; for ``test``, those that have test data.
+        stage: ``validate`` or ``test``.
+        ckpt_path: where to load the weights from; ``"last"`` for the newest whole checkpoint.
+
+    Returns:
+        for each task the logged metrics.
+
+    Raises:
+        ValueError: if no task has test data.
+    """
+    driven, data.driven = data.driven, True
+    weights = resolve_checkpoint(ckpt_path, trainer.default_root_dir)
+    results = {}
+    for column, task in enumerate(data.tasks):
+        if stage == "test" and not data.has_test_data(task):
+            continue
+        data.watch = column
+        run = trainer.validate if stage == "validate" else trainer.test
+        run(module, datamodule=data, ckpt_path=str(weights) if weights is not None else None, verbose=False)
+        weights = None  # the module has them now
+        results[task.name] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    data.watch, data.driven = None, driven
+    if not results:
+        raise ValueError("no task has test data: give Task(test=…)")
+    names = sorted({name for metrics in results.values() for name in metrics})
+    width = max(len(task) for task in results)
+    rows = [" " * width + "".join(f"  {name:>20}" for name in names)]
+    rows += [
+        f"{task:<{width}}" + "".join(f"  {metrics.get(name, math.nan):>20.4f}" for name in names)
+        for task, metrics in results.items()
+    ]
+    rank_zero_info("\n".join(["", *rows, ""]))
+    return results
+
+
+def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
+    """What a full run would do, in words: the result of a preflight."""
+    lines = ["Preflight: one batch of every task went through. The full run:"]
+    for index, task in enumerate(data.trained_tasks):
+        loader = data.train_loader(task)
+        size = f"{len(loader)} batches an epoch" if hasattr(loader, "__len__") else "a stream of unknown length"
+        limits = [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
+        lines.append(f"  {index + 1}. {task.name}: {size}{''.join(', ' + limit for limit in limits)}")
+        lines += [f"     {line}" for line in data.describe(task)]
+        mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
+        if isinstance(loader, TaskLoader) and index > 0 and mixing:
+            for method in mixing:
+                method.mix_into(trainer, loader)
+            lines.append(f"     with replay: {len(loader)} batches an epoch")
+    return "\n".join(lines)
