@@ -54,7 +54,7 @@ def trainer(root, callbacks=(), **settings):
         "enable_model_summary": False,
         "default_root_dir": root,
     }
-    if any(isinstance(callback, L.pytorch.callbacks.ModelCheckpoint) for callback in callbacks):
+    if any(isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks):
         defaults.pop("enable_checkpointing")
     return L.Trainer(callbacks=list(callbacks), **defaults | settings)
 

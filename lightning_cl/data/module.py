@@ -147,7 +147,9 @@ class TaskDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all tasks, once."""
-        if stage == "fit" and not self.driven and len(self.trained_tasks) > 1:
+        # After fit_tasks the Trainer still holds this module; a fit on other data is not our business.
+        trains = self.trainer is None or self.trainer.fit_loop._data_source.instance is self
+        if stage == "fit" and not self.driven and trains and len(self.trained_tasks) > 1:
             raise RuntimeError(
                 f"trainer.fit would train only one of these {len(self.trained_tasks)} tasks and look finished: use"
                 " lightning_cl.fit_tasks(trainer, module, data), which trains them one after another"
