@@ -1,9 +1,7 @@
 """``fit_tasks``: one call takes a module through a sequence of tasks, with one Trainer, one logger and one run folder.
 
-This is the only file that touches the internals of Lightning's loops. What it works around, all measured on 2.6.6:
+How Lightning's loops are brought to do so is in :mod:`lightning_cl.loops`. Two more of its traps are dealt with here:
 
-* A repeated ``fit`` trains nothing, without an error: the epochs of the last fit count. So they are reset.
-* ``max_steps`` counts the steps of all fits. So it is raised for each task, after optimizers and schedules were made.
 * EarlyStopping and ModelCheckpoint carry scores over. So they are put back to what they were before the first task.
 * Lightning's own checkpoints are written before a task's end. So a boundary checkpoint is written after it.
 """
@@ -12,28 +10,23 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback
-from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator, check_state, check_trainer
+from lightning_cl.callbacks.checks import check_state, check_trainer
+from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator
 from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, read_checkpoint, resolve_checkpoint
-from lightning_cl.data.loader import TaskLoader, why_not_plannable
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation.tasks import describe_plan
+from lightning_cl.loops import Limits, forget_progress, limit_to_task, restored_limits
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task, TaskPosition
 
@@ -71,10 +64,14 @@ def fit_tasks(
         data = TaskDataModule(data)
     checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir)
     coordinator = _prepare(trainer, module, data, resumed=checkpoint_path is not None)
-    with _restored_limits(trainer, coordinator, data) as limits:
-        _train(trainer, module, data, coordinator, checkpoint_path, limits)
+    try:
+        with restored_limits(trainer) as limits:
+            _train(trainer, module, data, coordinator, checkpoint_path, limits)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(describe_plan(trainer, data))
+    finally:
+        coordinator.end_sequence()
+        data.driven = False
     methods = TaskCoordinator.methods(trainer)
     return next((method.summary() for method in methods if hasattr(method, "summary")), {})
 
@@ -85,7 +82,7 @@ def _train(
     data: TaskDataModule,
     coordinator: TaskCoordinator,
     checkpoint_path: Path | None,
-    limits: _Limits,
+    limits: Limits,
 ) -> None:
     """The loop over the tasks."""
     if checkpoint_path is not None:
@@ -103,7 +100,7 @@ def _train(
             coordinator.begin_task(position)
         else:
             coordinator.position = position
-        _limit(trainer, coordinator, tasks[index], limits)
+        coordinator.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
         _reset_per_task(trainer, coordinator, tasks[index], index)
         rank_zero_info(f"{str(position).capitalize()}")
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
@@ -207,50 +204,6 @@ def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataM
 # ---------------------------------------------------------------------- each task
 
 
-@dataclass
-class _Limits:
-    """What the Trainer was made with."""
-
-    max_epochs: int | None
-    max_steps: int
-    min_steps: int | None
-
-
-@contextmanager
-def _restored_limits(trainer: L.Trainer, coordinator: TaskCoordinator, data: TaskDataModule) -> Iterator[_Limits]:
-    """Whatever happens inside, the Trainer is afterwards as its owner made it."""
-    limits = _Limits(trainer.max_epochs, trainer.max_steps, trainer.fit_loop.min_steps)
-    try:
-        yield limits
-    finally:
-        loop = trainer.fit_loop
-        loop.max_epochs, loop.epoch_loop.max_steps = limits.max_epochs, limits.max_steps
-        loop.epoch_loop.min_steps = limits.min_steps
-        coordinator.driven = data.driven = False
-        coordinator.data = coordinator.max_steps = coordinator.min_steps = coordinator.lr = None
-
-
-def _limit(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, limits: _Limits) -> None:
-    """Makes ``max_epochs``, ``max_steps`` and ``min_steps`` those of this task."""
-    epochs, steps = limits.max_epochs, limits.max_steps
-    if not trainer.fast_dev_run and (task.max_epochs is not None or task.max_steps is not None):  # type: ignore[attr-defined]
-        epochs, steps = task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
-    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if steps == -1 and (epochs is None or epochs == -1) and not timed:
-        raise MisconfigurationException(
-            f"task {task.name!r} would never end: set Trainer(max_epochs=…) or max_steps, or the task's own"
-        )
-    loop = trainer.fit_loop
-    loop.epoch_progress.current.reset()
-    loop.epoch_loop.batch_progress.current.reset()
-    loop.epoch_loop.batch_progress.is_last_batch = False
-    loop.max_epochs = epochs if epochs is not None else -1
-    loop.epoch_loop.max_steps = steps
-    coordinator.max_steps = steps if steps != -1 else None
-    coordinator.min_steps = limits.min_steps
-    coordinator.lr = task.lr
-
-
 def _has_scores(callback: Callback) -> bool:
     return isinstance(callback, (EarlyStopping, ModelCheckpoint, Timer))
 
@@ -310,11 +263,7 @@ def _check_finished(coordinator: TaskCoordinator, position: TaskPosition) -> Non
 
 def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int, fresh: bool) -> None:
     """Writes ``tasks/<index>-<name>.ckpt``: the next task starts from here, with a fresh optimizer."""
-    loop = trainer.fit_loop
-    loop.epoch_progress.reset()
-    loop.epoch_loop.batch_progress.reset()
-    loop.epoch_loop.scheduler_progress.reset()
-    loop.epoch_loop.val_loop.batch_progress.reset()
+    forget_progress(trainer)
     coordinator.reach_boundary(trainer)
     folder = run_folder(trainer) / "tasks"
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
@@ -326,81 +275,3 @@ def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task,
         folder.rename(folder.with_name(f"tasks-v{version}"))
     trainer.strategy.barrier("tasks")
     trainer.save_checkpoint(folder / f"{index}-{task.slug}.ckpt", weights_only=False)
-
-
-# ---------------------------------------------------------------------- with and without the driver
-
-
-class _MixingSource(_DataLoaderSource):
-    """Where the Trainer gets its training loader from, with what the methods mix into it."""
-
-    def __init__(self, source: _DataLoaderSource, trainer: L.Trainer) -> None:
-        super().__init__(source.instance, source.name)
-        self._trainer = trainer
-
-    @override
-    def dataloader(self) -> Any:
-        loader = super().dataloader()
-        if not TaskCoordinator.of(self._trainer).driven:
-            with untouched_random_state():
-                for method in TaskCoordinator.methods(self._trainer):
-                    method.check_loader(loader, "of trainer.fit")
-        methods = [method for method in TaskCoordinator.methods(self._trainer) if method.mixes]
-        if not methods:
-            return loader
-        if not isinstance(loader, TaskLoader):
-            ranks = _shards_of_lightning(self._trainer)
-            if not ranks and self._trainer.world_size > 1:
-                raise MisconfigurationException(
-                    "Trainer(use_distributed_sampler=False): Replay would keep other samples on each rank; let"
-                    " Lightning shard the loader"
-                )
-            loader = TaskLoader.from_dataloader(
-                loader,
-                rank=ranks.get("rank", 0),
-                world_size=ranks.get("num_replicas", 1),
-                broadcast=self._trainer.strategy.broadcast,
-            )
-        for method in methods:
-            method.mix_into(self._trainer, loader)
-        return loader
-
-
-def let_methods_mix(trainer: L.Trainer) -> None:
-    """Lets the methods add to the training loader when Lightning asks for it."""
-    source = trainer.fit_loop._data_source
-    if not isinstance(source, _MixingSource):
-        trainer.fit_loop._data_source = _MixingSource(source, trainer)
-
-
-def steps_of_task(trainer: L.Trainer) -> int | None:
-    """How many optimizer steps the coming fit takes, for schedules; None if nobody can know.
-
-    For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up,
-    which would lose the loader's place on a resume.
-    """
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    by_epochs = None
-    if epochs is not None and epochs > 0:
-        with untouched_random_state():
-            loader = trainer.fit_loop._data_source.dataloader()
-        try:
-            batches = len(loader)
-        except TypeError:
-            batches = None
-        ranks = _shards_of_lightning(trainer)
-        if batches is not None and why_not_plannable(loader) is None and ranks:
-            batches = math.ceil(batches / ranks["num_replicas"])  # Lightning will shard it
-        if batches is not None:
-            limit = trainer.limit_train_batches
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-            by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
-    known = [count for count in (by_epochs, steps if steps > 0 else None) if count is not None]
-    return min(known) if known else None
-
-
-def _shards_of_lightning(trainer: L.Trainer) -> dict[str, int]:
-    """Rank and number of ranks over which Lightning shards a plain loader; empty where it does not."""
-    if not trainer._accelerator_connector.use_distributed_sampler:
-        return {}
-    return trainer.distributed_sampler_kwargs or {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_cl import PromptSamples, TaskMatrix
-from lightning_cl.callbacks.coordinator import named
+from lightning_cl.callbacks.checks import named
 from lightning_cl.evaluation import build_report, format_report, write_report
 
 NAN = float("nan")

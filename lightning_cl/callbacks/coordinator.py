@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -16,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback
+from lightning_cl.callbacks.checks import FORMAT, check_state, check_trainer, methods_of, named
 from lightning_cl.data.loader import TaskLoader
+from lightning_cl.loops import Limits, batches_in_flight, count_from, let_methods_mix
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.tasks import TaskPosition
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lightning_cl.data import TaskDataModule
 
 CHECKPOINT_KEY = "lightning_cl"
-FORMAT = 1
 
 
 class TaskCoordinator(Callback):
@@ -42,8 +42,7 @@ class TaskCoordinator(Callback):
         self.ended = False
         self.at_boundary = False
         self.first_step = 0
-        self.max_steps: int | None = None
-        self.min_steps: int | None = None
+        self.limits: Limits | None = None
         self.lr: float | None = None
         self.data: TaskDataModule | None = None
         self.pristine: dict[int, tuple[Callback, dict[str, Any]]] = {}
@@ -71,7 +70,7 @@ class TaskCoordinator(Callback):
     @staticmethod
     def methods(trainer: L.Trainer) -> list[ContinualCallback]:
         """The continual-learning callbacks of a Trainer, in its order."""
-        return [callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback)]  # type: ignore[attr-defined]
+        return methods_of(trainer)
 
     # ------------------------------------------------------------------ checks
 
@@ -93,20 +92,14 @@ class TaskCoordinator(Callback):
             if not self.driven:
                 self.names, self.at_boundary = [], False
             check_trainer(trainer, pl_module)
-            from lightning_cl.sequence import let_methods_mix
-
-            let_methods_mix(trainer)
+            let_methods_mix(trainer, self.methods(trainer), check=not self.driven)
 
     # ------------------------------------------------------------------ start
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.max_steps is not None:
-            # While optimizers and schedules were made, the limit was this task's own number of steps; the loop counts
-            # the steps of all tasks.
-            trainer.fit_loop.epoch_loop.max_steps = self.first_step + self.max_steps
-        if self.min_steps is not None:
-            trainer.fit_loop.epoch_loop.min_steps = self.first_step + self.min_steps
+        if self.limits is not None:
+            count_from(trainer, self.limits, self.first_step)
         if self.lr is not None:
             for optimizer in trainer.optimizers:
                 schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -290,6 +283,10 @@ class TaskCoordinator(Callback):
             for method in self.methods(trainer):
                 method.on_sequence_start()
 
+    def end_sequence(self) -> None:
+        """``fit_tasks`` returns, or failed: a plain fit is a task by itself again."""
+        self.driven, self.data, self.limits, self.lr = False, None, None, None
+
     def begin_task(self, position: TaskPosition) -> None:
         """A fresh task is about to be fitted (called by ``fit_tasks``)."""
         self.position, self.started, self.ended, self.at_boundary = position, False, False, False
@@ -304,11 +301,7 @@ class TaskCoordinator(Callback):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
-        in_flight = 0
-        if loader is not None:
-            # A batch that raised an exception was fetched, and not trained on.
-            progress = trainer.fit_loop.epoch_loop.batch_progress.current
-            in_flight = progress.ready - progress.processed  # type: ignore[attr-defined]
+        in_flight = batches_in_flight(trainer) if loader is not None else 0
         checkpoint[CHECKPOINT_KEY] = {
             "format": FORMAT,
             "driven": bool(self.names),
@@ -366,69 +359,6 @@ class TaskCoordinator(Callback):
         for method, name in named(self.methods(trainer)):
             method.tasks_done = state["methods"][name]["tasks_done"]
             method.load_continual_state(state["methods"][name]["state"])
-
-
-def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Whether these methods can work with this Trainer and module at all.
-
-    Raises:
-        MisconfigurationException: saying what to do instead.
-    """
-    if isinstance(trainer.strategy.launcher, (_MultiProcessingLauncher, _XLALauncher)):
-        raise MisconfigurationException(
-            "Trainer(strategy=…): spawned and forked processes lose what callbacks learnt when a fit ends; use"
-            " strategy='ddp' and start the training as a script"
-        )
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} optimises by hand (automatic_optimization=False): penalties and projections"
-            " need to stand between the backward pass and the step, which only automatic optimisation shows; return"
-            " the loss from training_step instead"
-        )
-    owners: dict[str, str] = {}
-    for method, name in named(TaskCoordinator.methods(trainer)):
-        if method.owns is not None and method.owns in owners:
-            raise MisconfigurationException(
-                f"Trainer(callbacks=…): {owners[method.owns]} and {name} both want {method.owns}; keep one of them"
-            )
-        if method.owns is not None:
-            owners[method.owns] = name
-
-
-def check_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
-    """Whether the callbacks of the run are those that wrote the checkpoint.
-
-    Raises:
-        MisconfigurationException: naming what is missing or too many.
-    """
-    if state["format"] != FORMAT:
-        raise MisconfigurationException(
-            f"ckpt_path: written in format {state['format']} of lightning_cl, this version reads format {FORMAT}"
-        )
-    ours = {name for _, name in named(TaskCoordinator.methods(trainer))}
-    theirs = set(state["methods"])
-    if theirs - ours:
-        raise MisconfigurationException(
-            f"ckpt_path: it holds what {sorted(theirs - ours)} learnt, but Trainer(callbacks=…) has only"
-            f" {sorted(ours)}: that would be lost; add the missing callbacks"
-        )
-    if ours - theirs and (state["index"] > 0 or state["started"]):
-        raise MisconfigurationException(
-            f"ckpt_path: Trainer(callbacks=…) has {sorted(ours - theirs)}, about which the checkpoint knows nothing"
-            f" (it has {sorted(theirs)}): the tasks before could not be protected; resume with the callbacks of that"
-            " run"
-        )
-
-
-def named(methods: list[ContinualCallback]) -> list[tuple[ContinualCallback, str]]:
-    """Each method with a name that is unique in its Trainer: the class, and a number from the second on."""
-    seen: dict[str, int] = {}
-    result = []
-    for method in methods:
-        name = type(method).__name__
-        seen[name] = seen.get(name, 0) + 1
-        result.append((method, name if seen[name] == 1 else f"{name}-{seen[name]}"))
-    return result
 
 
 def amp_scale(trainer: L.Trainer) -> float:

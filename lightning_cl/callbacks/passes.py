@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_cl.data.loader import TaskLoader, task_indices, why_not_plannable
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.plannable import task_indices, why_not_plannable
 from lightning_cl.random_state import untouched_random_state
 
 OutputsFunction = Callable[[L.LightningModule, Any], Tensor]

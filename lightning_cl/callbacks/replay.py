@@ -13,8 +13,9 @@ from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.buffers.samples import own
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
 from lightning_cl.callbacks.passes import progress
-from lightning_cl.data.loader import Mix, TaskLoader, task_indices, why_not_plannable
+from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing import MixMode
+from lightning_cl.data.plannable import task_indices, why_not_plannable
 
 
 class Replay(ContinualCallback):

@@ -16,7 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
-from lightning_cl.callbacks.coordinator import TaskCoordinator, named
+from lightning_cl.callbacks.checks import named
+from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.passes import progress
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.functional.retention import Mode, Preset

@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -29,7 +26,7 @@ from lightning_cl.data.mixing import (
     plan_mixed_batches,
     share_of_rank,
 )
-from lightning_cl.random_state import untouched_random_state
+from lightning_cl.data.plannable import task_indices, why_not_plannable
 
 _KEPT_SETTINGS = ("num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "timeout")
 
@@ -379,46 +376,6 @@ class TaskLoader:
             self._generator.set_state(states["loader"])
         if "sampler" in states:
             self.order_sampler.generator.set_state(states["sampler"])
-
-
-def task_indices(loader: Any) -> Sequence[int]:
-    """Which samples of its data set a loader can give: a sampler may leave some to other tasks, or to validation.
-
-    Args:
-        loader: a :class:`TaskLoader` or a ``DataLoader`` whose batches can be planned by index.
-    """
-    sampler = loader.order_sampler if isinstance(loader, TaskLoader) else loader.batch_sampler.sampler
-    everything = range(len(loader.dataset))
-    if sampler is None or isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler)):
-        return everything
-    if isinstance(sampler, SubsetRandomSampler):
-        return sorted(int(index) for index in sampler.indices)
-    if isinstance(sampler, WeightedRandomSampler):
-        return [index for index, weight in enumerate(sampler.weights.tolist()) if weight > 0]
-    generator = getattr(sampler, "generator", None)
-    state = generator.get_state() if generator is not None else None
-    with untouched_random_state():
-        indices = sorted({int(index) for index in sampler})
-    if generator is not None and state is not None:
-        generator.set_state(state)
-    return indices
-
-
-def why_not_plannable(loader: Any) -> str | None:
-    """Why a loader's batches cannot be planned by index, in words; None if they can."""
-    if not isinstance(loader, DataLoader):
-        return f"it is a {type(loader).__name__} and no torch DataLoader"
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        return "its data set is a stream without length: it cannot be addressed by index"
-    if loader.batch_sampler is None:
-        return "its batching is switched off (batch_size=None)"
-    if type(loader).__iter__ is not DataLoader.__iter__:
-        return f"a {type(loader).__name__} makes its batches in its own way (__iter__)"
-    if type(loader.batch_sampler) is not BatchSampler:
-        return f"its batches are made by a custom batch sampler ({type(loader.batch_sampler).__name__})"
-    if not hasattr(loader.batch_sampler.sampler, "__len__"):
-        return "its sampler has no length"
-    return None
 
 
 def _mix_seed(*parts: int) -> int:

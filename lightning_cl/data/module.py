@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cl.data import records
-from lightning_cl.data.loader import TaskLoader, why_not_plannable
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.tokenizer import TrainedBPE, fingerprint, load_tokenizer
 from lightning_cl.data.tokens import TokenCollator, TokenDataset, split_documents, tokenize
 from lightning_cl.tasks import Task

@@ -186,7 +186,7 @@ class CausalLM(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        from lightning_cl.sequence import steps_of_task
+        from lightning_cl.loops import steps_of_task
 
         optimizer = self.optimizer(_parameter_groups(self))
         if self.schedule is None:

@@ -1,0 +1,179 @@
+"""Lightning's loops: the only file that touches their internals, all of them measured on 2.6.6.
+
+* A repeated ``fit`` trains nothing, without an error: the epochs of the last fit count. So they are reset.
+* ``max_steps`` counts the steps of all fits. So it is raised for each task, after optimizers and schedules were made.
+* The training loader is asked for at one place. So what methods mix into it is added there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.plannable import why_not_plannable
+from lightning_cl.random_state import untouched_random_state
+from lightning_cl.tasks import Task
+
+if TYPE_CHECKING:
+    from lightning_cl.callbacks.base import ContinualCallback
+
+
+@dataclass
+class Limits:
+    """What a fit is bounded by, in epochs and steps of its own."""
+
+    max_epochs: int | None
+    max_steps: int
+    min_steps: int | None
+
+
+@contextmanager
+def restored_limits(trainer: L.Trainer) -> Iterator[Limits]:
+    """The Trainer's own limits; whatever happens inside, it has them again afterwards."""
+    limits = Limits(trainer.max_epochs, trainer.max_steps, trainer.fit_loop.min_steps)
+    try:
+        yield limits
+    finally:
+        loop = trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = limits.max_epochs, limits.max_steps
+        loop.epoch_loop.min_steps = limits.min_steps
+
+
+def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
+    """Makes ``max_epochs``, ``max_steps`` and ``min_steps`` of the coming fit those of this task.
+
+    Raises:
+        MisconfigurationException: if the task would never end.
+    """
+    epochs, steps = limits.max_epochs, limits.max_steps
+    if not trainer.fast_dev_run and (task.max_epochs is not None or task.max_steps is not None):  # type: ignore[attr-defined]
+        epochs, steps = task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if steps == -1 and (epochs is None or epochs == -1) and not timed:
+        raise MisconfigurationException(
+            f"task {task.name!r} would never end: set Trainer(max_epochs=…) or max_steps, or the task's own"
+        )
+    loop = trainer.fit_loop
+    loop.epoch_progress.current.reset()
+    loop.epoch_loop.batch_progress.current.reset()
+    loop.epoch_loop.batch_progress.is_last_batch = False
+    loop.max_epochs = epochs if epochs is not None else -1
+    loop.epoch_loop.max_steps = steps
+    return Limits(epochs, steps, limits.min_steps)
+
+
+def count_from(trainer: L.Trainer, limits: Limits, first_step: int) -> None:
+    """The loop counts the steps of all tasks: to be called when optimizers and schedules have read the task's own."""
+    loop = trainer.fit_loop.epoch_loop
+    if limits.max_steps != -1:
+        loop.max_steps = first_step + limits.max_steps
+    if limits.min_steps is not None:
+        loop.min_steps = first_step + limits.min_steps
+
+
+def forget_progress(trainer: L.Trainer) -> None:
+    """A checkpoint that is written now starts a fit from its first batch; only the number of steps is kept."""
+    loop = trainer.fit_loop
+    loop.epoch_progress.reset()
+    loop.epoch_loop.batch_progress.reset()
+    loop.epoch_loop.scheduler_progress.reset()
+    loop.epoch_loop.val_loop.batch_progress.reset()
+
+
+def batches_in_flight(trainer: L.Trainer) -> int:
+    """Batches that were fetched and not trained on: one, while an exception is handled."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.ready - progress.processed  # type: ignore[attr-defined]
+
+
+class _MixingSource(_DataLoaderSource):
+    """Where the Trainer gets its training loader from, with what the methods mix into it."""
+
+    def __init__(self, source: _DataLoaderSource, trainer: L.Trainer, methods: list[ContinualCallback]) -> None:
+        super().__init__(source.instance, source.name)
+        self._trainer = trainer
+        self.methods, self.checks = methods, True
+
+    @override
+    def dataloader(self) -> Any:
+        loader = super().dataloader()
+        if self.checks:
+            with untouched_random_state():
+                for method in self.methods:
+                    method.check_loader(loader, "of trainer.fit")
+        methods = [method for method in self.methods if method.mixes]
+        if not methods:
+            return loader
+        if not isinstance(loader, TaskLoader):
+            ranks = _shards_of_lightning(self._trainer)
+            if not ranks and self._trainer.world_size > 1:
+                raise MisconfigurationException(
+                    "Trainer(use_distributed_sampler=False): Replay would keep other samples on each rank; let"
+                    " Lightning shard the loader"
+                )
+            loader = TaskLoader.from_dataloader(
+                loader,
+                rank=ranks.get("rank", 0),
+                world_size=ranks.get("num_replicas", 1),
+                broadcast=self._trainer.strategy.broadcast,
+            )
+        for method in methods:
+            method.mix_into(self._trainer, loader)
+        return loader
+
+
+def let_methods_mix(trainer: L.Trainer, methods: list[ContinualCallback], check: bool) -> None:
+    """Lets the methods add to the training loader when Lightning asks for it.
+
+    Args:
+        trainer: about to fit.
+        methods: its methods.
+        check: whether they shall look at the loader first (``fit_tasks`` has done so for all tasks).
+    """
+    source = trainer.fit_loop._data_source
+    if not isinstance(source, _MixingSource):
+        source = trainer.fit_loop._data_source = _MixingSource(source, trainer, methods)
+    source.methods, source.checks = methods, check
+
+
+def steps_of_task(trainer: L.Trainer) -> int | None:
+    """How many optimizer steps the coming fit takes, for schedules; None if nobody can know.
+
+    For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up,
+    which would lose the loader's place on a resume.
+    """
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    by_epochs = None
+    if epochs is not None and epochs > 0:
+        with untouched_random_state():
+            loader = trainer.fit_loop._data_source.dataloader()
+        try:
+            batches = len(loader)
+        except TypeError:
+            batches = None
+        ranks = _shards_of_lightning(trainer)
+        if batches is not None and why_not_plannable(loader) is None and ranks:
+            batches = math.ceil(batches / ranks["num_replicas"])  # Lightning will shard it
+        if batches is not None:
+            limit = trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    known = [count for count in (by_epochs, steps if steps > 0 else None) if count is not None]
+    return min(known) if known else None
+
+
+def _shards_of_lightning(trainer: L.Trainer) -> dict[str, int]:
+    """Rank and number of ranks over which Lightning shards a plain loader; empty where it does not."""
+    if not trainer._accelerator_connector.use_distributed_sampler:
+        return {}
+    return trainer.distributed_sampler_kwargs or {}
