@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -108,6 +109,7 @@ class TaskCoordinator(Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         methods = self.methods(trainer)
+        reshard(pl_module)
         resumed, self._resumed = self._resumed, None
         if not self.started or (self.ended and not self.driven):
             if not self.driven:
@@ -229,6 +231,7 @@ class TaskCoordinator(Callback):
         trained = self._train_seconds()
         self._clock = None
         start = time.monotonic()
+        reshard(pl_module)
         for method in self.methods(trainer):
             method.on_task_end(trainer, pl_module)
             method.tasks_done += 1
@@ -359,6 +362,13 @@ class TaskCoordinator(Callback):
         for method, name in named(self.methods(trainer)):
             method.tasks_done = state["methods"][name]["tasks_done"]
             method.load_continual_state(state["methods"][name]["state"])
+
+
+def reshard(pl_module: L.LightningModule) -> None:
+    """Under FSDP2 the outermost parameters stay gathered after a validation: back to the shards that training steps."""
+    for module in pl_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def amp_scale(trainer: L.Trainer) -> float:

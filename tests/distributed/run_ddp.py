@@ -13,10 +13,25 @@ warnings.simplefilter("ignore")
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from toys import Classifier, classification, trainer  # noqa: E402
 
 from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, fit_tasks  # noqa: E402
+from lightning_cl.callbacks.quadratic import full_cpu  # noqa: E402
+
+
+class Sharded(Classifier):
+    """Somebody's module with FSDP2."""
+
+    sharded = False
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
+            self.sharded = True
+            fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
 class Seen(Callback):
@@ -42,15 +57,23 @@ def main(out: str, ranks: int, kind: str, ckpt_path: str | None) -> None:
     si, replay, matrix, seen = SI(1.0), Replay(20, 0.25), TaskMatrix(), Seen()
     checkpoint = ModelCheckpoint(every_n_train_steps=3, save_top_k=-1, filename="{step}")
     strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
-    run = trainer(out, [ewc, si, replay, matrix, seen, checkpoint], max_epochs=2, **strategy)
+    if kind == "sharded":
+        parallel = ModelParallelStrategy(
+            data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+        strategy = {"strategy": parallel, "devices": ranks}
+    methods = [si, replay, matrix, seen, checkpoint]
+    if kind not in ("sharded", "whole"):
+        methods.insert(0, ewc)
+    run = trainer(out, methods, max_epochs=2, **strategy)
     # Dropout: each rank draws its own numbers, which a checkpoint must keep for all ranks.
-    module = Classifier(dropout=0.2 if kind == "dropout" else 0.0)
+    module = Sharded(dropout=0.2 if kind == "dropout" else 0.0, optimizer=torch.optim.AdamW, lr=0.01)
     fit_tasks(run, module, data, ckpt_path)
     torch.save(
         {
-            "weights": module.state_dict(),
+            "weights": {name: full_cpu(value) for name, value in module.state_dict().items()},
             "ewc": ewc.importance,
-            "si": si.importance,
+            "si": {name: full_cpu(value) for name, value in si.importance.items()},
             "buffer": torch.stack([sample[0] for sample in replay.buffer.items]),
             "matrix": matrix.matrix,
             "seen": seen.samples,

@@ -87,3 +87,15 @@ def test_resume_on_two_ranks_equals_never_stopped(tmp_path, kind):
             assert all(torch.equal(one[what][name], other[what][name]) for name in one[what])
         assert torch.equal(one["buffer"], other["buffer"])
         assert torch.equal(one["matrix"], other["matrix"])
+
+
+def test_sharded_parameters_give_what_whole_ones_give_and_resume(tmp_path):
+    """FSDP2: importance, anchor and path integral live on the shards; a checkpoint holds the whole tensors."""
+    whole, sharded = run(tmp_path / "whole", 2, "whole"), run(tmp_path / "sharded", 2, "sharded")
+    checkpoint = sorted((tmp_path / "sharded" / "checkpoints" / "1-b").glob("*.ckpt"))[0]
+    resumed = run(tmp_path / "resumed", 2, "sharded", checkpoint)
+    for what in ("weights", "si"):
+        for name, value in whole[0][what].items():
+            torch.testing.assert_close(sharded[0][what][name], value, rtol=1e-5, atol=1e-6)
+            assert torch.equal(resumed[0][what][name], sharded[0][what][name])
+    assert any(value.count_nonzero() for value in whole[0]["si"].values())
