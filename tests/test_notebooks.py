@@ -1,0 +1,117 @@
+"""The notebooks run from top to bottom, and what they tell about their results is what comes out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FORGETTING = ROOT / "notebooks" / "01_catastrophic_forgetting.ipynb"
+_executed = {}
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Runs a notebook, once in a session, in a copy outside the repository."""
+
+    def execute(path):
+        if path not in _executed:
+            search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            monkeypatch.setenv("PYTHONPATH", os.pathsep.join(search))
+            monkeypatch.setenv("LIGHTNING_CL_CACHE", str(tmp_path / "cache"))
+            monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+            monkeypatch.setenv("OMP_NUM_THREADS", "2")
+            notebook = nbformat.read(shutil.copy(path, tmp_path), as_version=4)
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    cell.outputs = []  # what is found below must be new
+            resources = {"metadata": {"path": str(tmp_path)}}
+            client = nbclient.NotebookClient(
+                notebook, timeout=900, kernel_name="python3", allow_errors=True, resources=resources
+            )
+            _executed[path] = client.execute()
+        return _executed[path]
+
+    return execute
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def errors(notebook):
+    return ["\n".join(output.traceback) for output in outputs(notebook) if output.output_type == "error"]
+
+
+def images(notebook):
+    return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+def printed(notebook, stream="stdout"):
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == stream)
+
+
+def scores_of_methods(notebook):
+    """The table at the end: method to final mean, forgetting, loss on new tasks."""
+    row = r"^(.+?) +(-?\d+\.\d\d) +(-?\d+\.\d\d) +(-?\d+\.\d\d)$"
+    return {name: tuple(map(float, values)) for name, *values in re.findall(row, printed(notebook), re.MULTILINE)}
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, execute):
+    notebook = execute(path)
+    assert errors(notebook) == []
+    assert images(notebook)
+    assert printed(notebook)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_stored_with_clean_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert errors(notebook) == []
+    assert images(notebook)
+    assert printed(notebook, "stderr") == ""
+    assert re.findall(r"/(?:tmp|home|root|Users|work)/", printed(notebook)) == []
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("source", ["stored", "executed"])
+def test_forgetting_and_what_helps(source, execute):
+    notebook = execute(FORGETTING) if source == "executed" else nbformat.read(FORGETTING, as_version=4)
+    scores = scores_of_methods(notebook)
+    assert list(scores) == ["naive", "EWC", "SI", "Replay", "EWC + Replay", "frozen"]
+    mean, forgetting, new_tasks = scores.pop("naive")
+    frozen = scores.pop("frozen")
+    assert forgetting > 0.5
+    for method in scores.values():
+        assert method[0] < mean - 0.1
+        assert method[1] < forgetting / 2
+    # The table's own lesson: who learns nothing forgets nothing, and is worst.
+    assert frozen[0] > mean
+    assert frozen[1] == 0
+    assert frozen[2] > new_tasks
+    assert len(images(notebook)) == 6
+
+
+def test_the_text_quotes_the_stored_numbers():
+    """Every number with two decimals in the text was printed or drawn from what was printed."""
+    notebook = nbformat.read(FORGETTING, as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    comparison = text[text.index("**Every method helps.**") : text.index("**What this picture does not show.**")]
+    quoted = set(re.findall(r"\d\.\d\d\b", comparison))
+    assert quoted
+    assert quoted <= set(re.findall(r"\d\.\d\d\b", printed(notebook)))
