@@ -43,11 +43,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.close(folder)
 
 
-def resolve_checkpoint(ckpt_path: str | Path | None, folder: str | Path) -> Path | None:
+def resolve_checkpoint(
+    ckpt_path: str | Path | None, folder: str | Path, methods: set[str] | None = None
+) -> Path | None:
     """A checkpoint's path; ``"last"`` is the newest one below `folder` that a sequence can go on from."""
     if ckpt_path is None:
         return None
-    return find_last_checkpoint(folder) if str(ckpt_path) == "last" else Path(ckpt_path)
+    return find_last_checkpoint(folder, methods) if str(ckpt_path) == "last" else Path(ckpt_path)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -77,8 +79,12 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def find_last_checkpoint(folder: str | Path) -> Path:
+def find_last_checkpoint(folder: str | Path, methods: set[str] | None = None) -> Path:
     """The newest whole checkpoint below a folder that was written by a sequence with all its state.
+
+    Args:
+        folder: where to look.
+        methods: the names of the callbacks of the run that wants to go on, if they matter: other runs are passed over.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -87,8 +93,12 @@ def find_last_checkpoint(folder: str | Path) -> Path:
     for path in found:
         if not is_whole(path):
             rank_zero_warn(f"{path} is damaged or cut off; an earlier checkpoint is used")
-        elif "lightning_cl" not in read_checkpoint(path):
+            continue
+        state = read_checkpoint(path).get("lightning_cl")
+        if state is None:
             rank_zero_warn(f"{path} holds weights only, or is not of a sequence; an earlier checkpoint is used")
+        elif methods is not None and set(state["methods"]) != methods:
+            rank_zero_warn(f"{path} is of a run with {sorted(state['methods'])}; an earlier checkpoint is used")
         else:
             return path
     raise FileNotFoundError(f"ckpt_path='last': there is no checkpoint to go on from below {Path(folder).absolute()}")

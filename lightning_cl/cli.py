@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,7 @@ def main(args: list[str] | None = None) -> None:
     """
     # Denormal numbers, which Adam's moments are full of, cost up to half of the time on a CPU.
     torch.set_flush_denormal(True)
+    _quiet()
     try:
         ContinualCLI(args)
     except Exception as error:
@@ -135,6 +138,16 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"lightning-cl: error: {ours}", file=sys.stderr)
         sys.exit(1)
+
+
+def _quiet() -> None:
+    """Leaves out what Lightning says that is no news, or wrong, in a sequence of tasks."""
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # our own config.yaml is in it
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a folder per task
+    noise = ("💡 Tip", "`Trainer.fit` stopped: `max_steps")  # the loop counts the steps of all tasks
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: not record.getMessage().startswith(noise))
 
 
 def _ours(error: BaseException | None) -> BaseException | None:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_cl.callbacks.base import ContinualCallback
-from lightning_cl.callbacks.checks import check_state, check_trainer
+from lightning_cl.callbacks.checks import check_state, check_trainer, methods_of, named
 from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator
 from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, read_checkpoint, resolve_checkpoint
 from lightning_cl.data.module import TaskDataModule
@@ -62,7 +62,8 @@ def fit_tasks(
     """
     if not isinstance(data, TaskDataModule):
         data = TaskDataModule(data)
-    checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir)
+    methods = {name for _, name in named(methods_of(trainer))}
+    checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
     coordinator = _prepare(trainer, module, data, resumed=checkpoint_path is not None)
     try:
         with restored_limits(trainer) as limits:
@@ -72,8 +73,7 @@ def fit_tasks(
     finally:
         coordinator.end_sequence()
         data.driven = False
-    methods = TaskCoordinator.methods(trainer)
-    return next((method.summary() for method in methods if hasattr(method, "summary")), {})
+    return next((method.summary() for method in methods_of(trainer) if hasattr(method, "summary")), {})
 
 
 def _train(
@@ -106,9 +106,11 @@ def _train(
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
         _check_finished(coordinator, position)
+        rank_zero_info(f"{str(position).capitalize()}: {coordinator.costs[-1]['steps']} steps")
         _boundary(trainer, module, data, trained=index + 1)
         _save_boundary(trainer, coordinator, tasks[index], index, fresh=checkpoint_path is None and index == 0)
     if start == len(tasks) and checkpoint_path is not None:
+        rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go behind them in the list")
         _load_weights(trainer, module, data, checkpoint_path)
 
 
@@ -127,6 +129,8 @@ def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
     coordinator = TaskCoordinator.of(trainer)
     coordinator.begin_sequence(trainer, data, resumed)
+    # Before the first evaluation, which makes ModelCheckpoint fix its folder.
+    _remember_scored(trainer, coordinator)
     data.driven = True
     return coordinator
 
@@ -181,7 +185,7 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
             f"ckpt_path={str(path)!r}: it has been trained on the tasks {theirs[:reached]}, this run begins with"
             f" {ours[:reached]}; give the same tasks in the same order, and new ones behind them"
         )
-    check_state(trainer, state)
+    check_state(trainer, state, path)
     data.expected_fingerprint = state["fingerprint"]
     coordinator.load(trainer, state)
     coordinator.names = ours
@@ -221,15 +225,20 @@ def _snapshot(callback: Callback) -> dict[str, Any]:
     return values
 
 
+def _remember_scored(trainer: L.Trainer, coordinator: TaskCoordinator) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if _has_scores(callback) and id(callback) not in coordinator.pristine:
+            coordinator.pristine[id(callback)] = (callback, _snapshot(callback))
+
+
 def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
     """The user's own EarlyStopping, ModelCheckpoint and Timer objects, as when first seen, with a folder per task."""
     trainer.should_stop = False
     folder = run_folder(trainer)
+    _remember_scored(trainer, coordinator)  # what the module's configure_callbacks has made since
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not _has_scores(callback):
             continue
-        if id(callback) not in coordinator.pristine:
-            coordinator.pristine[id(callback)] = (callback, _snapshot(callback))
         _, values = coordinator.pristine[id(callback)]
         fresh = type("_", (), {})()
         vars(fresh).update(values)

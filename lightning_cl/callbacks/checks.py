@@ -57,7 +57,7 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             owners[method.owns] = name
 
 
-def check_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
+def check_state(trainer: L.Trainer, state: dict[str, Any], path: Any = "the checkpoint") -> None:
     """Whether the callbacks of the run are those that wrote the checkpoint.
 
     Raises:
@@ -65,13 +65,14 @@ def check_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
     """
     if state["format"] != FORMAT:
         raise MisconfigurationException(
-            f"ckpt_path: written in format {state['format']} of lightning_cl, this version reads format {FORMAT}"
+            f"ckpt_path: {path} was written in format {state['format']} of lightning_cl, this version reads format"
+            f" {FORMAT}"
         )
     ours = {name for _, name in named(methods_of(trainer))}
     theirs = set(state["methods"])
     if theirs - ours:
         raise MisconfigurationException(
-            f"ckpt_path: it holds what {sorted(theirs - ours)} learnt, but Trainer(callbacks=…) has only"
+            f"ckpt_path: {path} holds what {sorted(theirs - ours)} learnt, but Trainer(callbacks=…) has only"
             f" {sorted(ours)}: that would be lost; add the missing callbacks"
         )
     if ours - theirs and (state["index"] > 0 or state["started"]):

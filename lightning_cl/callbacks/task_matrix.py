@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -68,6 +68,11 @@ class TaskMatrix(ContinualCallback):
                 f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} has no validation_step to measure"
                 " it in"
             )
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if TaskCoordinator.of(trainer).data is None:
+            rank_zero_warn("TaskMatrix measures between tasks, under lightning_cl.fit_tasks only: this is a plain fit")
 
     @override
     def on_sequence_start(self) -> None:
@@ -199,6 +204,7 @@ class TaskMatrix(ContinualCallback):
             scores[name] = float(metric.compute())
         return scores | {
             "definitions": {name: metric.definition for name, metric in metrics.items()},
+            "preset": self.preset,
             "monitor": self.monitor,
             "mode": self.mode,
             "tasks": list(self.tasks),

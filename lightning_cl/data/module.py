@@ -37,7 +37,8 @@ class TaskDataModule(L.LightningDataModule):
     ``LightningDataModule`` are used as they are.
 
     Args:
-        tasks: what to learn, in order: ``{name: data}``, or a list of :class:`~lightning_cl.Task`. In the dictionary,
+        tasks: what to learn, in order: ``{name: data}``, as in ``{mails: mails.jsonl, notes: notes.txt}``, or a list of
+            ``Task``. In the dictionary,
             data is what ``Task.train`` takes, or a dictionary of ``Task``'s arguments.
         tokenizer: for tasks that are text: the name of a tokenizer on the hub, a folder, a ``transformers`` tokenizer,
             or :class:`~lightning_cl.data.TrainedBPE` for a vocabulary of our own.

@@ -30,7 +30,7 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
     _heat_map(left, tasks, rows, matrix, report)
     _curves(right, tasks, rows, matrix, report)
     scores = " · ".join(
-        f"{name.replace('_', ' ')} {report[name]:.3f}"
+        f"{name.replace('_', ' ')} {report[name]:{'' if name == 'average' else '+'}.3f}".replace("-", "−")
         for name in ("average", "forgetting", "backward_transfer")
         if not math.isnan(report[name])
     )
@@ -68,7 +68,7 @@ def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[fl
         )
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_xlabel(f"{report['monitor']}; box: just trained; colour: from the task's worst to its best", fontsize=9)
+    axes.set_xlabel(f"{report['monitor']} · box: just trained · red: the task's worst, blue: its best", fontsize=9)
 
 
 def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:

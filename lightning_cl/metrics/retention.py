@@ -64,7 +64,7 @@ class AverageAccuracy(_MatrixMetric):
         kwargs: of ``torchmetrics.Metric``.
     """
 
-    definition = "mean over the tasks after the last one"
+    definition = "mean over the tasks at the end"
 
     def compute(self) -> Tensor:
         """The mean."""
@@ -89,7 +89,7 @@ class BackwardTransfer(_MatrixMetric):
     def definition(self) -> str:
         """The definition in words."""
         over = "T - 1" if self.preset == "gem" else "T"
-        return f"gain on earlier tasks since each was learnt, over {over} ({self.preset}); positive is good"
+        return f"change on earlier tasks since each was learnt (over {over}, {self.preset}); positive is good"
 
     def compute(self) -> Tensor:
         """The backward transfer."""
@@ -120,8 +120,11 @@ class ForwardTransfer(_MatrixMetric):
     def definition(self) -> str:
         """The definition in words."""
         if self.preset == "sapt":
-            return "gain over a model trained on the task alone, mean over T (sapt); positive is good"
-        return f"gain on tasks 2 to T from those before, over the row before training ({self.preset}); positive is good"
+            return "gain over a model trained on the task alone (mean over T, sapt); positive is good"
+        return (
+            f"what later tasks had gained before their own training (mean over tasks 2 to T, {self.preset}); positive is"
+            " good"
+        )
 
     def compute(self) -> Tensor:
         """The forward transfer."""
@@ -136,7 +139,7 @@ class Forgetting(_MatrixMetric):
         kwargs: of ``torchmetrics.Metric``.
     """
 
-    definition = "drop from each earlier task's best, mean over T - 1; positive is bad"
+    definition = "what earlier tasks lost since their best (mean over T - 1); positive is bad"
 
     def compute(self) -> Tensor:
         """The forgetting."""

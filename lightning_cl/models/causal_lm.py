@@ -97,6 +97,7 @@ class CausalLM(L.LightningModule):
 
     def _from_config(self, source: dict[str, Any]) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
         settings = dict(source)
         if self.tokenizer is not None:
@@ -108,17 +109,19 @@ class CausalLM(L.LightningModule):
                 "CausalLM(model={…}): a configuration without `vocab_size` takes it from the DataModule's tokenizer,"
                 " and there is none"
             )
-        try:
-            config = AutoConfig.for_model(**settings)
-        except ValueError as error:
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from huggingface_hub.errors import StrictDataclassError
 
+        if source["model_type"] not in CONFIG_MAPPING_NAMES:
             near = get_close_matches(str(source["model_type"]), CONFIG_MAPPING_NAMES, n=3) or ["llama", "qwen3", "gpt2"]
             raise ValueError(
                 f"model.model_type={source['model_type']!r}: transformers knows no such architecture; did you mean"
                 f" {' or '.join(map(repr, near))}?"
-            ) from error
-        return AutoModelForCausalLM.from_config(config)
+            )
+        try:
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+            raise ValueError(f"model={source!r}: {reason}") from error
 
     def _from_name(self, source: str) -> nn.Module:
         from transformers import AutoModelForCausalLM
