@@ -121,7 +121,7 @@ class ForwardTransfer(_MatrixMetric):
         """The definition in words."""
         if self.preset == "sapt":
             return "gain over a model trained on the task alone (mean over T, sapt); positive is good"
-        return f"what later tasks had gained before their training (mean over tasks 2 to T, {self.preset}); positive is good"
+        return f"what tasks 2 to T had gained before their own training (mean, {self.preset}); positive is good"
 
     def compute(self) -> Tensor:
         """The forward transfer."""
