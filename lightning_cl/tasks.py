@@ -14,13 +14,15 @@ class Task:
 
     Args:
         name: unique in the sequence; it names columns, files and log entries.
-        train: what to train on: a path to a ``.txt``, ``.jsonl`` or ``.json`` file, ``sample:prose``, ``sample:python``
-            or ``sample:cpp`` (text that every machine has), a list of texts, a ``datasets.Dataset``, any torch
-            ``Dataset``, a ``DataLoader``, or a ``LightningDataModule``. ``None``: the task is watched and never trained
-            on.
-        val: the same for validation. ``None``: a share of the text is held out (``val_fraction`` of
-            :class:`~lightning_cl.TaskDataModule`); data that is no text is not split, its column of the matrix is then
-            measured on the training set, and says so.
+        train: what to train on: a ``.txt``, ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder of source
+            files or a glob (``src/**/*.py``, one document a file), a folder of train, valid and test files, the name of
+            a data set on the hub (``owner/name`` or ``owner/name:config``), ``sample:prose``, ``sample:chat``,
+            ``sample:python`` or ``sample:cpp`` (text that every machine has), a list of texts or records, a
+            ``datasets.Dataset``, ``DatasetDict`` or ``IterableDataset``, any torch ``Dataset``, a ``DataLoader``, or a
+            ``LightningDataModule``. ``None``: the task is watched and never trained on.
+        val: the same for validation. ``None``: what comes with `train` (a folder's validation file), or else a share of
+            the text is held out (``val_fraction`` of :class:`~lightning_cl.TaskDataModule`); a stream, and data that is
+            no text, is not split. The matrix column of other data is then measured on the training set, and says so.
         test: the same for ``lightning-cl test``.
         max_epochs: passes over this task's data. A task that sets ``max_epochs`` or ``max_steps`` is bounded by what it
             sets and no longer by the Trainer's limits.

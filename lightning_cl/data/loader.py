@@ -3,75 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-)
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_cl.buffers import ReplayBuffer
-from lightning_cl.data.mixing import (
-    MixMode,
-    balanced_order,
-    mixed_length,
-    plan_batches,
-    plan_mixed_batches,
-    share_of_rank,
-)
-from lightning_cl.data.plannable import task_indices, why_not_plannable
-
-_KEPT_SETTINGS = ("num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "timeout")
-
-
-def loss_tokens(sample: Any) -> int | None:
-    """How many tokens of a sample bear loss under next-token prediction; None for a sample that is no token sequence.
-
-    Known are the records of this library (``loss_mask``) and Hugging Face's (``labels`` with −100 where there is no
-    loss), both as dictionaries with one-dimensional fields. The first token is predicted by nothing.
-    """
-    if not isinstance(sample, dict):
-        return None
-    for key, bears_loss in (("loss_mask", lambda t: t != 0), ("labels", lambda t: t != -100)):
-        if key in sample and "input_ids" in sample:
-            values = torch.as_tensor(sample[key])
-            if values.ndim == 1 and not values.is_floating_point():
-                return int(bears_loss(values[1:]).sum())
-    return None
-
-
-@dataclass
-class Mix:
-    """What is mixed into a task's batches.
-
-    Args:
-        buffer: the samples of earlier tasks.
-        ratio: their share of the loss-bearing tokens (of the samples, where there are no tokens).
-        mode: ``replace`` keeps the batch size, ``add`` puts them on top.
-        seed: seed of the draws.
-    """
-
-    buffer: ReplayBuffer
-    ratio: float
-    mode: MixMode
-    seed: int
-
-
-class _NewThenReplayed(Dataset):
-    """New samples under their index, replayed ones behind them."""
-
-    def __init__(self, new: Any, replayed: Sequence[Any]) -> None:
-        self.new, self.replayed, self.start = new, replayed, len(new)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.new[index] if index < self.start else self.replayed[index - self.start]
+from lightning_cl.data.adoption import taken_over
+from lightning_cl.data.block_plan import BlockPlan
+from lightning_cl.data.buckets import bucketed_order
+from lightning_cl.data.mixing import mixed_length, plan_batches, plan_mixed_batches, seed_of, share_of_rank
+from lightning_cl.data.packing import fill
+from lightning_cl.data.plannable import task_indices
+from lightning_cl.data.replayed import Mix as Mix
+from lightning_cl.data.replayed import NewThenReplayed, Samples
+from lightning_cl.data.replayed import loss_tokens as loss_tokens
 
 
 class TaskLoader:
@@ -97,6 +44,16 @@ class TaskLoader:
         settings: further arguments of ``DataLoader`` (workers, pinning).
         like: the user's ``DataLoader`` that this one stands in for: random numbers are drawn when, and from where, it
             would draw them.
+        block_length: pack samples into rows of at most so many tokens (:class:`BlockPlan` says how, also with replay):
+            `batch_size` counts blocks, and `collate_fn` gets lists of samples, one for each block. The data set tells
+            the tokens of a sample by ``length(index)``.
+        length_buckets: batches of samples of like length (:func:`bucketed_order`), where there is less padding. Without
+            effect where there is nothing to do: with packing, without shuffling, with a `sampler`, and for data sets
+            without ``length(index)``.
+
+    Raises:
+        TypeError: if samples to be packed do not tell their length.
+        ValueError: if a sample is longer than a block, or a `sampler`'s order is to be packed.
     """
 
     batch_sampler = None  # Lightning looks for it beside `sampler`
@@ -116,6 +73,8 @@ class TaskLoader:
         broadcast: Callable[[Any], Any] | None = None,
         settings: dict[str, Any] | None = None,
         like: DataLoader | None = None,
+        block_length: int | None = None,
+        length_buckets: bool = False,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -126,7 +85,6 @@ class TaskLoader:
         self.rank, self.world_size = (0, 1) if isinstance(sampler, DistributedSampler) else (rank, world_size)
         self._broadcast = broadcast
         self._settings = settings or {}
-        self._mix: Mix | None = None
         self._epoch = 0
         self._position = 0
         self._epoch_rng: dict[str, torch.Tensor] | None = None
@@ -135,12 +93,16 @@ class TaskLoader:
         self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
         self._draws_random = like is not None or sampler is not None
         self._generator = like.generator if like is not None else None
-        self._replayed: list[Any] = []
-        self._weights: list[int] | None = None  # tokens of the new samples, where there are tokens
-
-    @property
-    def _counts_tokens(self) -> bool:
-        return hasattr(self.dataset, "loss_tokens") or self._weights is not None
+        if block_length is not None and sampler is not None:
+            raise ValueError(
+                f"block_length={block_length}: packing makes its own order, and would not keep the sampler's; give"
+                " shuffle=True or False instead of a sampler"
+            )
+        self.block_length = block_length
+        own_order = shuffle and sampler is None and block_length is None
+        self._buckets = length_buckets and own_order and hasattr(dataset, "length")
+        self._samples = Samples(dataset)
+        self._blocks = self._block_plan()
 
     @classmethod
     def from_dataloader(cls, loader: DataLoader, *, for_training: bool = True, **placement: Any) -> TaskLoader:
@@ -154,60 +116,23 @@ class TaskLoader:
         Raises:
             TypeError: if the loader's batches cannot be planned by index; the message says why.
         """
-        reason = why_not_plannable(loader)
-        if reason is not None:
-            raise TypeError(reason)
-        batches: Any = loader.batch_sampler  # its sampler, not the loader's: they differ if the user gave it
-        batch_size = placement.pop("batch_size", None) or batches.batch_size
-        sampler = batches.sampler
-        shuffle = isinstance(sampler, RandomSampler)
-        if isinstance(sampler, SubsetRandomSampler) and not for_training:
-            sampler = sorted(int(index) for index in sampler.indices)
-        # Shuffling on several ranks needs one order for all: drawn from the seed.
-        own_order = isinstance(sampler, SequentialSampler) or (shuffle and not for_training)
-        own_order = own_order or (
-            placement.get("world_size", 1) > 1
-            and shuffle
-            and not sampler.replacement
-            and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-        )
-        settings = {name: getattr(loader, name) for name in _KEPT_SETTINGS}
-        if settings["num_workers"]:
-            settings["multiprocessing_context"] = loader.multiprocessing_context
-        else:
-            settings.pop("prefetch_factor")
-        return cls(
-            loader.dataset,
-            batch_size,
-            loader.collate_fn,
-            shuffle=shuffle and for_training,
-            sampler=None if own_order else sampler,
-            drop_last=batches.drop_last,
-            settings=settings,
-            like=loader if for_training else None,
-            **placement,
-        )
+        return cls(**taken_over(loader, for_training, placement))
 
     def mix_in(self, mix: Mix) -> None:
         """Lets the samples of a buffer take part in the batches from now on."""
-        self._mix = mix if len(mix.buffer) > 0 and mix.ratio > 0 else None
-        # The buffer will take in this task's samples at its end; what is replayed during the task stays as it is now.
-        self._replayed = list(mix.buffer.items) if self._mix is not None else []
-        self._weights = None
-        if self._mix is None:
-            return
-        # Shares are of tokens where both sides have tokens, else of samples.
-        replayed = [loss_tokens(sample) for sample in self._replayed]
-        if any(count is None for count in replayed) or sum(replayed) == 0 or len(self.dataset) == 0:  # type: ignore[arg-type]
-            return
-        count_of = getattr(self.dataset, "loss_tokens", None)
-        if count_of is None and loss_tokens(self.dataset[0]) is not None:
+        self._samples = Samples(self.dataset, mix if len(mix.buffer) > 0 and mix.ratio > 0 else None)
+        self._blocks = self._block_plan()
 
-            def count_of(index: int) -> int:
-                return loss_tokens(self.dataset[index]) or 0
+    def padding_share(self) -> float | None:
+        """The share of padding among the places of the epoch's batches, in [0, 1).
 
-        if count_of is not None:
-            self._weights = [*(count_of(i) for i in range(len(self.dataset))), *replayed]  # type: ignore[list-item]
+        Of the batches as they are now, on this rank, with replay where it is mixed in; for packing, against blocks of
+        full length. None where lengths are not known, or the order is a sampler's.
+        """
+        lengths = self._samples.lengths
+        if lengths is None or self.order_sampler is not None:
+            return None
+        return 1.0 - fill(self._plan(self._epoch), lengths, self.block_length)
 
     @property
     def sampler(self) -> TaskLoader:
@@ -221,13 +146,15 @@ class TaskLoader:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        size = self.batch_size * self.world_size
+        if self._blocks is not None:
+            return len(self._blocks)
+        size, mix = self.batch_size * self.world_size, self._samples.mix
         samples = len(self.order_sampler) if self.order_sampler is not None else len(self.dataset)
-        if self._mix is not None and self._mix.mode == "replace":
+        if mix is not None and mix.mode == "replace":
             # What a sampler leaves out or repeats is not known here: the mean weight, then.
-            weight = samples * self._mean_weight(task_indices(self))
-            replayed = self._mean_weight(self._replayed_indices())
-            return mixed_length(samples, weight, replayed, self._mix.ratio, size, self.drop_last)
+            weight = samples * self._samples.mean_weight(task_indices(self))
+            replayed = self._samples.mean_weight(self._samples.replayed_indices)
+            return mixed_length(samples, weight, replayed, mix.ratio, size, self.drop_last)
         return samples // size if self.drop_last else math.ceil(samples / size)
 
     def __iter__(self) -> Iterator[Any]:
@@ -250,15 +177,15 @@ class TaskLoader:
         self._finish_resume()
         self._position = start
         fetched = DataLoader(
-            _NewThenReplayed(self.dataset, self._replayed),
+            NewThenReplayed(self.dataset, self._samples.replayed),
             batch_sampler=batches[start:],
             collate_fn=self.collate_fn,
             generator=generator,
             **self._settings,
         )
-        for indices, batch in zip(batches[start:], fetched, strict=True):
+        for rows, batch in zip(batches[start:], fetched, strict=True):
             self._position += 1
-            self._count(indices)
+            self._count(rows)
             yield batch
 
     def state_dict(self, in_flight: int = 0) -> dict[str, Any]:
@@ -291,23 +218,39 @@ class TaskLoader:
         if on_resumed is not None:
             on_resumed()
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        size = self.batch_size * self.world_size
-        order = self._order(epoch)
-        if self._mix is None:
-            batches = plan_batches(order, size, self.drop_last)
+    def _block_plan(self) -> BlockPlan | None:
+        if self.block_length is None:
+            return None
+        return BlockPlan(
+            self._samples,
+            self.block_length,
+            self.batch_size * self.world_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            multiple=self.world_size,
+        )
+
+    def _plan(self, epoch: int) -> list[list[Any]]:
+        """The epoch's batches on this rank: lists of indices, or of blocks (tuples of indices)."""
+        size, mix = self.batch_size * self.world_size, self._samples.mix
+        batches: list[Any]
+        if self._blocks is not None:
+            batches = self._blocks.batches(epoch)
+        elif mix is None:
+            batches = plan_batches(self._order(epoch), size, self.drop_last)
         else:
             batches = plan_mixed_batches(
-                order,
-                self._draws(epoch),
-                self._weight,
-                self._mean_weight(self._replayed_indices()),
-                self._mix.ratio,
+                self._order(epoch),
+                self._samples.draws(epoch),
+                self._samples.weight,
+                self._samples.mean_weight(self._samples.replayed_indices),
+                mix.ratio,
                 size,
-                self._mix.mode,
+                mix.mode,
                 epoch,
                 self.drop_last,
-                length=len(self) if self._mix.mode == "replace" else None,
+                length=len(self) if mix.mode == "replace" else None,
                 multiple=self.world_size,
             )
         return [share_of_rank(batch, self.rank, self.world_size) for batch in batches]
@@ -320,45 +263,20 @@ class TaskLoader:
             return self._broadcast(order) if self._broadcast is not None and self.world_size > 1 else order
         if not self.shuffle:
             return list(range(len(self.dataset)))
-        generator = torch.Generator().manual_seed(_mix_seed(self.seed, epoch))
-        return torch.randperm(len(self.dataset), generator=generator).tolist()
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        if not self._buckets:
+            return order
+        lengths = self._samples.lengths_of_new
+        return bucketed_order(order, lengths, self.batch_size * self.world_size, seed_of(self.seed, epoch, 1))
 
-    def _draws(self, epoch: int) -> Iterator[int]:
-        """Replayed samples, behind the new ones in index: pass after pass over the buffer, from a random start."""
-        assert self._mix is not None
-        count = len(self._replayed)
-        generator = torch.Generator().manual_seed(_mix_seed(self._mix.seed, epoch))
-        shuffled = (len(self.dataset) + torch.randperm(count, generator=generator)).tolist()
-        cycle = balanced_order(shuffled, self._weight)
-        start = int(torch.randint(count, (), generator=generator))
-        while True:
-            yield from cycle[start:]
-            yield from cycle[:start]
-
-    def _weight(self, index: int) -> int:
-        return 1 if self._weights is None else self._weights[index]
-
-    def _replayed_indices(self) -> Sequence[int]:
-        return range(len(self.dataset), len(self.dataset) + len(self._replayed))
-
-    def _mean_weight(self, indices: Sequence[int]) -> float:
-        if self._weights is None:
-            return 1.0
-        return max(sum(self._weights[i] for i in indices) / max(len(indices), 1), 1e-9)
-
-    def _tokens(self, index: int) -> int:
-        if self._weights is not None:
-            return self._weights[index]
-        if index < len(self.dataset):
-            return self.dataset.loss_tokens(index)
-        return loss_tokens(self._replayed[index - len(self.dataset)]) or 0
-
-    def _count(self, indices: list[int]) -> None:
-        for index in indices:
-            kind = "new" if index < len(self.dataset) else "replayed"
-            self.counts[f"{kind}_samples"] += 1
-            if self._counts_tokens:
-                self.counts[f"{kind}_tokens"] += self._tokens(index)
+    def _count(self, rows: Iterable[Any]) -> None:
+        for row in rows:
+            for index in row if isinstance(row, tuple) else (row,):
+                kind = "new" if index < len(self.dataset) else "replayed"
+                self.counts[f"{kind}_samples"] += 1
+                if self._samples.counts_tokens:
+                    self.counts[f"{kind}_tokens"] += self._samples.tokens(index)
 
     def _rng_states(self) -> dict[str, torch.Tensor] | None:
         """The random states that an epoch of the user's loader starts from."""
@@ -376,12 +294,3 @@ class TaskLoader:
             self._generator.set_state(states["loader"])
         if "sampler" in states:
             self.order_sampler.generator.set_state(states["sampler"])
-
-
-def _mix_seed(*parts: int) -> int:
-    """One seed from several numbers, without the collisions of a sum."""
-    seed = 0x9E3779B97F4A7C15
-    for part in parts:
-        seed = (seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9 % 2**64
-        seed ^= seed >> 31
-    return seed % 2**63

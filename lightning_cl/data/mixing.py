@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 MixMode = Literal["replace", "add"]
+T = TypeVar("T")
 
 
-def plan_batches(order: Sequence[int], batch_size: int, drop_last: bool = False) -> list[list[int]]:
-    """Cuts an order of samples into batches."""
+def plan_batches(order: Sequence[T], batch_size: int, drop_last: bool = False) -> list[list[T]]:
+    """Cuts an order of samples, or of blocks of them, into batches."""
     batches = [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     if drop_last and batches and len(batches[-1]) < batch_size:
         batches.pop()
@@ -54,14 +55,11 @@ def plan_mixed_batches(
         length: in ``replace`` mode, the number of batches; by default, from the weights of `order`.
         multiple: in ``add`` mode, replayed samples come in multiples of this many, so that ranks can share them.
     """
-    odds = ratio / (1.0 - ratio)
-    new_weights = [weight(i) for i in order]
-    expected = odds * sum(new_weights) / mean_replay_weight  # replayed samples per epoch, a real number
-    # owed: weight of replayed samples still to come. Error diffusion over the earlier epochs left about this much.
-    owed = (epoch * expected - math.floor(epoch * expected + 0.5)) * mean_replay_weight
-    pending = next(draw)
-
     if mode == "add":
+        odds = ratio / (1.0 - ratio)
+        new_weights = [weight(i) for i in order]
+        owed = _owed(sum(new_weights), mean_replay_weight, ratio, epoch)
+        pending = next(draw)
         mixed = []
         for positions in plan_batches(range(len(order)), batch_size, drop_last):
             batch = [order[p] for p in positions]
@@ -75,24 +73,59 @@ def plan_mixed_batches(
         return mixed
 
     if length is None:
-        length = mixed_length(len(order), sum(new_weights), mean_replay_weight, ratio, batch_size, drop_last)
+        new_weight = sum(weight(i) for i in order)
+        length = mixed_length(len(order), new_weight, mean_replay_weight, ratio, batch_size, drop_last)
     most = max(length * batch_size - len(order), 0)
-    slots: list[int] = []
-    count = 0
-    for index, new_weight in zip(order, new_weights, strict=True):
-        slots.append(index)
-        owed += odds * new_weight
-        while count < most and owed >= weight(pending) / 2:
-            slots.append(pending)
-            owed -= weight(pending)
-            count, pending = count + 1, next(draw)
+    groups = interleave(order, draw, weight, mean_replay_weight, ratio, epoch, most)
+    slots = [index for group in groups for index in group]
     if drop_last:
         slots += [next(draw) for _ in range(length * batch_size - len(slots))]
         return plan_batches(slots, batch_size, drop_last)[:length]
-    return [slots[start:end] for start, end in _cuts(len(slots), length, batch_size)]
+    return [slots[start:end] for start, end in cuts(len(slots), length, batch_size)]
 
 
-def _cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]:
+def interleave(
+    order: Sequence[int],
+    draw: Iterator[int],
+    weight: Callable[[int], int],
+    mean_replay_weight: float,
+    ratio: float,
+    epoch: int = 0,
+    most: int | None = None,
+) -> Iterator[list[int]]:
+    """Each new sample with the replayed ones that follow it, by error diffusion.
+
+    Args:
+        order: the new samples of this epoch, by index.
+        draw: an endless stream of replayed samples, by index.
+        weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
+        mean_replay_weight: mean of `weight` over what `draw` can give.
+        ratio: the share of the replayed samples in the weight, in ``[0, 1)``.
+        epoch: how many epochs of this task came before.
+        most: the most replayed samples; as many as are due, by default.
+    """
+    odds = ratio / (1.0 - ratio)
+    new_weights = [weight(i) for i in order]
+    owed = _owed(sum(new_weights), mean_replay_weight, ratio, epoch)
+    pending = next(draw)
+    count = 0
+    for index, new_weight in zip(order, new_weights, strict=True):
+        group = [index]
+        owed += odds * new_weight
+        while (most is None or count < most) and owed >= weight(pending) / 2:
+            group.append(pending)
+            owed -= weight(pending)
+            count, pending = count + 1, next(draw)
+        yield group
+
+
+def _owed(new_weight: float, mean_replay_weight: float, ratio: float, epoch: int) -> float:
+    """Weight of replayed samples still to come. Error diffusion over the earlier epochs left about this much."""
+    expected = ratio / (1.0 - ratio) * new_weight / mean_replay_weight  # replayed samples per epoch, a real number
+    return (epoch * expected - math.floor(epoch * expected + 0.5)) * mean_replay_weight
+
+
+def cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]:
     """Where an epoch of so many samples is cut into `length` batches.
 
     All are full but the last. Where that would be small, the last two share what is left: replayed samples must not
@@ -108,7 +141,7 @@ def _cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]
     return zip([0, *ends[:-1]], ends, strict=True)
 
 
-def balanced_order(order: Sequence[int], weight: Callable[[int], int], pending: int = 32) -> list[int]:
+def balanced_order(order: Sequence[T], weight: Callable[[T], float], pending: int = 32) -> list[T]:
     """An order of the same items in which every stretch has nearly their mean weight.
 
     Of some pending items the one comes next that brings the sum nearest to what so many items weigh on average. So the
@@ -141,10 +174,19 @@ def mixed_length(
     return math.ceil((samples + math.ceil(expected)) / batch_size)
 
 
-def share_of_rank(batch: Sequence[int], rank: int, world_size: int) -> list[int]:
+def share_of_rank(batch: Sequence[T], rank: int, world_size: int) -> list[T]:
     """This process's part of a global batch; the last batch wraps around so that all parts are of equal size.
 
     Taking every ``world_size``-th sample makes the union over all ranks the batch that one process would see.
     """
     size = math.ceil(len(batch) / world_size)
     return [batch[(rank + i * world_size) % len(batch)] for i in range(size)]
+
+
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers, without the collisions of a sum."""
+    seed = 0x9E3779B97F4A7C15
+    for part in parts:
+        seed = (seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9 % 2**64
+        seed ^= seed >> 31
+    return seed % 2**63

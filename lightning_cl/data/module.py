@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_cl.data import records
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
-from lightning_cl.data.tokenizer import TrainedBPE, fingerprint, load_tokenizer
-from lightning_cl.data.tokens import TokenCollator, TokenDataset, split_documents, tokenize
+from lightning_cl.data.prompts import PromptDataset, join_prompts
+from lightning_cl.data.records import check_text_source, is_text_source, read_texts
+from lightning_cl.data.sources import is_stream
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.data.tally import Tally
+from lightning_cl.data.task_list import as_tasks, describe_source, is_data
+from lightning_cl.data.text_tasks import TextSettings, TokenStream, prepare_texts, split_sources
+from lightning_cl.data.tokenizer import TrainedBPE, fingerprint, load_tokenizer, pad_token_id, read_template
+from lightning_cl.data.tokens import TokenCollator, TokenDataset
 from lightning_cl.tasks import Task
 
 
@@ -33,22 +40,34 @@ class _Prepared:
 class TaskDataModule(L.LightningDataModule):
     """The data of a sequence of tasks; :func:`~lightning_cl.fit_tasks` leads the Trainer through it.
 
-    Text is tokenised into blocks of `max_length` tokens. A torch ``Dataset``, a ``DataLoader`` and a
-    ``LightningDataModule`` are used as they are.
+    Text, completions and conversations become samples of at most `max_length` tokens, with loss on what is to be learnt
+    (all of a text, the completion, the assistant's turns); they are kept in a cache
+    (``$LIGHTNING_CL_CACHE``, by default ``~/.cache/lightning_cl``) until data, tokenizer or settings change. A torch
+    ``Dataset``, a ``DataLoader`` and a ``LightningDataModule`` are used as they are.
 
     Args:
         tasks: what to learn, in order: ``{name: data}``, as in ``{mails: mails.jsonl, notes: notes.txt}``, or a list of
             ``Task``. In the dictionary,
             data is what ``Task.train`` takes, or a dictionary of ``Task``'s arguments.
-        tokenizer: for tasks that are text: the name of a tokenizer on the hub, a folder, a ``transformers`` tokenizer,
-            or :class:`~lightning_cl.data.TrainedBPE` for a vocabulary of our own.
-        max_length: tokens in a block of text.
-        batch_size: samples in a batch, per device.
-        num_workers: worker processes that load samples; 0 loads in the main process.
+        tokenizer: for tasks that are text: the name of a tokenizer on the hub, a folder, a ``.gguf`` file,
+            ``sample:SmolLM2-135M-Instruct``, a ``transformers`` tokenizer, or :class:`~lightning_cl.data.TrainedBPE`
+            for a vocabulary of our own.
+        max_length: the most tokens in a sample: text is cut into blocks, and nothing of it is lost; completions and
+            conversations are cut off (the plan and the report count them).
+        batch_size: samples in a batch, per device; with packing, blocks of `max_length` tokens.
+        packing: join samples to full blocks, each document apart from the others. For models that keep documents apart
+            by ``position_ids`` (:class:`~lightning_cl.data.collator.TokenCollator` says which; ``CausalLM`` finds out
+            before it trains).
+        length_buckets: without packing, batches of training samples of like length: less padding.
+        num_workers: worker processes that load samples; 0 loads in the main process, as streams always do.
         seed: seed of the order of the samples and of the validation split.
         collate_fn: joins samples of torch data sets to a batch; default: torch's.
         val_fraction: share of a text task that is held out where the task has no `val`; whole documents, the same ones
-            in every run.
+            in every run; copies of a document stay on one side.
+        on_bad_record: ``error``: a malformed record stops the run before training, with file and line. ``skip``: it is
+            left out, counted and warned about.
+        path_header: for folders and globs of source files, one document a file: a first line ``# file: <path>``.
+        chat_template: Jinja text, or a file with it, in place of the tokenizer's own; base models often have none.
 
     Attributes:
         index: which of the trained tasks is the current one. (``tasks`` becomes a list of ``Task``, and ``tokenizer``,
@@ -64,10 +83,15 @@ class TaskDataModule(L.LightningDataModule):
         tokenizer: str | TrainedBPE | None = None,
         max_length: int = 512,
         batch_size: int = 8,
+        packing: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         val_fraction: float = 0.05,
+        length_buckets: bool = True,
+        on_bad_record: Literal["error", "skip"] = "error",
+        path_header: bool = False,
+        chat_template: str | None = None,
     ) -> None:
         super().__init__()
         self.tasks = as_tasks(tasks)
@@ -80,16 +104,21 @@ class TaskDataModule(L.LightningDataModule):
                 raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
         if not (isinstance(val_fraction, (int, float)) and math.isfinite(val_fraction) and 0 < val_fraction < 1):
             raise ValueError(f"val_fraction={val_fraction!r}: expected a share between 0 and 1")
+        if on_bad_record not in ("error", "skip"):
+            raise ValueError(f"on_bad_record={on_bad_record!r}: expected 'error' or 'skip'")
         self.tokenizer: Any = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
         self.seed, self.collate_fn, self.val_fraction = seed, collate_fn, val_fraction
+        self.packing, self.length_buckets = bool(packing), bool(length_buckets)
+        self.on_bad_record, self.path_header = on_bad_record, bool(path_header)
+        self.chat_template = read_template(chat_template) if chat_template is not None else None
         self.index = 0
         self.watch: int | None = None
         self.driven = False
         self.expected_fingerprint: str | None = None
         self._prepared: dict[str, _Prepared] | None = None
         self._set_up: set[tuple[int, str]] = set()
-        self._loader: TaskLoader | None = None
+        self._loader: TaskLoader | StreamLoader | None = None
         self._loader_task: str | None = None
         self.check()
 
@@ -116,18 +145,23 @@ class TaskDataModule(L.LightningDataModule):
         for task in self.tasks:
             for role in ("train", "val", "test"):
                 source = getattr(task, role)
-                records.check_text_source(source, task.name, role)
-                if records.is_text_source(source):
+                check_text_source(source, task.name, role)
+                if is_text_source(source):
                     if self.tokenizer is None:
                         raise ValueError(
                             f"task {task.name!r}, {role}: text needs a tokenizer: give TaskDataModule(tokenizer=…), the"
                             " name of one on the hub, a folder, or TrainedBPE(vocab_size=…)"
                         )
-                elif source is not None and not _is_data(source):
+                elif source is not None and (not is_data(source) or self._is_unknown_table(source)):
                     raise TypeError(
-                        f"task {task.name!r}, {role}: expected a path, texts, a datasets.Dataset with a `text` column,"
-                        f" a torch Dataset, a DataLoader or a LightningDataModule, got {_describe(source)}"
+                        f"task {task.name!r}, {role}: expected a path, texts, records, a datasets.Dataset,"
+                        f" a torch Dataset, a DataLoader or a LightningDataModule, got {describe_source(source)}"
                     )
+
+    def _is_unknown_table(self, source: Any) -> bool:
+        """Columns of no known format, where text was to be tokenised: nobody could train on them."""
+        columns = getattr(source, "column_names", None)
+        return self.tokenizer is not None and isinstance(columns, list) and "input_ids" not in columns
 
     def fingerprint(self) -> str | None:
         """A hash of the tokenizer: a model must not go on with another vocabulary than it was trained with."""
@@ -141,16 +175,27 @@ class TaskDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Trains the vocabulary, if there is one to train, and lets the tasks' own DataModules prepare theirs."""
+        """Trains the vocabulary, if there is one to train, tokenises, and lets the tasks' DataModules prepare theirs.
+
+        With several processes Lightning calls it in one of them, before ``setup`` in all: those find what it left in
+        the cache.
+        """
         if isinstance(self.tokenizer, TrainedBPE):
-            self.tokenizer.train(self._vocabulary_texts(self.tokenizer))
+            self.tokenizer.train(self._vocabulary_texts())
+        if self._prepared is None and self.trainer is not None and self.trainer.world_size > 1:
+            given = self.tokenizer
+            self._load_tokenizer()
+            for task in self.tasks:
+                self._prepare(task)
+            self.tokenizer = given
         for module in self._data_modules():
             module.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all tasks, once."""
-        # After fit_tasks the Trainer still holds this module; a fit on other data is not our business.
-        trains = self.trainer is None or self.trainer.fit_loop._data_source.instance is self
+        # After fit_tasks the Trainer still holds this module; a fit on other data is not our business. Without a
+        # Trainer, somebody looks at the data.
+        trains = self.trainer is not None and self.trainer.fit_loop._data_source.instance is self
         if stage == "fit" and not self.driven and trains and len(self.trained_tasks) > 1:
             raise RuntimeError(
                 f"trainer.fit would train only one of these {len(self.trained_tasks)} tasks and look finished: use"
@@ -165,10 +210,7 @@ class TaskDataModule(L.LightningDataModule):
                     module.setup(needed)
         if self._prepared is not None:
             return
-        if isinstance(self.tokenizer, TrainedBPE):
-            self.tokenizer = self.tokenizer.train(self._vocabulary_texts(self.tokenizer))
-        elif isinstance(self.tokenizer, str):
-            self.tokenizer = load_tokenizer(self.tokenizer)
+        self._load_tokenizer()
         if self.expected_fingerprint not in (None, self.fingerprint()):
             raise ValueError(
                 "tokenizer: it is not the one that the checkpoint was trained with; the model would read every text as"
@@ -179,9 +221,14 @@ class TaskDataModule(L.LightningDataModule):
     def train_dataloader(self) -> Any:
         """The current task's batches."""
         loader = self.train_loader(self.current)
-        if isinstance(loader, TaskLoader) and self._loader is not None and self._loader_task == self.current.name:
+        if not isinstance(loader, (TaskLoader, StreamLoader)):
+            self._loader = None
+            return loader
+        if self._loader is not None and self._loader_task == self.current.name:
             loader.counts = self._loader.counts  # reload_dataloaders_every_n_epochs: one task, one count
-        self._loader, self._loader_task = loader if isinstance(loader, TaskLoader) else None, self.current.name
+        if self.trainer is not None:
+            loader.set_epoch(self.trainer.current_epoch)
+        self._loader, self._loader_task = loader, self.current.name
         return loader
 
     def val_dataloader(self) -> Any:
@@ -198,6 +245,22 @@ class TaskDataModule(L.LightningDataModule):
             test = task.train
         return [] if test is None else self._loader_of(test, task, shuffle=False)
 
+    def predict_dataloader(self) -> Any:
+        """The beginnings of the evaluated task's test samples (else validation samples), for generation.
+
+        A batch is ``{"prompt", "reference"}``, lists of token ids: what comes before the last part that bears loss (the
+        conversation up to the last answer; of a text without prompt, its beginning), and that part.
+        """
+        task = self.current if self.watch is None else self.tasks[self.watch]
+        data = self._data(task)
+        source = next((part for part in (data.test, data.val, data.train) if isinstance(part, TokenDataset)), None)
+        if source is None:
+            raise ValueError(f"task {task.name!r}: there are no texts in it to predict from")
+        ranks = self._ranks()["world_size"]
+        if len(source) < ranks:
+            raise ValueError(f"task {task.name!r}: {len(source)} samples to predict from, for {ranks} processes")
+        return DataLoader(PromptDataset(source), batch_size=task.batch_size or self.batch_size, collate_fn=join_prompts)
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Handed on to the task's own DataModule, if it is one."""
         return self._delegate("on_before_batch_transfer", batch, dataloader_idx)
@@ -206,13 +269,20 @@ class TaskDataModule(L.LightningDataModule):
         """Handed on to the task's own DataModule, if it is one."""
         return self._delegate("on_after_batch_transfer", batch, dataloader_idx)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Handed on to the task's own DataModule, if it is one."""
+        task = self.current if self.watch is None else self.tasks[self.watch]
+        if isinstance(task.train, L.LightningDataModule):
+            return task.train.transfer_batch_to_device(batch, device, dataloader_idx)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def has_test_data(self, task: Task) -> bool:
         """Whether there is something to test a task on."""
         module = task.train
         own = isinstance(module, L.LightningDataModule) and is_overridden(
             "test_dataloader", module, L.LightningDataModule
         )
-        return task.test is not None or own
+        return own or split_sources(task)["test"] is not None
 
     # ------------------------------------------------------------------ loaders
 
@@ -243,31 +313,34 @@ class TaskDataModule(L.LightningDataModule):
             return []
         tokens, loss = len(train.ids), sum(train.loss_tokens(i) for i in range(len(train)))
         masked = 1 - loss / max(tokens, 1)
-        return [
-            f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss, {train.dropped} records"
-            " dropped"
+        counts = {"dropped": train.dropped, "cut off": train.truncated, "malformed": train.bad}
+        lines = [
+            f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss;"
+            f" {', '.join(f'{count} {what}' for what, count in counts.items())}"
         ]
+        padding = self.train_loader(task).padding_share()
+        how = "packed" if self.packing else "in buckets of like length" if self.length_buckets else "in random batches"
+        return [*lines, f"{padding:.1%} padding ({how})"] if padding is not None else lines
 
     # ------------------------------------------------------------------ inside
 
+    def _load_tokenizer(self) -> None:
+        if isinstance(self.tokenizer, TrainedBPE):
+            self.tokenizer = self.tokenizer.train(self._vocabulary_texts())
+        elif isinstance(self.tokenizer, str):
+            self.tokenizer = load_tokenizer(self.tokenizer)
+        if self.chat_template is not None and self.tokenizer is not None:
+            self.tokenizer = copy.deepcopy(self.tokenizer)  # the user's own keeps its template
+            self.tokenizer.chat_template = self.chat_template
+
     def _prepare(self, task: Task) -> _Prepared:
-        texts = {
-            role: records.read_texts(getattr(task, role), task.name, role)
-            for role in ("train", "val", "test")
-            if records.is_text_source(getattr(task, role))
-        }
-        held_out = "train" in texts and task.val is None
-        if held_out:
-            texts["train"], texts["val"] = split_documents(texts["train"], self.val_fraction, self.seed)
-        data = {role: getattr(task, role) for role in ("train", "val", "test")}
-        for role, documents in texts.items():
-            dataset = TokenDataset(tokenize(documents, self.tokenizer, self.max_length))
-            if len(dataset) == 0:
-                if role == "val" and held_out:
-                    data[role], held_out = None, False  # too short to split
-                    continue
-                raise ValueError(f"task {task.name!r}, {role}: there is no token to predict in it")
-            data[role] = dataset
+        sources = split_sources(task)
+        settings = TextSettings(self.max_length, self.val_fraction, self.seed, self.on_bad_record, self.path_header)
+        texts = prepare_texts(task, sources, self.tokenizer, settings)
+        held_out = "val" in texts and sources["val"] is None
+        if held_out and len(texts["val"]) == 0:
+            texts["val"], held_out = None, False  # too short to split
+        data = {**sources, **texts}
         return _Prepared(data["train"], data["val"], data["test"], held_out)
 
     def _data(self, task: Task) -> _Prepared:
@@ -278,24 +351,33 @@ class TaskDataModule(L.LightningDataModule):
     def _loader_of(self, source: Any, task: Task, shuffle: bool) -> Any:
         if isinstance(source, L.LightningDataModule):
             return self._wrap(source.train_dataloader() if shuffle else source.test_dataloader(), task, shuffle)
+        if isinstance(source, TokenStream):
+            return StreamLoader(
+                source,
+                task.batch_size or self.batch_size,
+                self._collator(),
+                block_length=self.max_length if self.packing else None,
+                **self._ranks(),
+            )
         if isinstance(source, IterableDataset):
             source = DataLoader(source, task.batch_size or self.batch_size, collate_fn=self.collate_fn)
         if isinstance(source, DataLoader) or not hasattr(source, "__getitem__"):
             return self._wrap(source, task, for_training=shuffle)
-        if isinstance(source, TokenDataset):
-            pad = self.tokenizer.pad_token_id
-            collate: Any = TokenCollator(pad if pad is not None else self.tokenizer.eos_token_id or 0)
-        else:
-            collate = self.collate_fn
+        tokens = isinstance(source, TokenDataset)
         return TaskLoader(
             source,
             task.batch_size or self.batch_size,
-            collate,
+            self._collator() if tokens else self.collate_fn,
             shuffle=shuffle,
             seed=self.seed * 1_000_003 + self.tasks.index(task),
             settings={"num_workers": self.num_workers},
+            block_length=self.max_length if tokens and self.packing else None,
+            length_buckets=self.length_buckets,
             **self._ranks(),
         )
+
+    def _collator(self) -> TokenCollator:
+        return TokenCollator(pad_token_id(self.tokenizer))
 
     def _wrap(self, loader: Any, task: Task, for_training: bool) -> Any:
         """A loader of somebody else's, made resumable where that is possible."""
@@ -321,11 +403,11 @@ class TaskDataModule(L.LightningDataModule):
         sampler = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return {"rank": sampler.get("rank", 0), "world_size": sampler.get("num_replicas", 1)}
 
-    def _vocabulary_texts(self, tokenizer: TrainedBPE) -> list[str]:
+    def _vocabulary_texts(self) -> list[str]:
         for task in self.trained_tasks:
-            if records.is_text_source(task.train):
-                return records.read_texts(task.train, task.name, "train")
-        raise ValueError("tokenizer=TrainedBPE(…): there is no text to train it on")
+            if is_text_source(task.train) and not is_stream(task.train):
+                return read_texts(task.train, task.name, "train", Tally(self.on_bad_record))
+        raise ValueError("tokenizer=TrainedBPE(…): there is no text to train it on (a stream cannot be read twice)")
 
     def _data_modules(self) -> list[L.LightningDataModule]:
         return [task.train for task in self.tasks if isinstance(task.train, L.LightningDataModule)]
@@ -335,61 +417,3 @@ class TaskDataModule(L.LightningDataModule):
         if isinstance(task.train, L.LightningDataModule):
             return getattr(task.train, hook)(batch, dataloader_idx)
         return batch
-
-
-def as_tasks(tasks: Any) -> list[Task]:
-    """A list of tasks from ``{name: data}``, ``{name: {arguments of Task}}``, or a list of tasks.
-
-    Raises:
-        ValueError: if there are none, two of one name, or none to train on.
-        TypeError: if it is something else, or an argument of a task has an unknown name.
-    """
-    if isinstance(tasks, dict):
-        listed = [_as_task(name, data) for name, data in tasks.items()]
-    elif isinstance(tasks, (list, tuple)):
-        listed = [task if isinstance(task, Task) else _as_task(None, task) for task in tasks]
-    else:
-        raise TypeError(f"tasks: expected {{name: data}} or a list of Task, got a {type(tasks).__name__}")
-    if not listed:
-        raise ValueError("tasks: there are none; give at least one, as in {'chat': 'data/chat.jsonl'}")
-    names = [task.name for task in listed]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"tasks: two tasks are called {twice[0]!r}; names must be unique")
-    if all(task.watched for task in listed):
-        raise ValueError("tasks: all of them are only watched (train=None): there is nothing to train on")
-    return listed
-
-
-def _as_task(name: str | None, data: Any) -> Task:
-    if isinstance(data, Task):
-        if name is not None and name != data.name:
-            raise ValueError(f"tasks: {name!r} is the key of a Task that is called {data.name!r}")
-        return data
-    if isinstance(data, dict):
-        known = list(Task.__dataclass_fields__)
-        unknown = [key for key in data if key not in known]
-        if unknown:
-            raise TypeError(f"task {name or data.get('name')!r}: unknown argument {unknown[0]!r}; there are {known}")
-        arguments: dict[str, Any] = ({"name": name} if name is not None else {}) | data
-        return Task(**arguments)
-    if name is None:
-        raise TypeError(f"tasks: expected a Task in the list, got {_describe(data)}")
-    return Task(name, train=data)
-
-
-def _is_data(source: Any) -> bool:
-    if isinstance(source, (list, tuple)):
-        return bool(source) and not isinstance(source[0], (int, float))
-    if isinstance(source, (str, Path, dict, set)):
-        return False
-    return isinstance(source, L.LightningDataModule) or hasattr(source, "__iter__") or hasattr(source, "__getitem__")
-
-
-def _describe(source: Any) -> str:
-    if isinstance(source, (list, tuple)) and not source:
-        return "an empty list"
-    columns = getattr(source, "column_names", None)
-    if columns:
-        return f"a {type(source).__name__} with the columns {columns}"
-    return f"{source!r}" if isinstance(source, (int, float, str, Path)) else f"a {type(source).__name__}"

@@ -16,6 +16,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import untouched_random_state
 
 
@@ -45,6 +46,8 @@ def task_indices(loader: Any) -> Sequence[int]:
 
 def why_not_plannable(loader: Any) -> str | None:
     """Why a loader's batches cannot be planned by index, in words; None if they can."""
+    if isinstance(loader, StreamLoader):
+        return "its data is a stream without length: it cannot be addressed by index"
     if not isinstance(loader, DataLoader):
         return f"it is a {type(loader).__name__} and no torch DataLoader"
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):

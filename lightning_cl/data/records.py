@@ -1,30 +1,37 @@
-"""Texts from where people have them: files, lists, ``datasets``, and the samples that every machine has."""
+"""A task's data as documents: from files, folders, lists, ``datasets``, the hub, and samples that come along."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning_cl.data.containers import SUFFIXES, Record, read_file, read_items, read_table
+from lightning_cl.data.formats import Document, as_document
 from lightning_cl.data.sample_texts import SAMPLES
-
-SUFFIXES = (".txt", ".jsonl", ".json")
+from lightning_cl.data.sources import (
+    Location,
+    documents_of,
+    is_dataset_dict,
+    is_table,
+    locate,
+    splits_of,
+)
+from lightning_cl.data.tally import Tally
 
 
 def is_text_source(source: Any) -> bool:
-    """Whether :func:`read_texts` knows what to do with a task's data."""
+    """Whether :func:`read_documents` knows what to do with a task's data."""
     if isinstance(source, (str, Path)):
         return True
     if isinstance(source, (list, tuple)):
-        return bool(source) and all(
-            isinstance(item, str) or (isinstance(item, dict) and "input_ids" not in item) for item in source
-        )
-    return "text" in (getattr(source, "column_names", None) or ())
+        # One that is no text and no record among them is found, and named, when they are read.
+        return any(isinstance(item, str) or (isinstance(item, dict) and "input_ids" not in item) for item in source)
+    return is_table(source) or (is_dataset_dict(source) and all(map(is_table, source.values())))
 
 
 def check_text_source(source: Any, task: str, role: str) -> None:
-    """Finds what is wrong with a path before anything is built.
+    """Finds what is wrong with a path before anything is built. Names on the hub are not looked up.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -33,84 +40,137 @@ def check_text_source(source: Any, task: str, role: str) -> None:
     if not isinstance(source, (str, Path)):
         return
     where = f"task {task!r}, {role}={str(source)!r}"
-    if str(source).startswith("sample:"):
-        if str(source)[len("sample:") :] not in SAMPLES:
-            raise ValueError(f"{where}: no such sample; there are {[f'sample:{name}' for name in SAMPLES]}")
-        return
-    path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"{where}: is a folder; expected a file ending in {', '.join(SUFFIXES)}")
-    if not path.exists():
-        raise FileNotFoundError(f"{where}: no such file (looked in {path.absolute().parent})")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{where}: expected a file ending in {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{where}: the file is empty")
+    try:
+        location = locate(source)
+    except ValueError as error:
+        raise ValueError(f"task {task!r}, {role}={error}") from error
+    if location.kind == "sample" and str(source)[len("sample:") :] not in SAMPLES:
+        raise ValueError(f"{where}: no such sample; there are {[f'sample:{name}' for name in SAMPLES]}")
+    if location.kind == "missing":
+        raise FileNotFoundError(f"{where}: no such file (looked in {Path(source).absolute().parent})")
+    if location.kind == "nothing" and Path(source).is_dir():
+        raise ValueError(
+            f"{where}: nothing in this folder is data: expected train, valid and test files ending in"
+            f" {', '.join(SUFFIXES)}, or files of source code or text"
+        )
+    if location.kind == "nothing":
+        raise ValueError(f"{where}: no file matches (looked in {location.base.absolute()})")
+    for split in dict(location.splits).values():
+        check_text_source(split, task, role)
+    if location.kind == "file" and location.files[0].suffix not in SUFFIXES:
+        raise ValueError(
+            f"{where}: expected a file ending in {', '.join(SUFFIXES)}; other text is read as it is from a folder or a"
+            " glob, as in 'src/**/*.py'"
+        )
+    if location.kind in ("file", "records"):
+        for file in location.files:
+            if file.stat().st_size == 0:
+                raise ValueError(f"task {task!r}, {role}={str(file)!r}: the file is empty")
 
 
-def read_texts(source: Any, task: str, role: str) -> list[str]:
-    """The documents of one task.
-
-    A ``.txt`` file is one document. ``.jsonl`` has one ``{"text": …}`` per line, ``.json`` a list of them; a list and a
-    ``datasets.Dataset`` likewise.
+def read_records(source: Any, task: str, role: str, path_header: bool = False) -> Iterator[Record]:
+    """The records of one task's data, one at a time, each with its place.
 
     Args:
-        source: path, ``sample:NAME``, list of texts or records, or ``datasets.Dataset`` with a ``text`` column.
+        source: a path or glob, ``sample:NAME``, a name on the hub, a list of texts or records, a ``datasets.Dataset``
+            or ``DatasetDict``, or any iterable of records, which is read as it comes. A ``.txt`` file is one document,
+            ``.jsonl`` has a record on each line, ``.json`` a list of them, ``.csv`` a header row; of a folder of
+            train/valid/test files the one for `role` is read. Any other folder, or a glob, is one document a file,
+            sorted by path, without hidden files, binary files and build products; if all are record files, their
+            records.
         task: the task's name, for messages.
-        role: ``train``, ``val`` or ``test``, for messages.
+        role: ``train``, ``val`` or ``test``: which split is read, and for messages.
+        path_header: for one document a file: puts ``# file: <path>`` in front as a first line, the path relative to the
+            folder or to the fixed part of the glob (``src`` in ``src/**/*.py``).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file is empty or cannot be read, or there is no such split.
+    """
+    check_text_source(source, task, role)
+    where = f"task {task!r}, {role}"
+    try:
+        splits = splits_of(source)
+    except FileNotFoundError as error:  # not on the hub either
+        raise FileNotFoundError(f"{where}={error}") from error
+    if splits is not None:
+        if role not in splits:
+            raise ValueError(
+                f"{where}: there is no data for {role} in it; there is some for {', '.join(splits) or 'no role'}"
+            )
+        yield from read_records(splits[role], task, role, path_header)
+    elif isinstance(source, (str, Path)):
+        yield from _read_path(source, locate(source), where, path_header)
+    elif isinstance(source, (list, tuple)):
+        yield from read_items(source, where, "item")
+    elif hasattr(source, "select_columns") and hasattr(source, "__len__"):
+        yield from read_table(source, where)
+    else:
+        yield from read_items(source, where, "row")
+
+
+def _read_path(source: str | Path, location: Location, where: str, path_header: bool) -> Iterator[Record]:
+    if location.kind == "sample":
+        yield from read_items(SAMPLES[str(source)[len("sample:") :]](), f"{where}={str(source)!r}", "document")
+    elif location.kind == "documents":
+        for file, text in documents_of(location, path_header):
+            yield Record(text, f"{where}={str(file)!r}")
+    else:
+        for file in location.files:
+            yield from read_file(file, f"{where}={str(file)!r}")
+
+
+def read_documents(
+    source: Any, task: str, role: str, tally: Tally | None = None, path_header: bool = False
+) -> Iterator[Document]:
+    """The documents of one task's data, one at a time; those without any text are dropped and counted.
+
+    Args:
+        source: see :func:`read_records`; `task`, `role` and `path_header` too. The formats are those of
+            :func:`~lightning_cl.data.formats.as_document`.
+        task: the task's name.
+        role: ``train``, ``val`` or ``test``.
+        tally: counts what is left out, and says what a bad record does; by default it is an error.
+        path_header: whether a file's document starts with its path.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a record is malformed (with file and line), or there is no text at all.
+    """
+    tally = Tally() if tally is None else tally
+    found, bad = False, tally.bad
+    for record in read_records(source, task, role, path_header):
+        try:
+            if record.problem is not None:
+                raise ValueError(record.problem)
+            document = as_document(record.content, record.where)
+        except ValueError as error:
+            tally.refuse(f"{record.where}: {error}")
+            continue
+        if not document.plain.strip():
+            tally.dropped += 1
+            continue
+        found = True
+        yield document
+    if not found:
+        name = f"={str(source)!r}" if isinstance(source, (str, Path)) else ""
+        skipped = (
+            f"; {tally.bad - bad} bad records were skipped, the first: {tally.reasons[0]}" if tally.bad > bad else ""
+        )
+        raise ValueError(f"task {task!r}, {role}{name}: there is no text in it{skipped}")
+
+
+def read_texts(source: Any, task: str, role: str, tally: Tally | None = None) -> list[str]:
+    """The plain text of every document, whatever its format, as for training a vocabulary.
+
+    Args:
+        source: see :func:`read_records`.
+        task: the task's name, for messages.
+        role: ``train``, ``val`` or ``test``.
+        tally: says what a bad record does; by default it is an error.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the source is empty or a record is malformed; the message names file and line.
     """
-    check_text_source(source, task, role)
-    where = f"task {task!r}, {role}"
-    if isinstance(source, (str, Path)):
-        where = f"{where}={str(source)!r}"
-        if str(source).startswith("sample:"):
-            texts = SAMPLES[str(source)[len("sample:") :]]()
-        else:
-            texts = list(_read_file(Path(source), where))
-    elif isinstance(source, (list, tuple)):
-        texts = [_text_of(item, f"{where}, item {i}") for i, item in enumerate(source)]
-    else:
-        texts = [_text_of({"text": text}, f"{where}, row {i}") for i, text in enumerate(source["text"])]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ValueError(f"{where}: there is no text in it")
-    return texts
-
-
-def _read_file(path: Path, where: str) -> Iterator[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text at byte {error.start}") from error
-    if path.suffix == ".txt":
-        yield content
-    elif path.suffix == ".json":
-        records = _parse(content, where)
-        if not isinstance(records, list):
-            raise ValueError(f'{where}: expected a list of {{"text": …}} records, got a {type(records).__name__}')
-        for i, record in enumerate(records):
-            yield _text_of(record, f"{where}, record {i}")
-    else:
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                yield _text_of(_parse(line, f"{where}, line {number}"), f"{where}, line {number}")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-
-
-def _text_of(record: Any, where: str) -> str:
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
-    what = f"the keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-    raise ValueError(f'{where}: expected {{"text": "…"}} with a string, got {what}')
+    return [document.plain for document in read_documents(source, task, role, tally)]

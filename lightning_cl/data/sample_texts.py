@@ -1,15 +1,18 @@
-"""Real text in three dissimilar domains that is on every machine with Python and torch: nothing to download.
+"""Real text in dissimilar domains that is on every machine with Python and torch: nothing to download.
 
 * ``prose``: English, from ``pydoc_data.topics`` (the language reference that ``help()`` shows).
+* ``chat``: conversations about the same topics: a user asks about a topic, an assistant answers with its paragraphs.
 * ``python``: the standard library's own source files.
 * ``cpp``: the C++ headers that torch ships.
 """
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 _MAX_CHARACTERS = 600_000
 
@@ -35,7 +38,39 @@ def cpp() -> list[str]:
     return _read(sorted([*folder.glob("c10/**/*.h"), *folder.glob("torch/csrc/**/*.h")]))
 
 
-SAMPLES: dict[str, Callable[[], list[str]]] = {"prose": prose, "python": python, "cpp": cpp}
+def chat() -> list[dict[str, Any]]:
+    """Conversations of two questions and answers, as ``{"messages": […]}``."""
+    from pydoc_data.topics import topics
+
+    conversations = []
+    for name in sorted(topics):
+        heading, *paragraphs = re.split(r"\n\s*\n", topics[name].strip())
+        title = " ".join(heading.splitlines()[0].split())
+        answers = [" ".join(paragraph.split()) for paragraph in paragraphs if _is_prose(paragraph)]
+        for part, (first, second) in enumerate(zip(answers[::2], answers[1::2], strict=False), 1):
+            turns = (f"Explain the Python topic {title!r} to me, part {part}.", first, "Please go on.", second)
+            roles = ("user", "assistant", "user", "assistant")
+            conversations.append(
+                {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]}
+            )
+    return conversations
+
+
+def _is_prose(paragraph: str) -> bool:
+    """No code (which is indented), no grammar, no underlined heading."""
+    text = paragraph.strip()
+    return (
+        len(text) >= 80
+        and not paragraph.startswith("   ")
+        and not text.startswith((">>>", "..."))
+        and "::=" not in text
+        and text[:4] not in _RULES
+    )
+
+
+_RULES = ("****", "====", "----", "~~~~", "^^^^")
+
+SAMPLES: dict[str, Callable[[], list[Any]]] = {"prose": prose, "chat": chat, "python": python, "cpp": cpp}
 
 
 def _read(paths: Iterable[Path]) -> list[str]:

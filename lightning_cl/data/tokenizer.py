@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lightning_cl.cache import cache_folder
+from lightning_cl.files import replace_file
+from lightning_cl.pretrained import resolve_source
 
 
 class TrainedBPE:
@@ -37,15 +39,11 @@ class TrainedBPE:
         """Trains, or loads from the cache, and returns a ``transformers`` tokenizer."""
         from transformers import PreTrainedTokenizerFast
 
-        folder = Path(self.cache_dir or os.environ.get("LIGHTNING_CL_CACHE") or Path.home() / ".cache" / "lightning_cl")
+        folder = Path(self.cache_dir) if self.cache_dir else cache_folder()
         digest = hashlib.sha256(json.dumps([1, self.vocab_size, list(texts)]).encode()).hexdigest()[:16]
         path = folder / f"bpe-{self.vocab_size}-{digest}.json"
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-            os.close(handle)
-            self._train(texts).save(temporary)
-            os.replace(temporary, path)
+            replace_file(path, lambda temporary: self._train(texts).save(str(temporary)))
         return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=self.END, pad_token=self.END)
 
     def _train(self, texts: Sequence[str]) -> Any:
@@ -65,24 +63,71 @@ class TrainedBPE:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer from the hub or from a folder.
+    """A tokenizer from the hub, a folder, a ``.gguf`` file, or ``sample:NAME``.
 
     Raises:
         ValueError: if there is none under that name; the message says what was tried.
     """
     from transformers import AutoTokenizer
 
+    path = resolve_source(name, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        if path.endswith(".gguf"):
+            file = Path(path)
+            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer={name!r}: no tokenizer folder of that name and none on the hub ({error})"
         ) from error
 
 
+def read_template(chat_template: str | Path) -> str:
+    """A chat template: Jinja text, or the path of a file with it.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(chat_template, str) and "{" in chat_template:
+        return chat_template
+    path = Path(chat_template)
+    if not path.is_file():
+        raise ValueError(
+            f"chat_template={str(chat_template)!r}: expected a Jinja template or a file that holds one, and there is"
+            f" no such file (looked in {path.absolute().parent})"
+        )
+    return path.read_text(encoding="utf-8")
+
+
 def fingerprint(tokenizer: Any) -> str:
     """A hash of what a tokenizer does to text: vocabulary, merges, and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:
+        settings = json.loads(backend.to_str())
+        for changed_by_calls in ("truncation", "padding"):
+            settings.pop(changed_by_calls, None)
+        content = json.dumps(settings, sort_keys=True)
+    else:
+        content = json.dumps(sorted(tokenizer.get_vocab().items()))
     special = [str(getattr(tokenizer, name, None)) for name in ("bos_token", "eos_token")]
     return hashlib.sha256(json.dumps([content, special]).encode()).hexdigest()
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What a document, or a prompt, begins with: the start token, if there is one of its own."""
+    # Models without a start token of their own often repeat the end token under that name: no need for it in front.
+    bos = tokenizer.bos_token_id
+    return [] if bos is None or bos == tokenizer.eos_token_id else [bos]
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """What a document ends with: the end token, if there is one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The token that a tokenizer pads with; its end token where it has none."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

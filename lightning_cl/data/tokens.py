@@ -1,78 +1,52 @@
-"""Token sequences: how texts become samples, and samples a batch."""
+"""Tokens: how documents become samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from lightning_cl.data.chat import Tokens, encode_chats, has_template
+from lightning_cl.data.collator import TokenCollator as TokenCollator
+from lightning_cl.data.dataset import TokenDataset as TokenDataset
+from lightning_cl.data.formats import Chat, Completion, Document, Instruction, Text
+from lightning_cl.data.splitting import split_documents as split_documents
+from lightning_cl.data.tally import Tally
+from lightning_cl.data.tokenizer import end_tokens, start_tokens
+
+Sample: TypeAlias = tuple[Tensor, Tensor]
+"""Token ids, int32 ``[length]``, and which of them are learnt, bool ``[length]``."""
+
+_BATCH = 256  # documents that are tokenised together
+_CHARACTERS = 1_000_000  # and about how much text at most
 
 
-class TokenDataset(Dataset):
-    """Blocks of tokens, kept as one flat tensor.
+def encode(
+    documents: Iterable[Document | str], tokenizer: Any, max_length: int, tally: Tally | None = None
+) -> Iterator[Sample]:
+    """Documents as samples of at most `max_length` tokens, one at a time, in order; reads a few hundred ahead.
 
-    A sample is ``{"input_ids": int32 [length], "loss_mask": bool [length]}``.
-
-    Args:
-        blocks: token ids of each sample.
-
-    Attributes:
-        dropped: how many blocks had no token to predict and were left out.
-    """
-
-    def __init__(self, blocks: Sequence[Sequence[int]]) -> None:
-        kept = [torch.tensor(block, dtype=torch.int32) for block in blocks if len(block) > 1]
-        self.dropped = len(blocks) - len(kept)
-        self.ids = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int32)
-        self.ends = torch.tensor([len(block) for block in kept], dtype=torch.int64).cumsum(0)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start, end = self._bounds(index)
-        ids = self.ids[start:end]
-        return {"input_ids": ids, "loss_mask": torch.ones(len(ids), dtype=torch.bool)}
-
-    def loss_tokens(self, index: int) -> int:
-        """Tokens of a sample that bear loss: all but the first, which nothing predicts."""
-        start, end = self._bounds(index)
-        return end - start - 1
-
-    def _bounds(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return (int(self.ends[index - 1]) if index else 0), int(self.ends[index])
-
-
-class TokenCollator:
-    """Joins token samples to a batch in Hugging Face's terms, padded on the right.
-
-    ``{"input_ids", "attention_mask", "labels"}``, each int64 ``[batch, longest]``; labels are −100 where there is no
-    loss. They come from the loss mask and never from ``ids != pad``: many models pad with their end token.
+    Text is cut into blocks, and nothing is lost (:func:`tokenize`). Completions and conversations are one sample each,
+    cut off on the right; those that then have no token to predict are dropped and counted. In a completion the prompt
+    bears no loss, and the end token does; in a conversation the assistant's turns do
+    (:func:`~lightning_cl.data.chat.encode_chats`). Instructions are conversations where the tokenizer has a chat
+    template, and completions where it has none.
 
     Args:
-        pad_id: the token to pad with.
+        documents: may be endless.
+        tokenizer: a ``transformers`` tokenizer.
+        max_length: the most tokens in a sample.
+        tally: counts what is dropped and cut off, and says what a conversation that the template refuses does.
+
+    Raises:
+        ValueError: for a conversation without a chat template, or one that the template refuses.
     """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A batch from samples of :class:`TokenDataset`."""
-        shape = (len(samples), max(len(sample["input_ids"]) for sample in samples))
-        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, -100, dtype=torch.int64)
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            ids = sample["input_ids"].long()
-            input_ids[row, :length] = ids
-            attention_mask[row, :length] = 1
-            labels[row, :length] = ids.masked_fill(~sample["loss_mask"], -100)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    tally = Tally() if tally is None else tally
+    for batch in _batches(documents):
+        yield from _encode_batch(batch, tokenizer, max_length, tally)
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
@@ -80,40 +54,89 @@ def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list
 
     Each document gets the tokenizer's start token (if it has one) once, in front, and the end token at its end.
     """
-    blocks = []
-    # verbose=False: documents longer than the model's context are split right below.
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    # Models without a start token of their own often repeat the end token under that name: no need for it in front.
-    start = [] if start == [tokenizer.eos_token_id] else start
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for ids in encoded:
-        document = start + list(ids) + end
-        blocks += [document[i : i + max_length] for i in range(0, len(document), max_length)]
-    return blocks
+    return [block for blocks in _blocks(texts, tokenizer, max_length) for block in blocks]
 
 
-def split_documents(texts: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Holds out whole documents with about `fraction` of all characters; a single document gives its end.
+def _blocks(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[list[int]]]:
+    start, end = start_tokens(tokenizer), end_tokens(tokenizer)
+    documents = [start + ids + end for ids in _ids(texts, tokenizer)]
+    return [[ids[i : i + max_length] for i in range(0, len(ids), max_length)] for ids in documents]
 
-    The choice depends on seed and texts alone.
-    """
-    if len(texts) == 1:
-        cut = max(1, int(len(texts[0]) * (1 - fraction)))
-        return [texts[0][:cut]], [texts[0][cut:]]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted, taken, held_out = fraction * sum(map(len, texts)), 0, set()
-    for index in order[:-1]:
-        # A document that overshoots by more than it helps is left in training.
-        if abs(taken + len(texts[index]) - wanted) > abs(taken - wanted):
+
+def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    # verbose=False: documents longer than the model's context are cut later.
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _batches(documents: Iterable[Document | str]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for item in documents:
+        document = Text(item) if isinstance(item, str) else item
+        batch.append(document)
+        characters += len(document.plain)
+        if len(batch) == _BATCH or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, tally: Tally) -> Iterator[Sample]:
+    texts: dict[int, str] = {}
+    completions: dict[int, Completion] = {}
+    chats: dict[int, Chat] = {}
+    for place, document in enumerate(batch):
+        if isinstance(document, Instruction):
+            document = document.as_chat() if has_template(tokenizer) else document.as_completion()
+        if isinstance(document, Text):
+            texts[place] = document.text
+        elif isinstance(document, Completion):
+            completions[place] = document
+        else:
+            chats[place] = document
+    blocks: dict[int, list[list[int]]] = {}
+    whole: dict[int, Tokens | None] = {}
+    if texts:
+        blocks.update(zip(texts, _blocks([*texts.values()], tokenizer, max_length), strict=True))
+    if completions:
+        whole.update(zip(completions, _encode_completions([*completions.values()], tokenizer), strict=True))
+    if chats:
+        whole.update(zip(chats, encode_chats([*chats.values()], tokenizer, tally), strict=True))
+    for place in range(len(batch)):
+        for block in blocks.get(place, ()):
+            if len(block) > 1:
+                yield torch.tensor(block, dtype=torch.int32), torch.ones(len(block), dtype=torch.bool)
+            else:
+                tally.dropped += 1
+        tokens = whole.get(place)
+        if tokens is None:
             continue
-        held_out.add(index)
-        taken += len(texts[index])
-        if taken >= wanted:
-            break
-    if not held_out:
-        held_out.add(min(range(len(texts)), key=lambda index: len(texts[index])))
-    return (
-        [text for i, text in enumerate(texts) if i not in held_out],
-        [text for i, text in enumerate(texts) if i in held_out],
-    )
+        ids, mask = tokens.ids[:max_length], tokens.mask[:max_length]
+        if not mask[1:].any():  # nothing predicts the first token
+            tally.dropped += 1
+            continue
+        tally.truncated += len(tokens.ids) > max_length
+        yield torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy())
+
+
+def _encode_completions(documents: Sequence[Completion], tokenizer: Any) -> list[Tokens]:
+    start, end = start_tokens(tokenizer), end_tokens(tokenizer)
+    prompts = _ids([document.prompt for document in documents], tokenizer)
+    joined = _ids([document.plain for document in documents], tokenizer)
+    # At inference the prompt is tokenised alone. Where a token would reach across the seam, the model has to learn to
+    # go on from the prompt's own tokens: then the two are tokenised one by one.
+    seams = [i for i, ids in enumerate(prompts) if joined[i][: len(ids)] != ids]
+    if seams:
+        completions = _ids([documents[i].completion for i in seams], tokenizer)
+        for i, ids in zip(seams, completions, strict=True):
+            joined[i] = prompts[i] + ids
+    results = []
+    for prompt, ids in zip(prompts, joined, strict=True):
+        front = [] if start and ids[:1] == start else start
+        back = [] if end and len(ids) > len(prompt) and ids[-1:] == end else end
+        ids = front + ids + back
+        mask = np.arange(len(ids)) >= len(front) + len(prompt)
+        results.append(Tokens(np.asarray(ids, np.int32), mask))
+    return results

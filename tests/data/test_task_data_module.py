@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from toys import classification
+from toys import Classifier, classification, trainer
 
 from lightning_cl import Task, TaskDataModule
 from lightning_cl.data import TaskLoader, TrainedBPE
@@ -103,10 +103,16 @@ def test_missing_file_is_found_before_anything_is_built(tmp_path):
         TaskDataModule({"a": TEXTS, "b": {"train": TEXTS, "val": tmp_path / "nowhere.txt"}}, tokenizer=TrainedBPE(300))
 
 
-def test_plain_fit_of_several_tasks_is_refused_and_names_fit_tasks():
+def test_plain_fit_of_several_tasks_is_refused_and_names_fit_tasks(tmp_path):
     data = TaskDataModule({"a": ANY, "b": ANY})
     with pytest.raises(RuntimeError, match="fit_tasks"):
-        data.setup("fit")
+        trainer(tmp_path, max_steps=1).fit(Classifier(), datamodule=data)
+
+
+def test_tasks_can_be_looked_at_without_a_trainer():
+    data = TaskDataModule({"a": ANY, "b": ANY})
+    data.setup("fit")
+    assert len(data.train_loader(data.tasks[1])) > 0
 
 
 def test_loaders_before_setup_say_what_to_do():

@@ -1,0 +1,108 @@
+"""Messages of a conversation: checked, and in the one shape that chat templates take."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_SPEAKERS = {
+    **{role: role for role in _ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names for the roles."""
+
+
+def check_string(value: Any, name: str) -> str:
+    """`value`, if it is text.
+
+    Raises:
+        ValueError: if it is something else, or half a surrogate pair (JSON can hold one, UTF-8 and tokenizers cannot).
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a string, got a {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: character {error.start} is half a surrogate pair, which is no text") from error
+    return value
+
+
+def conversation(messages: Any, key: str) -> list[dict[str, Any]]:
+    """Messages as ``apply_chat_template`` takes them, from ``{role, content}`` or ShareGPT's ``{from, value}``.
+
+    Args:
+        messages: a list of messages, or one written as JSON (in a table).
+        key: where they were found, for messages.
+
+    Raises:
+        ValueError: if they are malformed, with the reason.
+    """
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        messages = _parse(messages, key)
+    if hasattr(messages, "tolist"):
+        messages = messages.tolist()  # pandas reads lists of structs as arrays
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(
+            f'{key}: expected a list of {{"role", "content"}} or {{"from", "value"}}, got a {type(messages).__name__}'
+        )
+    if not messages:
+        raise ValueError(f"{key}: the conversation is empty")
+    return [_message(message, f"{key}[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: Any, name: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f'{name}: expected {{"role", "content"}}, got a {type(message).__name__}')
+    message = {key: value for key, value in message.items() if value is not None}
+    if "role" not in message and "from" in message:
+        return _shared(message, name)
+    role = message.get("role")
+    if role is None:
+        raise ValueError(f"{name} has no 'role'; its keys are {sorted(map(str, message))}")
+    if role not in _ROLES:
+        raise ValueError(f"{name}: unknown role {role!r}; there are {', '.join(_ROLES)}")
+    if "content" not in message:
+        if role == "assistant" and message.get("tool_calls"):
+            return message
+        raise ValueError(f"{name} has no 'content'; its keys are {sorted(map(str, message))}")
+    return message | {"content": _content(message["content"], name)}
+
+
+def _shared(message: dict[str, Any], name: str) -> dict[str, Any]:
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise ValueError(f"{name}: unknown speaker {speaker!r}; there are {', '.join(_SPEAKERS)}")
+    if "value" not in message:
+        raise ValueError(f"{name} has no 'value'; its keys are {sorted(message)}")
+    return {"role": _SPEAKERS[speaker], "content": check_string(message["value"], f"{name}['value']")}
+
+
+def _content(content: Any, name: str) -> str:
+    if not isinstance(content, (list, tuple)):
+        return check_string(content, f"{name}['content']")
+    # Parts, as for models that also see: text parts together are the text, and other parts cannot be learnt here.
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text"):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"{name}['content']: expected a string, or parts of type 'text', got {kind!r}")
+    return "".join(check_string(part.get("text"), f"{name}['content']") for part in content)
+
+
+def _parse(text: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        try:
+            return ast.literal_eval(text)  # what pandas writes into a CSV file
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"{key}: not valid JSON ({error.msg} at column {error.colno})") from error

@@ -1,0 +1,50 @@
+"""What became of the records of one source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_KEPT = 5  # messages kept for a warning
+
+
+@dataclass
+class Tally:
+    """Counts what was left out on the way from records to samples, and decides what a bad record does.
+
+    Args:
+        on_bad_record: ``"error"`` raises at the first bad record; ``"skip"`` leaves it out and counts it.
+
+    Attributes:
+        bad: malformed records that were skipped.
+        dropped: records without any text, and samples without a token to predict.
+        truncated: samples that lost tokens to ``max_length``.
+        reasons: the messages of the first few bad records.
+
+    Raises:
+        ValueError: if `on_bad_record` is something else.
+    """
+
+    on_bad_record: str = "error"
+    bad: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.on_bad_record not in ("error", "skip"):
+            raise ValueError(f'on_bad_record={self.on_bad_record!r}: expected "error" or "skip"')
+
+    def refuse(self, reason: str) -> None:
+        """Counts a bad record, or raises.
+
+        Args:
+            reason: the place of the record, and what is wrong with it.
+
+        Raises:
+            ValueError: with the reason, where bad records are errors.
+        """
+        if self.on_bad_record == "error":
+            raise ValueError(reason)
+        self.bad += 1
+        if len(self.reasons) < _KEPT:
+            self.reasons.append(reason)

@@ -1,0 +1,68 @@
+"""Tokenised data on disk: tokenising happens once, and again when anything that decides about it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lightning_cl.cache import cache_folder
+from lightning_cl.data.dataset import TokenDataset
+from lightning_cl.data.tally import Tally
+from lightning_cl.files import replace_file
+
+FORMAT = 1
+"""Of the files; part of their names, so that old ones are not read by a version that tokenises otherwise."""
+
+
+def cached(key: dict[str, Any] | None, make: Callable[[], TokenDataset]) -> TokenDataset:
+    """A tokenised data set from the cache, or made and put there.
+
+    A file holds ``ids`` (int32), ``loss_mask`` (bool) and ``ends`` (int64) in safetensors' format, which is
+    mapped into memory; nothing is in a file that was not written to its end.
+
+    Args:
+        key: everything that decides about the result, as JSON can write it: content of the files, tokenizer, template,
+            length, mask rule, split. None: not cached.
+        make: tokenises.
+    """
+    if key is None:
+        return make()
+    text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
+    path = cache_folder() / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    found = _read(path, text)
+    if found is not None:
+        return found
+    made = make()
+    _write(path, made, text)
+    return made
+
+
+def _read(path: Path, key: str) -> TokenDataset | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("key") != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in ("ids", "loss_mask", "ends")}
+        return TokenDataset.from_tensors(**tensors, tally=Tally(**json.loads(meta["tally"])))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        rank_zero_warn(f"{path}: a damaged file in the cache of tokenised data ({error}); it is made again")
+        return None
+
+
+def _write(path: Path, data: TokenDataset, key: str) -> None:
+    tally = {"dropped": data.dropped, "truncated": data.truncated, "bad": data.bad, "reasons": data.reasons}
+    metadata = {"key": key, "tally": json.dumps(tally)}
+    try:
+        replace_file(path, lambda temporary: save_file(data.tensors, temporary, metadata=metadata))
+    except (OSError, SafetensorError) as error:  # a full disk is the second
+        rank_zero_warn(f"{path}: tokenised data cannot be kept there ({error}); it is made anew in each run")
