@@ -4,6 +4,7 @@ Nothing in this folder imports Lightning: these functions can be used in any loo
 against closed forms and independent references.
 """
 
+from lightning_cl.functional.distillation import kl_divergence
 from lightning_cl.functional.fisher import (
     expected_label_losses,
     fisher_diagonal,
@@ -33,6 +34,7 @@ __all__ = [
     "fisher_diagonal",
     "forgetting",
     "forward_transfer",
+    "kl_divergence",
     "merge_quadratics",
     "normalize_importance",
     "path_importance",

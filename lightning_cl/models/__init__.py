@@ -1,6 +1,6 @@
-"""A ready-made LightningModule around a causal language model, and its schedule."""
+"""A ready-made LightningModule around a causal language model, and its schedules."""
 
 from lightning_cl.models.causal_lm import CausalLM
-from lightning_cl.models.schedule import WarmupDecay
+from lightning_cl.models.schedule import InfiniteLR, WarmupDecay
 
-__all__ = ["CausalLM", "WarmupDecay"]
+__all__ = ["CausalLM", "InfiniteLR", "WarmupDecay"]

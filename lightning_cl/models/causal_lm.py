@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -15,10 +14,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from lightning_cl.functional.cross_entropy import head_cross_entropy
+from lightning_cl.generation import answers, prompt_tokens
+from lightning_cl.models.frozen_base import checksum, frozen_names, load_without_base
+from lightning_cl.models.heads import SplitHead, check_isolation
+from lightning_cl.models.loading import Precision, Quantization, add_lora, check_lora, load_pretrained
+from lightning_cl.models.saving import save_adapter, save_merged, save_whole
 from lightning_cl.models.schedule import WarmupDecay
+from lightning_cl.models.scratch import from_config
 from lightning_cl.random_state import untouched_random_state
 
 ScheduleCallable = Callable[[torch.optim.Optimizer, int], LRScheduler]
+
+BASE_KEY = "frozen_base"
+"""Of the entry in a checkpoint that names the weights that were left out of it."""
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -27,26 +36,44 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 class CausalLM(L.LightningModule):
-    """A Hugging Face causal language model: loss, optimizer and schedule per task, text generation, saving.
+    """A Hugging Face causal language model: full tuning or LoRA, 16, 8 or 4 bits, loss, generation, saving.
 
     Nothing in this library needs it: any LightningModule that returns a loss works. Batches are Hugging Face's
-    (``input_ids``, ``attention_mask``, ``labels``), as :class:`~lightning_cl.TaskDataModule` makes them from text.
-    Logged are ``loss``, ``perplexity`` and ``token_accuracy``, with ``train_`` and ``val_`` in front; validation is a
-    mean over tokens.
+    (``input_ids``, ``attention_mask`` or ``position_ids``, ``labels``), as :class:`~lightning_cl.TaskDataModule` makes
+    them. Logged are ``loss``, ``perplexity`` and ``token_accuracy``, with ``train_`` and ``val_`` in front; validation
+    is a mean over the tokens that bear loss. The loss is computed at those alone, a chunk at a time: no
+    ``[batch, length, vocabulary]`` tensor exists (where the architecture's head can be taken apart; a message says
+    where not). A batch's loss is the mean over its tokens: under accumulation batches with fewer of them weigh as much.
+
+    A frozen base (under LoRA) stays out of checkpoints: its name and a checksum are in them, and another base is
+    refused.
 
     Args:
-        model: the name of a model on the hub, a folder, or a configuration to train from scratch:
-            ``{"model_type": "llama", "hidden_size": 160, …}``, whose vocabulary is the DataModule's tokenizer's.
+        model: the name of a model on the hub, a folder, a ``.gguf`` file, ``sample:SmolLM2-135M-Instruct`` (of the
+            extra ``demo``), or a configuration to train from scratch: ``{"model_type": "llama", "hidden_size": 160,
+            …}``, whose vocabulary is the DataModule's tokenizer's.
         optimizer: makes the optimizer from parameter groups, anew for each task. Norms and biases get no weight decay.
         schedule: makes the schedule from the optimizer and the task's number of steps, anew for each task, stepped
-            after each optimizer step; None keeps the learning rate constant.
+            after each optimizer step; None keeps the learning rate constant. If it has a method ``begin_task``, that is
+            told the task's index.
+        lora: train a LoRA adapter, one for all tasks, and freeze the rest: arguments of peft's ``LoraConfig``, as in
+            ``{"r": 8}``. Unless they are named, the targets are all linear layers but the head, and ``lora_alpha`` is
+            twice the rank. It wants a higher learning rate than full tuning, about 2e-4.
+        quantization: load the frozen base in 4 (``nf4``) or 8 bits (``int8``); needs `lora` and the extra ``4bit``.
+        dtype: of the weights. Default: ``float32`` where they are trained, for small updates are lost in 16 bits;
+            ``bfloat16`` around a quantised base; as they are stored for another frozen base.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …; default: transformers' choice.
+        gradient_checkpointing: keep only the layers' inputs for the backward pass and compute the rest again: a third
+            more compute, a fraction of the memory.
+        model_kwargs: further arguments of ``from_pretrained``, as ``{"revision": "main"}``.
+        max_new_tokens: how many tokens ``predict_step`` generates at most.
 
     Attributes:
-        lm: the ``transformers`` model, once Lightning has called ``configure_model``.
+        lm: the ``transformers`` (under LoRA, ``peft``) model, once Lightning has called ``configure_model``.
         tokenizer: the DataModule's.
 
     Raises:
-        TypeError: if `model` is neither a name nor a configuration.
+        TypeError, ValueError: if an argument is not one of the above.
     """
 
     def __init__(
@@ -54,20 +81,42 @@ class CausalLM(L.LightningModule):
         model: str | dict[str, Any],
         optimizer: OptimizerCallable = adamw,
         schedule: ScheduleCallable | None = WarmupDecay,
+        lora: dict[str, Any] | None = None,
+        quantization: Quantization | None = None,
+        dtype: Precision | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        max_new_tokens: int = 64,
     ) -> None:
         super().__init__()
-        if isinstance(model, dict):
-            if "model_type" not in model:
-                raise ValueError(
-                    f"model={model!r}: a configuration needs `model_type`, such as 'llama'; without one, give the name"
-                    " of a model on the hub or a folder"
-                )
-        elif not isinstance(model, (str, Path)):
-            raise TypeError(f"model={model!r}: expected a name, a folder or a configuration")
+        _check_model(model)
+        for name, value, choices in (("quantization", quantization, Quantization), ("dtype", dtype, Precision)):
+            if value is not None and value not in get_args(choices):
+                raise ValueError(f"{name}={value!r}: expected one of {list(get_args(choices))}, or None")
+        if lora is not None:
+            check_lora(lora)
+        if quantization is not None and (lora is None or isinstance(model, dict)):
+            raise ValueError(
+                f"quantization={quantization!r}: quantised weights cannot be trained; it needs a pretrained `model` and"
+                " an adapter, as lora={'r': 8}"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected a positive integer")
         self.source = dict(model) if isinstance(model, dict) else str(model)
+        self.lora = dict(lora) if lora is not None else None
+        self.quantization, self.precision = quantization, dtype
         self.optimizer, self.schedule = optimizer, schedule
+        self.model_kwargs = dict(model_kwargs or {})
+        if attn_implementation is not None:
+            self.model_kwargs["attn_implementation"] = attn_implementation
+        self.gradient_checkpointing, self.max_new_tokens = gradient_checkpointing, max_new_tokens
         self.lm: Any = None
         self.tokenizer: Any = None
+        self._base: frozenset[str] = frozenset()
+        self._base_checksum: str | None = None
+        self._head: SplitHead | None = None
+        self._isolation_checked = False
 
     # ------------------------------------------------------------------ the model
 
@@ -83,10 +132,11 @@ class CausalLM(L.LightningModule):
         if self.lm is None:
             # When the model is built depends on who asks first; what training draws must not depend on that.
             with untouched_random_state():
-                built = (
-                    self._from_config(self.source) if isinstance(self.source, dict) else self._from_name(self.source)
-                )
+                built = self._build()
             self.lm = built.train()  # from_pretrained gives a model in evaluation mode: without dropout
+            self._base = frozenset() if isinstance(self.source, dict) else frozen_names(self)
+            # Now: later somebody may train a part of the base, or a Trainer's precision change its bits.
+            self._base_checksum = checksum(self, self._base) if self._base else None
         if self.tokenizer is not None:
             rows = self.lm.get_input_embeddings().num_embeddings
             if len(self.tokenizer) > rows:
@@ -95,81 +145,83 @@ class CausalLM(L.LightningModule):
                     " tokenizer that belongs to the model"
                 )
 
-    def _from_config(self, source: dict[str, Any]) -> nn.Module:
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-        settings = dict(source)
-        if self.tokenizer is not None:
-            settings.setdefault("vocab_size", len(self.tokenizer))
-            for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                settings.setdefault(token, getattr(self.tokenizer, token))
-        elif "vocab_size" not in settings:
-            raise MisconfigurationException(
-                "CausalLM(model={…}): a configuration without `vocab_size` takes it from the DataModule's tokenizer,"
-                " and there is none"
+    def _build(self) -> Any:
+        if isinstance(self.source, dict):
+            model = from_config(self.source, self.tokenizer, self.precision, self.model_kwargs)
+        else:
+            model = load_pretrained(
+                self.source, self._weights_dtype(), self.quantization, self._device_to_load_to(), self.model_kwargs
             )
-        from huggingface_hub.errors import StrictDataclassError
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model if self.lora is None else add_lora(model, self.lora)
 
-        if source["model_type"] not in CONFIG_MAPPING_NAMES:
-            near = get_close_matches(str(source["model_type"]), CONFIG_MAPPING_NAMES, n=3) or ["llama", "qwen3", "gpt2"]
-            raise ValueError(
-                f"model.model_type={source['model_type']!r}: transformers knows no such architecture; did you mean"
-                f" {' or '.join(map(repr, near))}?"
-            )
-        try:
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-            raise ValueError(f"model={source!r}: {reason}") from error
+    def _weights_dtype(self) -> str | None:
+        if self.precision is not None:
+            return self.precision
+        if self.quantization is not None:
+            return "bfloat16"
+        return "float32" if self.lora is None else None
 
-    def _from_name(self, source: str) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            return AutoModelForCausalLM.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model={source!r}: no model folder of that name and none on the hub ({str(error).splitlines()[0]})"
-            ) from error
+    def _device_to_load_to(self) -> torch.device | None:
+        attached = self.quantization is not None and self._trainer is not None
+        return self.trainer.strategy.root_device if attached else None
 
     @override
-    def forward(self, **batch: Tensor) -> Any:
+    def forward(self, **batch: Any) -> Any:
         """The ``transformers`` model's output, with ``loss`` and ``logits``."""
-        return self.lm(**batch, use_cache=False)
+        return self.lm(**batch | {"use_cache": False})
+
+    def batch_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """``[batch, length, vocabulary]``: for callbacks that need them, since ``training_step`` makes none."""
+        return self(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
     # ------------------------------------------------------------------ steps
 
     @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self._step(batch, "train")
 
     @override
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self._step(batch, "val")
 
     @override
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self._step(batch, "test")
 
-    def _step(self, batch: dict[str, Tensor], stage: str) -> Tensor:
-        output = self(**batch)
-        labels = batch["labels"][:, 1:]
-        known = labels != -100
-        tokens = int(known.sum())
-        with torch.no_grad():
-            hits = (output.logits[:, :-1].argmax(-1) == labels)[known]
-            accuracy = hits.float().sum() / max(tokens, 1)
-        loss = output.loss
+    def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
+        if not self._isolation_checked and "attention_mask" not in batch and "position_ids" in batch:
+            check_isolation(self.lm)
+            self._isolation_checked = True
+        loss, hits, tokens = self._loss(batch)
         self.log_dict(
-            {f"{stage}_loss": loss.detach(), f"{stage}_token_accuracy": accuracy},
-            batch_size=max(tokens, 1),  # weighs a mean over batches by their tokens
+            {f"{stage}_loss": loss.detach(), f"{stage}_token_accuracy": hits / max(tokens, 1)},
+            batch_size=tokens,  # weighs a mean over batches by their tokens
             prog_bar=stage == "train",
             sync_dist=stage != "train",
         )
         if stage == "train":
-            self.log("train_perplexity", loss.detach().exp(), batch_size=max(tokens, 1))
+            self.log("train_perplexity", loss.detach().exp(), batch_size=tokens)
         return loss
+
+    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+        """Mean loss, right predictions and number of the tokens that bear loss."""
+        labels = batch["labels"][:, 1:]
+        known = labels != -100
+        if self._head is None:
+            self._head = SplitHead(self.lm)
+        if self._head.exact:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            hidden = self._head.hidden_states(inputs)[:, :-1][known]
+            loss, hits = head_cross_entropy(hidden, labels[known], self._head.logits, self._head.vocabulary)
+            return loss, hits.float(), len(hidden)
+        output = self(**batch)
+        with torch.no_grad():
+            hits = (output.logits[:, :-1].argmax(-1) == labels)[known].sum()
+        tokens = int(known.sum())
+        loss = output.loss if tokens else output.logits.float().sum() * 0.0  # a mean over nothing is NaN
+        return loss, hits.float(), tokens
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -180,10 +232,23 @@ class CausalLM(L.LightningModule):
         self._log_perplexity("test")
 
     def _log_perplexity(self, stage: str) -> None:
-        # Of the mean loss, not the mean of the batches' perplexities.
-        loss = self.trainer.callback_metrics.get(f"{stage}_loss")
-        if loss is not None:
-            self.log(f"{stage}_perplexity", loss.exp())
+        # Of the mean loss, not the mean of the batches' perplexities; Lightning numbers several loaders.
+        for name, loss in list(self.trainer.callback_metrics.items()):
+            if name.split("/")[0] == f"{stage}_loss":
+                self.log(name.replace("_loss", "_perplexity"), loss.exp())
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, str]]:
+        """Answers to a batch of ``{"prompt": [ids], "reference": [ids]}`` (lists of token ids), as texts."""
+        generated = answers(self.lm, self.tokenizer, batch["prompt"], self.max_new_tokens)
+        return [
+            {
+                "prompt": self.tokenizer.decode(prompt),
+                "generated": text,
+                "reference": self.tokenizer.decode(reference, skip_special_tokens=True),
+            }
+            for prompt, text, reference in zip(batch["prompt"], generated, batch["reference"], strict=True)
+        ]
 
     # ------------------------------------------------------------------ optimisation
 
@@ -199,48 +264,126 @@ class CausalLM(L.LightningModule):
             raise MisconfigurationException(
                 "CausalLM(schedule=…): the number of steps of this task is not known; set max_steps, or schedule=None"
             )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule(optimizer, steps), "interval": "step"},
-        }
+        schedule = self.schedule(optimizer, steps)
+        if hasattr(schedule, "begin_task"):
+            schedule.begin_task(getattr(getattr(self.trainer, "datamodule", None), "index", 0))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # ------------------------------------------------------------------ text and files
+    # ------------------------------------------------------------------ text
 
-    @torch.no_grad()
-    def generate(self, prompt: str, max_new_tokens: int = 64) -> str:
+    def generate(self, prompt: str, max_new_tokens: int = 64, chat: bool = False) -> str:
         """Continues a text, greedily.
 
         Args:
             prompt: the text.
             max_new_tokens: how many tokens at most.
+            chat: the prompt is what a user says, in the tokenizer's chat template.
         """
         if self.lm is None or self.tokenizer is None:
             raise RuntimeError("CausalLM.generate: there is no model or no tokenizer yet; train or validate first")
-        modes = {module: module.training for module in self.lm.modules()}
-        self.lm.eval()
-        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.lm.device)
-        ids = self.lm.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.eos_token_id,
-        )
-        for module, training in modes.items():
-            module.training = training
-        return self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = prompt_tokens(self.tokenizer, prompt, chat)
+        return answers(self.lm, self.tokenizer, [ids], max_new_tokens)[0]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Saves model and tokenizer as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
+        """Saves model and tokenizer as a folder that transformers loads; reads it again and compares.
 
         Args:
             folder: made if it is not there.
+            merge: under LoRA: merge the adapter into its base, loaded for it in 16 or 32 bits and never into quantised
+                weights; else the adapter alone is saved.
+
+        Raises:
+            ValueError: if there is nothing to merge.
+            RuntimeError: if there is no model yet, or what was written is not what is in memory.
         """
         if self.lm is None:
             raise RuntimeError("CausalLM.save_pretrained: there is no model yet; train or validate first")
-        self.lm.save_pretrained(folder)
+        trained = sorted(self._base - frozen_names(self))
+        if trained:
+            raise ValueError(
+                f"save_pretrained: {trained[:3]} of the frozen base were trained beside the adapter, and would be lost;"
+                " freeze them, or save the whole model with module.lm.merge_and_unload().save_pretrained(folder)"
+            )
+        if self.lora is None:
+            if merge:
+                raise ValueError("save_pretrained(merge=True): there is no adapter to merge (lora=None)")
+            save_whole(self.lm, folder)
+        elif isinstance(self.source, dict):
+            raise ValueError(
+                "save_pretrained: the adapter's base was made from a configuration and is saved nowhere; save the base"
+                " first and give its folder as `model`"
+            )
+        elif not merge:
+            save_adapter(self.lm, folder, str(self.source))
+        else:
+            save_merged(self.lm, str(self.source), self.precision, self.model_kwargs, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self._base:
+            return
+        # What became trainable since, a method's doing, is no longer the base.
+        out = self._base & frozen_names(self)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in out}
+        checkpoint[BASE_KEY] = {
+            "model": str(self.source),
+            **self._describe_base(),
+            "left_out": sorted(out),
+            "checksum": self._base_checksum,
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        base = checkpoint.get(BASE_KEY)
+        if base is None:
+            return
+        ours = self._describe_base()
+        theirs = {name: base[name] for name in ours}
+        if not set(base["left_out"]) <= self._base or base["checksum"] != self._base_checksum or theirs != ours:
+            same = theirs == ours and base["model"] == str(self.source)
+            difference = "its weights have changed" if same else f"this run has {str(self.source)!r} ({ours})"
+            raise MisconfigurationException(
+                f"checkpoint: it was trained on the frozen base {base['model']!r} ({theirs}) and does not contain it;"
+                f" {difference}. Give the same base, in the same precision, and the same lora"
+            )
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        if not self._base:
+            return super().load_state_dict(state_dict, strict, assign)
+        return load_without_base(self, state_dict, self._base, strict, assign)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # bitsandbytes keeps 8-bit weights once more where only its own `to` would move them.
+        for module in self.modules():
+            if type(module).__name__ == "Linear8bitLt" and type(module).__module__.startswith("bitsandbytes"):
+                state: Any = module.state
+                state.CB, state.SCB = (None if kept is None else fn(kept) for kept in (state.CB, state.SCB))
+        return self
+
+    def _describe_base(self) -> dict[str, Any]:
+        # An adapter's scale is no parameter: with another one it is another model.
+        config = next(iter(self.lm.peft_config.values())) if hasattr(self.lm, "peft_config") else None
+        scale = (
+            "" if config is None else f"r={config.r}, lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}"
+        )
+        return {"quantization": self.quantization, "dtype": self._weights_dtype(), "lora": scale}
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, dict):
+        if "model_type" not in model:
+            raise ValueError(
+                f"model={model!r}: a configuration needs `model_type`, such as 'llama'; without one, give the name"
+                " of a model on the hub or a folder"
+            )
+    elif not isinstance(model, (str, Path)):
+        raise TypeError(f"model={model!r}: expected a name, a folder or a configuration")
 
 
 def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
