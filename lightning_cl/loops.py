@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,10 +90,26 @@ def forget_progress(trainer: L.Trainer) -> None:
     loop.epoch_loop.val_loop.batch_progress.reset()
 
 
+def forget_restart(trainer: L.Trainer) -> None:
+    """A fit that starts from a boundary is a fresh one: nothing of it was trained.
+
+    Lightning takes any checkpoint for one from inside a fit. With no progress in it, it takes the first epoch of a
+    short task for finished, and the batches come in the order of the second.
+    """
+    loop = trainer.fit_loop
+    # The fit loop's own `restarting` cannot be set to False where `max_steps` counts.
+    loop._restarting = loop.epoch_loop.restarting = False
+
+
 def batches_in_flight(trainer: L.Trainer) -> int:
-    """Batches that were fetched and not trained on: one, while an exception is handled."""
+    """Batches that were begun with and not trained on: one, while an exception is handled."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     return progress.ready - progress.processed  # type: ignore[attr-defined]
+
+
+def batches_ready(trainer: L.Trainer) -> int:
+    """Batches of this epoch that Lightning has begun with."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class _MixingSource(_DataLoaderSource):
@@ -103,10 +119,13 @@ class _MixingSource(_DataLoaderSource):
         super().__init__(source.instance, source.name)
         self._trainer = trainer
         self.methods, self.checks = methods, True
+        self.on_loader: Callable[[L.Trainer, Any], None] | None = None
 
     @override
     def dataloader(self) -> Any:
         loader = super().dataloader()
+        if self.on_loader is not None:
+            self.on_loader(self._trainer, loader)
         if self.checks:
             with untouched_random_state():
                 for method in self.methods:
@@ -132,18 +151,21 @@ class _MixingSource(_DataLoaderSource):
         return loader
 
 
-def let_methods_mix(trainer: L.Trainer, methods: list[ContinualCallback], check: bool) -> None:
+def let_methods_mix(
+    trainer: L.Trainer, methods: list[ContinualCallback], check: bool, on_loader: Callable[[L.Trainer, Any], None]
+) -> None:
     """Lets the methods add to the training loader when Lightning asks for it.
 
     Args:
         trainer: about to fit.
         methods: its methods.
         check: whether they shall look at the loader first (``fit_tasks`` has done so for all tasks).
+        on_loader: gets the user's loader first.
     """
     source = trainer.fit_loop._data_source
     if not isinstance(source, _MixingSource):
         source = trainer.fit_loop._data_source = _MixingSource(source, trainer, methods)
-    source.methods, source.checks = methods, check
+    source.methods, source.checks, source.on_loader = methods, check, on_loader
 
 
 def steps_of_task(trainer: L.Trainer) -> int | None:

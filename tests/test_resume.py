@@ -225,3 +225,20 @@ def test_killed_at_any_moment_and_resumed_equals_never_killed(tmp_path):
     one = torch.load(tmp_path / "whole.pt", weights_only=True)
     other = torch.load(tmp_path / "killed.pt", weights_only=True)
     assert not differences(one, other)
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (2, 5)])
+def test_from_a_boundary_into_a_short_task_with_validation(tmp_path, batches, steps):
+    """Where a pass is short and steps are counted, Lightning took the first pass of the new task for finished."""
+
+    def run(root, ckpt_path=None):
+        torch.manual_seed(0)
+        module = Classifier()
+        tasks = [Task(name, classification(i, 4 * batches), val=classification(i + 5)) for i, name in enumerate("ab")]
+        run = trainer(root, [L.pytorch.callbacks.ModelCheckpoint(root)], max_steps=steps, num_sanity_val_steps=0)
+        fit_tasks(run, module, TaskDataModule(tasks, batch_size=2), ckpt_path)
+        return module.state_dict()
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", tmp_path / "whole" / "tasks" / "0-a.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

@@ -2,6 +2,7 @@
 
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.ewc import EWC
+from lightning_cl.callbacks.kl_to_base import KLToBase
 from lightning_cl.callbacks.progress import TaskProgress
 from lightning_cl.callbacks.prompts import PromptSamples
 from lightning_cl.callbacks.quadratic import QuadraticPenalty
@@ -13,6 +14,7 @@ __all__ = [
     "EWC",
     "SI",
     "ContinualCallback",
+    "KLToBase",
     "PromptSamples",
     "QuadraticPenalty",
     "Replay",

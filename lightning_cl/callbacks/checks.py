@@ -57,6 +57,30 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             owners[method.owns] = name
 
 
+def refuse_sharded(trainer: L.Trainer, reason: str) -> None:
+    """Refuses strategies that leave each process a part of the parameters.
+
+    Raises:
+        MisconfigurationException: `reason`, the strategy's name, and what to use.
+    """
+    strategy = type(trainer.strategy).__name__
+    if strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+        raise MisconfigurationException(f"{reason} parameters sharded by {strategy}; use strategy='ddp' or one device")
+
+
+def refuse_several_loaders(loader: Any, task: str, method: str) -> None:
+    """Refuses a collection of loaders where single samples are taken from one.
+
+    Raises:
+        MisconfigurationException: naming method and task.
+    """
+    if isinstance(loader, (dict, list, tuple)):
+        raise MisconfigurationException(
+            f"{method}: the training data of task {task!r} is a {type(loader).__name__} of loaders; it needs one loader"
+            " to take single samples from"
+        )
+
+
 def check_state(trainer: L.Trainer, state: dict[str, Any], path: Any = "the checkpoint") -> None:
     """Whether the callbacks of the run are those that wrote the checkpoint.
 

@@ -18,7 +18,8 @@ from typing_extensions import override
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import FORMAT, check_state, check_trainer, methods_of, named
 from lightning_cl.data.loader import TaskLoader
-from lightning_cl.loops import Limits, batches_in_flight, count_from, let_methods_mix
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.loops import Limits, batches_in_flight, batches_ready, count_from, forget_restart, let_methods_mix
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.tasks import TaskPosition
 
@@ -53,6 +54,7 @@ class TaskCoordinator(Callback):
         self._clock: float | None = None
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
+        self._begun_with = 0
         self._resumed: dict[str, Any] | None = None
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
@@ -93,7 +95,16 @@ class TaskCoordinator(Callback):
             if not self.driven:
                 self.names, self.at_boundary = [], False
             check_trainer(trainer, pl_module)
-            let_methods_mix(trainer, self.methods(trainer), check=not self.driven)
+            let_methods_mix(trainer, self.methods(trainer), check=not self.driven, on_loader=self._before_first_batch)
+
+    def _before_first_batch(self, trainer: L.Trainer, loader: Any) -> None:
+        """The last moment before Lightning looks where to go on, and fetches the first batch of a stream."""
+        if self._resumed is None:
+            return
+        if not self.started:
+            forget_restart(trainer)
+        elif not self.ended and isinstance(loader, StreamLoader) and self._resumed["loader"] is not None:
+            loader.go_to(self._resumed["loader"])
 
     # ------------------------------------------------------------------ start
 
@@ -156,6 +167,9 @@ class TaskCoordinator(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
+        if isinstance(trainer.train_dataloader, StreamLoader):
+            trainer.train_dataloader.begin()
+            self._begun_with = batches_ready(trainer)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -250,11 +264,13 @@ class TaskCoordinator(Callback):
 
     def _sample_counts(self, trainer: L.Trainer) -> dict[str, float]:
         loader = trainer.train_dataloader
-        if not isinstance(loader, TaskLoader):
+        place = self._place(trainer, loader)
+        if place is None:
             return {}
-        counts = torch.tensor(list(loader.counts.values()), dtype=torch.int64, device=trainer.strategy.root_device)
+        given = place["counts"]
+        counts = torch.tensor(list(given.values()), dtype=torch.int64, device=trainer.strategy.root_device)
         counts = trainer.strategy.reduce(counts, reduce_op="sum")
-        return dict(zip(loader.counts, counts.tolist(), strict=True))
+        return dict(zip(given, counts.tolist(), strict=True))
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -304,7 +320,6 @@ class TaskCoordinator(Callback):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
-        in_flight = batches_in_flight(trainer) if loader is not None else 0
         checkpoint[CHECKPOINT_KEY] = {
             "format": FORMAT,
             "driven": bool(self.names),
@@ -317,7 +332,7 @@ class TaskCoordinator(Callback):
             "train_seconds": self._train_seconds(),
             "fingerprint": self.data.fingerprint() if self.data is not None else None,
             "costs": [dict(cost) for cost in self.costs],
-            "loader": loader.state_dict(in_flight) if isinstance(loader, TaskLoader) else None,
+            "loader": self._place(trainer, loader),
             "random_states": self._resumed["random_states"]
             if self.at_boundary and self._resumed is not None
             else _gather(get_random_state()),
@@ -332,6 +347,14 @@ class TaskCoordinator(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
                     checkpoint["callbacks"].pop(callback.state_key, None)
+
+    def _place(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
+        """Where the loader stands, if it knows: behind the last batch that was trained on."""
+        if isinstance(loader, StreamLoader):
+            # An exception in another callback's hook can come before the stream was told of a batch.
+            begun = self._begun_with == batches_ready(trainer)
+            return loader.place(batches_in_flight(trainer) if begun else 0)
+        return loader.state_dict(batches_in_flight(trainer)) if isinstance(loader, TaskLoader) else None
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import check_choice, trainable_parameters
+from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.passes import (
     LogitsReader,
     OutputsFunction,
@@ -96,19 +97,11 @@ class EWC(QuadraticPenalty):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
-            raise MisconfigurationException(
-                f"EWC: gradients of single samples cannot be taken from parameters sharded by"
-                f" {type(trainer.strategy).__name__}; use strategy='ddp' or one device, or SI, which works on shards"
-            )
+        refuse_sharded(trainer, "EWC: gradients of single samples cannot be taken from")
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        if isinstance(loader, (dict, list, tuple)):
-            raise MisconfigurationException(
-                f"EWC: the training data of task {task!r} is a {type(loader).__name__} of loaders; it needs one loader"
-                " to take single samples from"
-            )
+        refuse_several_loaders(loader, task, "EWC")
 
     @override
     @torch.no_grad()

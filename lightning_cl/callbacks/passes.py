@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import task_indices, why_not_plannable
+from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import untouched_random_state
 
 OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
@@ -47,6 +48,10 @@ def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
             stack.callback(_restore_attribute(pl_module, hook))
             pl_module.__dict__[hook] = mute
         pl_module.eval()
+        for module in pl_module.modules():
+            # Gradient checkpointing works in training mode alone; whoever needs it for training needs it here.
+            if getattr(module, "gradient_checkpointing", False) and not getattr(module, "dropout", 0):
+                module.training = True
         try:
             yield
         finally:
@@ -88,7 +93,9 @@ def _restore_attribute(owner: Any, name: str) -> Callable[[], None]:
     return restore
 
 
-def single_samples(trainer: L.Trainer, count: int, seed: int, label: str) -> Iterator[tuple[int, Any]]:
+def single_samples(
+    trainer: L.Trainer, count: int, seed: int, label: str, loader: Any = None
+) -> Iterator[tuple[int, Any]]:
     """This rank's share of `count` samples of the current task, each as a batch of one on the device.
 
     The choice is made once for all ranks: together they visit the samples that one process would.
@@ -98,11 +105,12 @@ def single_samples(trainer: L.Trainer, count: int, seed: int, label: str) -> Ite
         count: how many samples in all; all of them, if the task has fewer.
         seed: seed of the choice.
         label: what the progress display says.
+        loader: whose samples; default: the current task's training data.
 
     Yields:
         the sample's number (the same whatever the number of ranks) and the batch.
     """
-    loader: Any = trainer.train_dataloader
+    loader = trainer.train_dataloader if loader is None else loader
     if isinstance(loader, TaskLoader) or why_not_plannable(loader) is None:
         dataset, collate = loader.dataset, loader.collate_fn
         indices = task_indices(loader)
@@ -113,7 +121,8 @@ def single_samples(trainer: L.Trainer, count: int, seed: int, label: str) -> Ite
         batches: Iterator[tuple[int, Any]] = ((number, collate([dataset[index]])) for number, index in chosen)
         total: int | None = len(chosen)
     else:
-        # A stream: the first samples of each rank's own part.
+        # A stream: the first samples of each rank's own part. What is read here is not trained on.
+        loader = loader.apart() if isinstance(loader, StreamLoader) else loader
         share = -(-count // trainer.world_size)
         batches = ((number * trainer.world_size + trainer.global_rank, row) for number, row in _rows(loader, share))
         total = share
@@ -179,6 +188,9 @@ def training_loss(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) 
 class LogitsReader:
     """Reaches a module's logits: by a user's function, or from the submodule whose output has ``.logits``.
 
+    What is run to see that submodule's output is the module's method ``batch_logits(batch)``, else its
+    ``training_step``.
+
     Args:
         trainer: the Trainer.
         pl_module: the module.
@@ -206,14 +218,21 @@ class LogitsReader:
 
         watched = list(self._module.modules()) if self._source is None else [self._source]
         handles = [module.register_forward_hook(catch) for module in watched]
+        # A module whose training_step makes no logits offers them by a method of that name.
+        own = getattr(type(self._module), "batch_logits", None)
+        returned = None
         try:
-            training_loss(self._trainer, self._module, batch)
+            if callable(own):
+                with forward_context(self._trainer):
+                    returned = own(self._module, batch)
+            else:
+                training_loss(self._trainer, self._module, batch)
         finally:
             for handle in handles:
                 handle.remove()
         if not caught:
-            self._unreachable = True
-            return None
+            self._unreachable = not isinstance(returned, Tensor)
+            return None if self._unreachable else returned
         # The outermost module returns last.
         self._source, logits = caught[-1]
         return logits

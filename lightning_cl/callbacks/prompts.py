@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from typing_extensions import override
@@ -13,6 +12,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.generation import answers, prompt_tokens
 from lightning_cl.random_state import untouched_random_state
 
 
@@ -27,6 +27,7 @@ class PromptSamples(ContinualCallback):
     Args:
         prompts: texts to continue.
         max_new_tokens: length of an answer.
+        chat: prompts are what a user says; the answers are the assistant's, in the tokenizer's chat template.
 
     Attributes:
         answers: for each boundary (0: before training) the answers.
@@ -35,13 +36,13 @@ class PromptSamples(ContinualCallback):
         ValueError: if there are no prompts or no tokens to generate.
     """
 
-    def __init__(self, prompts: list[str], max_new_tokens: int = 32) -> None:
+    def __init__(self, prompts: list[str], max_new_tokens: int = 32, chat: bool = False) -> None:
         super().__init__()
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
             raise ValueError(f"prompts={prompts!r}: expected a list of texts")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: expected a positive integer")
-        self.prompts, self.max_new_tokens = list(prompts), max_new_tokens
+        self.prompts, self.max_new_tokens, self.chat = list(prompts), max_new_tokens, chat
         self.answers: dict[int, list[str]] = {}
 
     @override
@@ -82,28 +83,17 @@ class PromptSamples(ContinualCallback):
             raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")
         device = next(model.parameters()).device
         pl_module.to(trainer.strategy.root_device)
-        self.answers[trained] = [self._answer(model, data.tokenizer, prompt) for prompt in self.prompts]
+        prompts = [prompt_tokens(data.tokenizer, prompt, self.chat) for prompt in self.prompts]
+        self.answers[trained] = answers(model, data.tokenizer, prompts, self.max_new_tokens)
         pl_module.to(device)
-
-    @torch.no_grad()
-    def _answer(self, model: Any, tokenizer: Any, prompt: str) -> str:
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        inputs = {key: inputs[key].to(next(model.parameters()).device) for key in ("input_ids", "attention_mask")}
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad)
-        for module, training in modes.items():
-            module.training = training
-        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     @override
     def continual_state(self) -> dict[str, Any]:
-        return {"answers": {trained: list(answers) for trained, answers in self.answers.items()}}
+        return {"answers": {trained: list(given) for trained, given in self.answers.items()}}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
-        self.answers = {int(trained): list(answers) for trained, answers in state["answers"].items()}
+        self.answers = {int(trained): list(given) for trained, given in state["answers"].items()}
 
     @override
     def report(self) -> dict[str, Any]:
