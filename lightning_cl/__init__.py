@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_cl.callbacks import EWC, SI, PromptSamples, Replay, TaskMatrix, TaskProgress
+    from lightning_cl.callbacks import EWC, SI, KLToBase, PromptSamples, Replay, TaskMatrix, TaskProgress
     from lightning_cl.data import TaskDataModule, TrainedBPE
     from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
-    from lightning_cl.models import CausalLM, WarmupDecay
+    from lightning_cl.models import CausalLM, InfiniteLR, WarmupDecay
     from lightning_cl.sequence import fit_tasks
     from lightning_cl.tasks import Task
 
@@ -25,6 +25,8 @@ _HOME = {
     "EWC": "callbacks",
     "Forgetting": "metrics",
     "ForwardTransfer": "metrics",
+    "InfiniteLR": "models",
+    "KLToBase": "callbacks",
     "PromptSamples": "callbacks",
     "Replay": "callbacks",
     "SI": "callbacks",
@@ -45,6 +47,8 @@ __all__ = [
     "CausalLM",
     "Forgetting",
     "ForwardTransfer",
+    "InfiniteLR",
+    "KLToBase",
     "PromptSamples",
     "Replay",
     "Task",

@@ -14,12 +14,17 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 # Imported for their names: `--trainer.callbacks+=EWC` finds classes that are loaded.
 from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
-from lightning_cl.cli_help import HelpFormatter, HelpfulParser
+from lightning_cl.cli_help import EarlyOption, HelpFormatter, HelpfulParser
+from lightning_cl.cli_predict import predict_tasks
+from lightning_cl.cli_runs import EarlierRun, expand_run
+from lightning_cl.cli_seeds import run_seeds, tell_folder
 from lightning_cl.data import TaskDataModule
 from lightning_cl.evaluation.tasks import evaluate_tasks
 from lightning_cl.sequence import fit_tasks, run_folder
@@ -32,6 +37,9 @@ forgot.
   lightning-cl fit --config configs/quickstart.yaml
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc_replay.yaml
   lightning-cl fit --config configs/quickstart.yaml --ckpt_path last     go on where a run was stopped
+  lightning-cl fit --run runs/quickstart/version_0                       the same for one run, with its settings
+  lightning-cl fit --run runs/quickstart/version_0 --add mails=data/mails.jsonl       one more task behind a run's
+  lightning-cl fit --config configs/quickstart.yaml --seeds 3            mean and 95 % interval over three seeds
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl fit --help                                                all arguments
 """
@@ -40,7 +48,28 @@ _SUBCOMMANDS = {
     "fit": "Trains the model on the tasks of the data, one after another. max_epochs and max_steps are per task.",
     "validate": "Shows the validation metrics of each task.",
     "test": "Shows the test metrics of each task that has test data.",
-    "predict": "Runs the model's predict_step.",
+    "predict": "Shows what the model answers to each task's prompts; all answers go to predictions.jsonl.",
+}
+
+_RUN = (
+    "Folder of an earlier run: its saved configuration, which the other options override, and its {}. The new run has a"
+    " folder of its own."
+)
+_EARLY_OPTIONS = {
+    "--run": ("RUN", _RUN.format("last checkpoint; with --add, the one behind its last task")),
+    "--add": (
+        "NAME=PATH",
+        "With --run: a new task behind those of the run, as in mails=data/mails.jsonl. May be repeated.",
+    ),
+    "--seeds": (
+        "N|S,S,…",
+        "Runs the command for the seeds 0 to N - 1, or for those given, and reports mean and confidence interval over"
+        " them. Sets --seed_everything and --data.seed of each run.",
+    ),
+    "--against": (
+        "SEEDS_JSON",
+        "With --seeds: what another method's --seeds wrote; the differences are taken seed by seed.",
+    ),
 }
 
 
@@ -53,6 +82,7 @@ class ContinualCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         HelpfulParser.arguments = sys.argv[1:] if args is None else args
+        self.earlier: EarlierRun | None = None
         super().__init__(
             model_class=L.LightningModule,
             datamodule_class=TaskDataModule,
@@ -84,6 +114,21 @@ class ContinualCLI(LightningCLI):
                 choice.help = _SUBCOMMANDS.get(choice.dest, choice.help)
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        options = (
+            _EARLY_OPTIONS if subcommand == "fit" else {"--run": ("RUN", _RUN.format("checkpoint of its last task"))}
+        )
+        for option, (metavar, text) in options.items():
+            parser.add_argument(option, action=EarlyOption, metavar=metavar, help=text)
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        arguments, self.earlier = expand_run(HelpfulParser.arguments, tuple(_SUBCOMMANDS))
+        self.config = parser.parse_args(arguments)
+
+    @override
     def _parse_ckpt_path(self) -> None:
         # Lightning lets hyper-parameters from the checkpoint win over the command line, silently.
         return
@@ -98,15 +143,29 @@ class ContinualCLI(LightningCLI):
 
     def fit(self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any) -> None:
         """All tasks, one after another; the trained model as a Hugging Face folder at the end."""
+        own = _has_own_folder(self.trainer)
+        folder = run_folder(self.trainer)
+        if self.earlier is not None:
+            self.earlier.check(folder, [task.name for task in datamodule.tasks])
+            new = f"; new: {', '.join(self.earlier.added)}" if self.earlier.added else ""
+            rank_zero_info(f"Goes on from {self.earlier.checkpoint}{new}")
+        if self.trainer.is_global_zero:
+            tell_folder(folder, own, ckpt_path)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
                 # Before the first evaluation, which runs without loggers and so without a run folder.
                 callback.setup(self.trainer, model, "fit")
+                # On all ranks: one that came back to it later would wait for the others for ever.
+                callback.already_saved = True
         fit_tasks(self.trainer, model, datamodule, ckpt_path)
-        folder = run_folder(self.trainer)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):  # type: ignore[attr-defined]
+            if model.lora is not None and isinstance(model.source, dict):
+                return  # an adapter whose base exists nowhere else: the checkpoints have both
             model.save_pretrained(folder / "model")
-            print(f"  {folder / 'model'}: the model, for AutoModelForCausalLM.from_pretrained\n")
+            what, loader = ("model", "transformers.AutoModelForCausalLM")
+            if model.lora is not None:
+                what, loader = ("adapter", "peft.AutoPeftModelForCausalLM")
+            print(f"  {folder / 'model'}: the {what}, for {loader}.from_pretrained\n")
 
     def validate(
         self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any
@@ -120,6 +179,17 @@ class ContinualCLI(LightningCLI):
         """The test metrics of each task that has test data."""
         evaluate_tasks(self.trainer, model, datamodule, "test", ckpt_path)
 
+    def predict(
+        self,
+        model: L.LightningModule,
+        datamodule: TaskDataModule,
+        ckpt_path: str | None = None,
+        return_predictions: bool | None = None,
+        **_: Any,
+    ) -> None:
+        """The model's answers to each task's prompts."""
+        predict_tasks(self.trainer, model, datamodule, ckpt_path, return_predictions)
+
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-cl``.
@@ -131,13 +201,22 @@ def main(args: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)
     _quiet()
     try:
-        ContinualCLI(args)
+        code = run_seeds(sys.argv[1:] if args is None else args)
+        if code is None:
+            ContinualCLI(args)
     except Exception as error:
         ours = _ours(error)
         if ours is None:
             raise
         print(f"lightning-cl: error: {ours}", file=sys.stderr)
         sys.exit(1)
+    if code:
+        sys.exit(code)
+
+
+def _has_own_folder(trainer: L.Trainer) -> bool:
+    """Whether the logger chooses a folder that no run has yet; to be asked before it has chosen."""
+    return isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)) and trainer.logger._version is None
 
 
 def _quiet() -> None:

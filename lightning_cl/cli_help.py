@@ -1,4 +1,4 @@
-"""A command line parser whose answer to a typo is the right name."""
+"""A command line parser whose answer to a typo is the right name, and options that are read before it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import Callback
@@ -18,6 +18,50 @@ from typing_extensions import override
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """jsonargparse's help, with line breaks of the description kept."""
+
+
+class EarlyOption(argparse.Action):
+    """An option that :func:`take_option` takes out before the parser: it is here for the help and for typos.
+
+    It leaves nothing in the configuration of a run.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **settings)
+
+    @override
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        parser.error(f"{self.option_strings[0]} is not to be shortened")
+
+
+def take_option(arguments: Sequence[str], example: str) -> tuple[list[str], list[str]]:
+    """Takes all occurrences of an option out of a command line, ``--name value`` and ``--name=value``.
+
+    Args:
+        arguments: the command line.
+        example: the option with a value, as in ``--seeds 3``.
+
+    Returns:
+        the values, in order, and the arguments that are left.
+
+    Raises:
+        ValueError: if a value is missing.
+    """
+    option = example.split()[0]
+    values, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != option:
+            rest.append(argument)
+            continue
+        value = value if equals else next(remaining, "")
+        if not value or value.startswith("--"):
+            raise ValueError(f"{option}: a value is missing, as in {example}")
+        values.append(value)
+    return values, rest
 
 
 class HelpfulParser(LightningArgumentParser):

@@ -73,7 +73,7 @@ def test_help_says_of_each_subcommand_what_it_does_here():
 
 def test_fit_help_has_the_docstrings_of_data_and_trainer():
     text = " ".join(Output("fit", "--help").out.split())
-    assert "tokens in a block of text" in text  # TaskDataModule, max_length
+    assert "the most tokens in a sample" in text  # TaskDataModule, max_length
     assert "what to learn, in order" in text  # TaskDataModule, tasks
     assert "Stop training once this number of epochs is reached" in text  # Trainer, max_epochs
     assert "--ckpt_path" in text
@@ -111,7 +111,14 @@ def test_printed_configuration_can_be_fed_back(tmp_path):
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_shipped_method_adds_to_the_quickstart(path):
     base, config = config_of("--config", QUICKSTART), config_of("--config", QUICKSTART, "--config", path)
-    added = {"ewc": ["EWC"], "si": ["SI"], "replay": ["Replay"], "ewc_replay": ["EWC", "Replay"], "naive": []}
+    added = {
+        "ewc": ["EWC"],
+        "si": ["SI"],
+        "replay": ["Replay"],
+        "ewc_replay": ["EWC", "Replay"],
+        "naive": [],
+        "probes": ["KLToBase"],
+    }
     assert classes(config) == [*classes(base), *added[path.stem]]
 
 
@@ -344,6 +351,17 @@ def test_a_changed_learning_rate_is_used_behind_a_boundary(run, small, tmp_path)
     before = torch.load(run[1] / "tasks" / "1-python.ckpt", weights_only=True)["state_dict"]
     after = weights(tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_processes(small, tmp_path):
+    """A rank that waits for another one at the saving of the configuration waits for ever."""
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
+    command = [sys.executable, "-m", "lightning_cl", "fit", *small, *below(tmp_path), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (report,) = tmp_path.rglob("report.json")
+    assert len(json.loads(report.read_text())["matrix"]) == 4
+    assert [path.parent for path in tmp_path.rglob("config.yaml")] == [report.parent]
 
 
 THEIRS = """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_cl.files import replace_file
 
 if TYPE_CHECKING:
     from lightning_cl.callbacks.base import ContinualCallback
@@ -48,8 +49,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     """Writes ``report.json``, ``matrix.csv`` and ``matrix.png``, each whole or not at all."""
     from lightning_cl.evaluation.figure import draw_matrix
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.json", lambda path: path.write_text(json.dumps(_plain(report), indent=2) + "\n"))
+    replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(_plain(report), indent=2) + "\n"))
 
     def write_csv(path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -58,8 +58,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
             for name, row in zip(row_names(report), report["matrix"], strict=True):
                 writer.writerow([name, *("" if math.isnan(value) else repr(value) for value in row)])
 
-    _replace(folder / "matrix.csv", write_csv)
-    _replace(folder / "matrix.png", lambda path: draw_matrix(report, path))
+    replace_file(folder / "matrix.csv", write_csv)
+    replace_file(folder / "matrix.png", lambda path: draw_matrix(report, path))
 
 
 def format_report(report: dict[str, Any], folder: Path | None) -> str:
@@ -67,18 +67,20 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
     monitor, better = report["monitor"], "lower" if report["mode"] == "min" else "higher"
     rows = [["after", *report["tasks"]]]
     rows += [
-        [name, *(_number(value) for value in row)]
+        [name, *(format_number(value) for value in row)]
         for name, row in zip(row_names(report), report["matrix"], strict=True)
     ]
-    lines = ["", f"{monitor} of every task after every task ({better} is better)", "", *_table(rows), ""]
+    lines = ["", f"{monitor} of every task after every task ({better} is better)", "", *format_table(rows), ""]
     scores = [
-        [name.replace("_", " "), _number(report[name], signed=name != "average"), report["definitions"][name]]
+        [name.replace("_", " "), format_number(report[name], signed=name != "average"), report["definitions"][name]]
         for name in ("average", "backward_transfer", "forgetting", "forward_transfer")
     ]
-    lines += [*_table(scores), ""]
+    lines += [*format_table(scores), ""]
     lines += [f"  {sentence}" for sentence in report["sentences"]]
+    told = [sentence for method in report["methods"].values() for sentence in method.get("sentences", [])]
+    lines += ["", *(f"  {sentence}" for sentence in told)] if told else []
     lines += _format_answers(report)
-    lines += ["", *_table(_cost_rows(report))]
+    lines += ["", *format_table(_cost_rows(report))]
     total = report["costs"]["total_seconds"]
     state = ", ".join(f"{name} {_bytes(size)}" for name, size in report["costs"]["state_bytes"].items() if size)
     lines.append(f"  {_seconds(total)} in all, {_seconds(report['costs']['evaluation_seconds'])} of them evaluation")
@@ -103,19 +105,20 @@ def _sentence(summary: dict[str, Any], name: str, trained: list[str], methods: l
     note = " (measured on its training data)" if name in summary["measured_on_training_data"] else ""
     if name in summary["watched"]:
         if math.isnan(values[0]) or math.isnan(last):
-            return f"{name} (watched){note}: {metric} {_number(values[0])} before training, {_number(last)} now."
+            before = f"{metric} {format_number(values[0])} before training"
+            return f"{name} (watched){note}: {before}, {format_number(last)} now."
         if last == values[0]:
-            return f"{name} (watched){note}: {metric} is {_number(last)}, as before training."
+            return f"{name} (watched){note}: {metric} is {format_number(last)}, as before training."
         change = sign * (last - values[0])
         verb = "better" if change > 0 else "worse"
         return (
-            f"{name} (watched){note}: {metric} went from {_number(values[0])} to {_number(last)},"
-            f" {_number(abs(change))} {verb} than before training."
+            f"{name} (watched){note}: {metric} went from {format_number(values[0])} to {format_number(last)},"
+            f" {format_number(abs(change))} {verb} than before training."
         )
     learnt = values[trained.index(name) + 1]
     if name == trained[-1]:
-        return f"{name}{note}: learnt last, {metric} is {_number(last)}."
-    begin = f"{name}{note}: {metric} {_number(learnt)} when learnt, {_number(last)} now"
+        return f"{name}{note}: learnt last, {metric} is {format_number(last)}."
+    begin = f"{name}{note}: {metric} {format_number(learnt)} when learnt, {format_number(last)} now"
     lost = sign * (learnt - last)
     if math.isnan(lost):
         return f"{begin}."
@@ -125,7 +128,7 @@ def _sentence(summary: dict[str, Any], name: str, trained: list[str], methods: l
     before = values[trained.index(name)]
     gain = sign * (learnt - (values[0] if math.isnan(before) else before))
     if math.isnan(gain) or gain <= 0:
-        return f"{begin}: {_number(lost)} worse. {_advice(0.0, methods)}"
+        return f"{begin}: {format_number(lost)} worse. {_advice(0.0, methods)}"
     kept = 1 - lost / gain
     if kept < 0:
         return f"{begin}: all that its training gave is lost, and more. {_advice(kept, methods)}"
@@ -168,7 +171,8 @@ def _format_answers(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def format_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a table for a terminal, its first row the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     # The first column and texts to the left, numbers to the right.
     texts = [any(character.isalpha() for row in rows[1:] for character in row[i]) for i in range(len(rows[0]))]
@@ -182,8 +186,9 @@ def _table(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def _number(value: float, signed: bool = False) -> str:
-    if math.isnan(value):
+def format_number(value: float | None, signed: bool = False) -> str:
+    """Three decimals with a true minus; a dash for what is not known."""
+    if value is None or math.isnan(value):
         return "–"
     text = f"{value:+.3f}" if signed else f"{value:.3f}"
     return text.replace("-", "−")
@@ -210,12 +215,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
