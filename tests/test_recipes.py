@@ -1,0 +1,74 @@
+"""The recipes for large models, run on a small stand-in: the same keys, other sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from stand_in import chats, save_stand_in, sentence, write_jsonl
+
+from lightning_cl.checkpoint_io import read_checkpoint
+from lightning_cl.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_stand_in(tmp_path_factory.mktemp("stand-in"))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """What the recipes expect below data/, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_CL_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    write_jsonl(folder / "chat.jsonl", chats(12))
+    pairs = [{"prompt": sentence(i), "completion": " " + sentence(i + 50, 25)} for i in range(40)]
+    write_jsonl(folder / "questions.jsonl", pairs)
+    write_jsonl(folder / "mails.jsonl", pairs)
+    write_jsonl(folder / "known.jsonl", [{"text": sentence(i, 40)} for i in range(12)])
+    (folder / "general.txt").write_text(sentence(99, 60))
+    for name in ("src", "language"):
+        (folder / name).mkdir()
+        for i in range(8):
+            (folder / name / f"file{i}.{'py' if name == 'src' else 'txt'}").write_text(sentence(i + 20, 50))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_a_stand_in(recipe, model, data, tmp_path):
+    if yaml.safe_load(recipe.read_text())["model"]["init_args"].get("quantization"):
+        pytest.importorskip("bitsandbytes")
+    smaller = tmp_path / recipe.name
+    text = re.sub(r"max_steps: \d+", "max_steps: 2", recipe.read_text())
+    smaller.write_text(re.sub(r"max_new_tokens: \d+", "max_new_tokens: 2", text))
+    names = ["--model.model", model, "--data.tokenizer", model, "--trainer.accelerator", "cpu"]
+    main(["fit", "--config", str(smaller), *names, "--data.max_length", "128", "--trainer.limit_train_batches", "16"])
+
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("runs/*/version_0/report.json"))
+    tasks = list(yaml.safe_load(recipe.read_text())["data"]["tasks"])
+    assert report["tasks"] == tasks
+    assert all(value is not None for row in report["matrix"] for value in row)
+    assert set(report["methods"]["KLToBase"]["kl"]) == {task for task in tasks if task != "general"}
+    replayed = [cost["replayed_tokens"] for cost in report["costs"]["tasks"]]
+    assert replayed[0] == 0
+    assert replayed[-1] > 0
+    for path in tmp_path.glob("runs/*/version_0/tasks/*.ckpt"):
+        state = read_checkpoint(path)["state_dict"]
+        assert state
+        assert all("lora_" in name for name in state)
+        assert all(value.dtype == torch.float32 for value in state.values())
+
+
+def test_recipes_say_what_memory_they_take():
+    assert len(RECIPES) >= 3
+    for recipe in RECIPES:
+        assert "24 GB card" in recipe.read_text()
+        assert re.search(r"Memory, about \d+ GB", recipe.read_text())
