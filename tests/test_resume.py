@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from toys import Classifier, classification, trainer
 
-from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl import EWC, SI, Replay, Task, TaskDataModule, TaskMatrix, fit_tasks
 from lightning_cl.checkpoint_io import find_last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -235,7 +235,7 @@ def test_from_a_boundary_into_a_short_task_with_validation(tmp_path, batches, st
         torch.manual_seed(0)
         module = Classifier()
         tasks = [Task(name, classification(i, 4 * batches), val=classification(i + 5)) for i, name in enumerate("ab")]
-        run = trainer(root, [L.pytorch.callbacks.ModelCheckpoint(root)], max_steps=steps, num_sanity_val_steps=0)
+        run = trainer(root, [ModelCheckpoint(root)], max_steps=steps, num_sanity_val_steps=0)
         fit_tasks(run, module, TaskDataModule(tasks, batch_size=2), ckpt_path)
         return module.state_dict()
 

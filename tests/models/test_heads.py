@@ -84,7 +84,10 @@ def assert_alike(results, rtol=1e-4, atol=1e-6):
     assert gradients.keys() == expected_gradients.keys()
     assert any(g.abs().max() > 1e-3 for g in expected_gradients.values())
     for name, value in gradients.items():
-        torch.testing.assert_close(value, expected_gradients[name], rtol=rtol, atol=atol, msg=lambda m, n=name: n + m)
+        # fp32 sums are rounded in units of what is summed: gradients here go up to 60.
+        unit = max(1.0, float(expected_gradients[name].abs().max()))
+        expected = expected_gradients[name]
+        torch.testing.assert_close(value, expected, rtol=rtol, atol=atol * unit, msg=lambda m, n=name: n + m)
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *WHOLE])
