@@ -18,9 +18,9 @@ from lightning_cl.callbacks.passes import (
     OutputsFunction,
     leaving_no_trace,
     loss_positions,
-    single_samples,
 )
 from lightning_cl.callbacks.starting_weights import StartingWeights
+from lightning_cl.callbacks.task_samples import single_samples
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.functional import kl_divergence

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_cl.data.loader import TaskLoader
-from lightning_cl.data.plannable import task_indices, why_not_plannable
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import untouched_random_state
 
 OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
@@ -93,43 +90,6 @@ def _restore_attribute(owner: Any, name: str) -> Callable[[], None]:
     return restore
 
 
-def single_samples(
-    trainer: L.Trainer, count: int, seed: int, label: str, loader: Any = None
-) -> Iterator[tuple[int, Any]]:
-    """This rank's share of `count` samples of the current task, each as a batch of one on the device.
-
-    The choice is made once for all ranks: together they visit the samples that one process would.
-
-    Args:
-        trainer: inside ``fit``, with its training data set up.
-        count: how many samples in all; all of them, if the task has fewer.
-        seed: seed of the choice.
-        label: what the progress display says.
-        loader: whose samples; default: the current task's training data.
-
-    Yields:
-        the sample's number (the same whatever the number of ranks) and the batch.
-    """
-    loader = trainer.train_dataloader if loader is None else loader
-    if isinstance(loader, TaskLoader) or why_not_plannable(loader) is None:
-        dataset, collate = loader.dataset, loader.collate_fn
-        indices = task_indices(loader)
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = [(number, indices[place]) for number, place in enumerate(order[:count])][
-            trainer.global_rank :: trainer.world_size
-        ]
-        batches: Iterator[tuple[int, Any]] = ((number, collate([dataset[index]])) for number, index in chosen)
-        total: int | None = len(chosen)
-    else:
-        # A stream: the first samples of each rank's own part. What is read here is not trained on.
-        loader = loader.apart() if isinstance(loader, StreamLoader) else loader
-        share = -(-count // trainer.world_size)
-        batches = ((number * trainer.world_size + trainer.global_rank, row) for number, row in _rows(loader, share))
-        total = share
-    for number, batch in progress(trainer, batches, label, total):
-        yield number, to_device(trainer, batch)
-
-
 def progress(trainer: L.Trainer, items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
     """A bar for work outside of Lightning's loops, where the Trainer shows bars at all."""
     hidden = trainer.progress_bar_callback is None or trainer.global_rank > 0
@@ -141,33 +101,6 @@ def to_device(trainer: L.Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _rows(loader: Any, count: int) -> Iterator[tuple[int, Any]]:
-    number = 0
-    for batch in loader:
-        for row in range(_batch_size(batch)):
-            if number == count:
-                return
-            yield number, _row(batch, row)
-            number += 1
-
-
-def _batch_size(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return len(batch)
-    values = list(batch.values()) if isinstance(batch, Mapping) else batch
-    return next(len(value) for value in values if isinstance(value, Tensor))
-
-
-def _row(batch: Any, row: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[row : row + 1]
-    if isinstance(batch, Mapping):
-        return {key: _row(value, row) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_row(value, row) for value in batch)
-    return batch
 
 
 def forward_context(trainer: L.Trainer) -> Any:
@@ -195,11 +128,14 @@ class LogitsReader:
         trainer: the Trainer.
         pl_module: the module.
         outputs: a user's function, or None.
+
+    Attributes:
+        source: the submodule that the logits came from; None before the first batch, and for a user's function.
     """
 
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: OutputsFunction | None) -> None:
         self._trainer, self._module, self._outputs = trainer, pl_module, outputs
-        self._source: nn.Module | None = None
+        self.source: nn.Module | None = None
         self._unreachable = False
 
     def __call__(self, batch: Any) -> Tensor | None:
@@ -216,7 +152,7 @@ class LogitsReader:
             if isinstance(logits, Tensor):
                 caught.append((module, logits))
 
-        watched = list(self._module.modules()) if self._source is None else [self._source]
+        watched = list(self._module.modules()) if self.source is None else [self.source]
         handles = [module.register_forward_hook(catch) for module in watched]
         # A module whose training_step makes no logits offers them by a method of that name.
         own = getattr(type(self._module), "batch_logits", None)
@@ -234,15 +170,15 @@ class LogitsReader:
             self._unreachable = not isinstance(returned, Tensor)
             return None if self._unreachable else returned
         # The outermost module returns last.
-        self._source, logits = caught[-1]
+        self.source, logits = caught[-1]
         return logits
 
     @property
     def shifted(self) -> bool:
         """Whether position t predicts token t + 1: not so in masked, token-classifying and encoder-decoder models."""
-        name = type(self._source).__name__
+        name = type(self.source).__name__
         unshifted = name.endswith(("ForMaskedLM", "ForTokenClassification", "ForPreTraining"))
-        return not unshifted and not getattr(getattr(self._source, "config", None), "is_encoder_decoder", False)
+        return not unshifted and not getattr(getattr(self.source, "config", None), "is_encoder_decoder", False)
 
 
 def loss_positions(batch: Any, logits: Tensor | None = None, shifted: bool = True) -> Tensor | None:

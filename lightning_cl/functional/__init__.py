@@ -25,8 +25,10 @@ from lightning_cl.functional.retention import (
     forgetting,
     forward_transfer,
 )
+from lightning_cl.functional.sample_gradients import SampleGradients
 
 __all__ = [
+    "SampleGradients",
     "add_penalty_gradient_",
     "average_score",
     "backward_transfer",

@@ -11,8 +11,11 @@ The estimators differ in where the labels ``y`` come from:
 * ``exact``: the expectation over all labels; one backward pass per position and class, so for small outputs only.
 * ``empirical``: the labels of the data; the Fisher only where the model has the distribution of the data.
 
-Squaring the gradient of a batch mean instead is not an estimate of any of these: it is too small by about the batch
-size, and it distorts the rank order of the parameters.
+Squaring the gradient of a batch's mean loss instead is not an estimate of any of these: it is too small by about the
+batch size, and it distorts the rank order of the parameters.
+
+The functions here take one sample at a time, by plain autograd: the definition as it stands.
+:class:`~lightning_cl.functional.SampleGradients` gives the same sums from whole batches.
 
 Source: Kirkpatrick et al. 2017 (EWC), eq. 3; van de Ven 2025 (arXiv:2502.11756) on the estimators.
 """
@@ -25,10 +28,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_cl.functional.cross_entropy import CHUNK_BYTES, head_cross_entropy
+from lightning_cl.functional.sample_gradients import with_last
+
 WeightedLosses: TypeAlias = Iterable[tuple[float, Tensor]]
 
 
-def sampled_label_loss(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def sampled_label_loss(
+    logits: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None
+) -> Tensor:
     """``Σ_t -log p(y_t)`` with each ``y_t`` drawn from the model's own softmax.
 
     The draw inverts the cumulative distribution with uniform numbers from the CPU, so that the same generator gives the
@@ -37,19 +45,46 @@ def sampled_label_loss(logits: Tensor, generator: torch.Generator | None = None)
     Args:
         logits: scores of shape ``[..., classes]``; every position before the last axis is one draw.
         generator: a CPU generator.
+        uniform: the uniform numbers themselves, ``[positions]``, instead of a generator.
 
     Returns:
         A scalar with a graph.
     """
-    flat = logits.float().reshape(-1, logits.shape[-1])
-    with torch.no_grad():
-        cumulative = flat.softmax(-1).cumsum(-1)
-        uniform = torch.rand(flat.shape[0], 1, generator=generator).to(flat.device)
+    flat = logits.reshape(-1, logits.shape[-1])
+    if uniform is None:
+        uniform = torch.rand(flat.shape[0], generator=generator)
+    return label_loss(flat, sampled_labels(flat, uniform))
+
+
+@torch.no_grad()
+def sampled_labels(logits: Tensor, uniform: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """Labels drawn from ``softmax(logits)`` by inverting its cumulative distribution, a chunk of positions at a time.
+
+    Args:
+        logits: ``[positions, classes]``.
+        uniform: ``[positions]``, uniform numbers in [0, 1).
+        chunk_bytes: size of a chunk's fp32 probabilities.
+    """
+    rows = max(1, chunk_bytes // (4 * logits.shape[-1]))
+    labels = [torch.empty(0, dtype=torch.int64, device=logits.device)]
+    for part, numbers in zip(logits.split(rows), uniform.to(logits.device).split(rows), strict=True):
+        cumulative = part.float().softmax(-1).cumsum(-1)
         # The last entry is 1 up to rounding: scaling by it keeps every draw inside the vocabulary.
         # right=True: a uniform number of exactly 0 must not pick a class of probability 0.
-        labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
-        labels.clamp_(max=flat.shape[-1] - 1)
-    return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+        drawn = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+        labels.append(drawn.clamp_(max=logits.shape[-1] - 1))
+    return torch.cat(labels)
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``Σ_t -log softmax(logits_t)[labels_t]`` in fp32, a chunk of positions at a time.
+
+    Args:
+        logits: ``[positions, classes]``.
+        labels: ``[positions]``.
+    """
+    mean, _ = head_cross_entropy(logits, labels, lambda rows: rows, logits.shape[-1])
+    return mean * len(labels)
 
 
 def expected_label_losses(logits: Tensor) -> Iterator[tuple[float, Tensor]]:
@@ -69,6 +104,29 @@ def expected_label_losses(logits: Tensor) -> Iterator[tuple[float, Tensor]]:
     for position in range(log_probabilities.shape[0]):
         for label in range(log_probabilities.shape[1]):
             yield float(probabilities[position, label]), -log_probabilities[position, label]
+
+
+def expected_label_losses_of_batch(logits: Tensor, samples: Tensor) -> Iterator[Tensor]:
+    """The exact expectation for a whole batch: scalars that hold one label of one position of every sample.
+
+    ``Σ_b −√p_bc log p_bc``: the square of a sample's gradient then carries the factor ``p_bc``. There are as many as
+    the longest sample has positions, times the classes.
+
+    Args:
+        logits: scores ``[positions, classes]``.
+        samples: ``[positions]``, which sample of the batch a position belongs to, ascending.
+    """
+    log_probabilities = logits.float().log_softmax(-1)
+    root = log_probabilities.detach().mul(0.5).exp()
+    starts = torch.searchsorted(samples, samples)  # where a position's sample begins
+    place = torch.arange(len(samples), device=samples.device) - starts
+    for position in range(int(place.max()) + 1 if len(place) else 0):
+        rows = place == position
+        for label in range(logits.shape[-1]):
+            weight = root[rows, label]
+            # A class that is ruled out has no part: 0 times infinity is not 0.
+            terms = (weight * log_probabilities[rows, label]).masked_fill(weight == 0, 0.0)
+            yield -terms.sum()
 
 
 def squared_gradients(losses: WeightedLosses, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,24 +154,12 @@ def add_squared_gradients_(
         losses: pairs of weight and scalar loss. Weights may undo a loss scale: they multiply the *square*.
         parameters: name to parameter.
     """
-    pending = None
-    for weight, loss in losses:
-        # One step of delay: only the last loss of a shared graph may free it.
-        if pending is not None:
-            _add_one(total, *pending, parameters, retain_graph=True)
-        pending = (weight, loss)
-    if pending is not None:
-        _add_one(total, *pending, parameters, retain_graph=False)
-
-
-def _add_one(
-    total: Mapping[str, Tensor], weight: float, loss: Tensor, parameters: Mapping[str, Tensor], retain_graph: bool
-) -> None:
-    gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            gradient = gradient.float()
-            total[name].addcmul_(gradient, gradient, value=weight)
+    for (weight, loss), last in with_last(losses):
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=not last, allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient.float()
+                total[name].addcmul_(gradient, gradient, value=weight)
 
 
 def fisher_diagonal(

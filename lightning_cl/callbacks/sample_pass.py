@@ -1,0 +1,131 @@
+"""A pass over a task's samples that adds up what single gradients are: the Lightning side of the Fisher engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_cl.callbacks.passes import leaving_no_trace
+from lightning_cl.callbacks.task_samples import TaskSamples
+from lightning_cl.functional.layer_rules import Transform
+from lightning_cl.functional.sample_gradients import SampleGradients, UseSink, add_one_by_one_, only_trainable
+
+LossesOf = Callable[[Any, list[int]], tuple[Iterable[Tensor], int]]
+"""``losses_of(batch, numbers)``: scalars, each a sum over the batch's samples, and how many positions bear loss."""
+
+_PROBE = 3
+
+
+def sum_over_samples(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    parameters: Mapping[str, Tensor],
+    samples: TaskSamples,
+    losses_of: LossesOf,
+    transform: Transform = Tensor.square_,
+    sink: UseSink | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """``Σ_x transform(∂L_x/∂θ)`` over a task's samples and all ranks, and the number of positions that bear loss.
+
+    A batch at a time by :class:`~lightning_cl.functional.sample_gradients.SampleGradients`, after three samples have
+    been measured in both ways; parameters of which the two differ, or that no rule covers, one sample at a time in a
+    second pass, by plain autograd.
+
+    Args:
+        trainer: inside ``fit``.
+        pl_module: the module.
+        parameters: name to parameter.
+        samples: this rank's samples.
+        losses_of: the loss whose gradient is meant.
+        transform: in place, applied to each sample's gradient.
+        sink: see :class:`~lightning_cl.functional.sample_gradients.SampleGradients`.
+    """
+    positions = 0
+    with leaving_no_trace(pl_module), torch.enable_grad():
+        engine = SampleGradients(pl_module, parameters, transform)
+        probe = samples.probe(_PROBE)
+        if probe is not None:
+            numbers, batch, singles = probe
+            engine.check(
+                len(numbers),
+                lambda: losses_of(batch, numbers)[0],
+                [_bound(losses_of, single, [number]) for number, single in zip(numbers, singles, strict=True)],
+            )
+        engine.sink = sink
+        engine.loose = _of_all_ranks(trainer, engine.loose, list(parameters))
+        if len(engine.loose) < len(parameters):
+            for numbers, batch in samples.batches():
+
+                def losses(batch: Any = batch, numbers: list[int] = numbers) -> Iterable[Tensor]:
+                    nonlocal positions
+                    terms, count = losses_of(batch, numbers)
+                    positions += count
+                    return terms
+
+                engine.add(len(numbers), losses)
+            engine.loose = _of_all_ranks(trainer, engine.loose, list(parameters))
+        loose = {name: parameters[name] for name in parameters if name in engine.loose}
+        if loose:
+            counted = 0
+            for name in loose:
+                engine.total[name].zero_()
+            some = ", ".join(list(loose)[:3]) + (" …" if len(loose) > 3 else "")
+            rank_zero_info(f"{samples.label}: {len(loose)} of {len(parameters)} tensors one sample at a time: {some}")
+            with only_trainable(pl_module, loose.values()):
+                for number, single in samples.singles():
+                    terms, count = losses_of(single, [number])
+                    counted += count
+                    add_one_by_one_(engine.total, terms, loose, transform)
+            if len(loose) == len(parameters):
+                positions = counted
+    return _over_ranks(trainer, engine.total, positions)
+
+
+def squared_batch_gradients(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    parameters: Mapping[str, Tensor],
+    samples: TaskSamples,
+    losses_of: LossesOf,
+) -> tuple[dict[str, Tensor], int]:
+    """``Σ_m (∂ Σ_{x in batch m} L_x / ∂θ)²``: what is not the Fisher, and often taken for it.
+
+    Args:
+        trainer: inside ``fit``.
+        pl_module: the module.
+        parameters: name to parameter.
+        samples: this rank's samples.
+        losses_of: the loss of a batch.
+    """
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    positions = 0
+    with leaving_no_trace(pl_module), torch.enable_grad():
+        for numbers, batch in samples.batches(like_length=False):
+            terms, count = losses_of(batch, numbers)
+            positions += count
+            add_one_by_one_(total, terms, parameters, Tensor.square_)
+    return _over_ranks(trainer, total, positions)
+
+
+def _over_ranks(trainer: L.Trainer, total: Mapping[str, Tensor], positions: int) -> tuple[dict[str, Tensor], int]:
+    summed = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in total.items()}
+    everywhere = torch.tensor(positions, dtype=torch.float64, device=trainer.strategy.root_device)
+    return summed, int(trainer.strategy.reduce(everywhere, reduce_op="sum"))
+
+
+def _bound(losses_of: LossesOf, batch: Any, numbers: list[int]) -> Callable[[], Iterable[Tensor]]:
+    return lambda: losses_of(batch, numbers)[0]
+
+
+def _of_all_ranks(trainer: L.Trainer, loose: set[str], names: list[str]) -> set[str]:
+    """What is loose on one rank is loose on all."""
+    if trainer.world_size == 1:
+        return loose
+    flags = torch.tensor([float(name in loose) for name in names], device=trainer.strategy.root_device)
+    flags = trainer.strategy.reduce(flags, reduce_op="sum")
+    return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag > 0}
