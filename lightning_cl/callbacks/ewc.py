@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import check_choice, trainable_parameters
 from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.callbacks.passes import (
-    LogitsReader,
-    OutputsFunction,
-    leaving_no_trace,
-    loss_positions,
-    single_samples,
-    training_loss,
-)
-from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty
-from lightning_cl.functional import (
-    expected_label_losses,
-    fisher_diagonal,
-    merge_quadratics,
-    normalize_importance,
-    sampled_label_loss,
-)
-from lightning_cl.functional.fisher import WeightedLosses
-
-Estimator = Literal["auto", "sample", "empirical", "exact"]
-_EXACT_LIMIT = 4096
+from lightning_cl.callbacks.fisher_losses import ESTIMATORS, Estimator, FisherLosses
+from lightning_cl.callbacks.passes import OutputsFunction
+from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.sample_pass import squared_batch_gradients, sum_over_samples
+from lightning_cl.callbacks.task_samples import TaskSamples, check_samples
+from lightning_cl.functional import merge_quadratics, normalize_importance
 
 
 class EWC(QuadraticPenalty):
@@ -51,7 +35,8 @@ class EWC(QuadraticPenalty):
     nothing of the loss, and take the logits for those of a softmax.
 
     Memory: 8 bytes per trainable parameter, for any number of tasks in both modes. Compute: one pass over parameters,
-    importance and anchor per step; per task `samples` forward and backward passes of single samples.
+    importance and anchor per step; per task one forward and backward pass over `samples` samples, in batches
+    (:class:`~lightning_cl.functional.SampleGradients`), with one more fp32 tensor per parameter while it runs.
 
     Args:
         strength: the factor λ. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``): 0.001 to 0.01
@@ -66,9 +51,13 @@ class EWC(QuadraticPenalty):
         normalize: divide each task's F by its mean before it is added, so that strengths are of one order of magnitude
             for different models and losses. It weighs the tasks alike, and with several tasks the sum grows with their
             number; False keeps the units of the papers.
-        apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
         outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
             ``.logits``.
+        batch_size: samples that the Fisher is measured on at once; default: the training loader's. It changes memory
+            and speed, and the result only of ``batched``.
+        apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+        settings: ``share``, ``state_dtype`` and ``state_device`` of
+            :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -76,23 +65,25 @@ class EWC(QuadraticPenalty):
 
     def __init__(
         self,
-        strength: float = 0.01,
+        strength: Strength = 0.01,
         estimator: Estimator = "auto",
         samples: int = 512,
         mode: Literal["online", "separate"] = "online",
         decay: float = 1.0,
         normalize: bool = True,
-        apply: Apply = "gradient",
         outputs: OutputsFunction | None = None,
+        batch_size: int | None = None,
+        apply: Apply = "gradient",
+        **settings: Any,
     ) -> None:
-        super().__init__(strength, apply)
-        self.estimator = check_choice("estimator", estimator, ("auto", "sample", "empirical", "exact"))
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples={samples!r}: expected a positive integer")
+        super().__init__(strength, apply, **settings)
+        self.estimator = check_choice("estimator", estimator, ESTIMATORS)
+        check_samples(samples, batch_size)
         if not 0 < decay <= 1:
             raise ValueError(f"decay={decay!r}: expected a number above 0 and at most 1 (1 forgets nothing)")
         self.mode = check_choice("mode", mode, ("online", "separate"))
-        self.samples, self.decay, self.normalize, self.outputs = samples, decay, normalize, outputs
+        self.samples, self.batch_size = samples, batch_size
+        self.decay, self.normalize, self.outputs = decay, normalize, outputs
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -105,7 +96,7 @@ class EWC(QuadraticPenalty):
 
     @override
     @torch.no_grad()
-    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         fisher, estimator = self._fisher(trainer, pl_module)
         mean = normalize_importance(fisher) if self.normalize else None
         self.diagnose(
@@ -114,81 +105,33 @@ class EWC(QuadraticPenalty):
             estimator=estimator,
             normalized_by=mean,
         )
-        weights = {name: p.detach().float().clone() for name, p in trainable_parameters(pl_module).items()}
-        if self.mode == "separate":
-            self.importance, self.anchor, constant = merge_quadratics(self.importance, self.anchor, fisher, weights)
-            self.constant += constant
-        else:
-            for name, new in fisher.items():
-                self.importance[name] = new if name not in self.importance else new.add_(self.importance[name])
-            for importance in self.importance.values():
-                importance.mul_(self.decay)
-            self.anchor.update(weights)
+        if self.mode == "online":
+            self.add_importance(fisher, self.decay)
+            self.set_anchor(pl_module)
+            return
+        weights = {name: p.detach().float() for name, p in trainable_parameters(pl_module).items()}
+        old_importance, old_anchor = (
+            {name: t.float().to(weights[name].device) if name in weights else t for name, t in kept.items()}
+            for kept in (self.importance, self.anchor)
+        )
+        importance, anchor, constant = merge_quadratics(old_importance, old_anchor, fisher, weights)
+        self.importance = {name: self._kept(t, self.state_dtype) for name, t in importance.items()}
+        self.anchor = {name: self._kept(t, t.dtype) for name, t in anchor.items()}
+        self.constant += constant
 
     def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str]:
         """This task's Fisher diagonal, and the estimator that was used."""
         assert self.task is not None
-        index = self.task.index
-        parameters = trainable_parameters(pl_module)
+        index, parameters = self.task.index, trainable_parameters(pl_module)
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
         label = f"{type(self).__name__}: Fisher of {self.task}"
-        used = {self.estimator}
-
-        def losses() -> Iterator[tuple[WeightedLosses, int]]:
-            read_logits = LogitsReader(trainer, pl_module, self.outputs)
-            for number, batch in single_samples(trainer, count, seed=index, label=label):
-                # One generator per sample: the labels do not depend on which rank draws them.
-                generator = torch.Generator().manual_seed(1 + index * 1_000_003 + number)
-                estimator, terms = self._losses_of(trainer, pl_module, batch, read_logits, generator)
-                used.add(estimator)
-                yield terms
-
-        with leaving_no_trace(pl_module), torch.enable_grad():
-            total, positions = fisher_diagonal(losses(), parameters)
-        positions_of_all = torch.tensor(positions, dtype=torch.float64, device=trainer.strategy.root_device)
-        positions = int(trainer.strategy.reduce(positions_of_all, reduce_op="sum"))
-        for name, value in total.items():
-            total[name] = trainer.strategy.reduce(value, reduce_op="sum").div_(max(positions, 1))
-        used.discard("auto")
-        return total, "/".join(sorted(used))
-
-    def _losses_of(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        read_logits: LogitsReader,
-        generator: torch.Generator,
-    ) -> tuple[str, tuple[WeightedLosses, int]]:
-        """The losses of one sample whose squared gradients make its Fisher, and its number of positions."""
-        logits = read_logits(batch) if self.estimator != "empirical" else None
-        if logits is None:
-            if self.estimator in ("sample", "exact"):
-                raise MisconfigurationException(
-                    f"EWC(estimator={self.estimator!r}): nothing that {type(pl_module).__name__} calls returns an"
-                    " object with `.logits`; give EWC(outputs=lambda module, batch: logits), or estimator='empirical'"
-                )
-            loss = training_loss(trainer, pl_module, batch)
-            if loss is None:
-                return "empirical", ([], 0)
-            mask = loss_positions(batch)
-            tokens = int(mask.sum()) if mask is not None else 1
-            # A mean over tokens times their number is the sum of the definition.
-            return "empirical", ([(1.0, loss * tokens)], tokens)
-        shifted = read_logits.shifted
-        mask = loss_positions(batch, logits, shifted)
-        if mask is None:
-            selected = logits.flatten(0, -2)
-        else:
-            selected = (logits[:, :-1] if shifted else logits)[mask]
-        if self.estimator == "exact":
-            if selected.numel() > _EXACT_LIMIT:
-                raise MisconfigurationException(
-                    f"EWC(estimator='exact'): a sample has {selected.shape[0]} positions with {selected.shape[1]}"
-                    f" classes, one backward pass each, more than {_EXACT_LIMIT}; use estimator='sample'"
-                )
-            return "exact", (expected_label_losses(selected), len(selected))
-        return "sample", ([(1.0, sampled_label_loss(selected, generator))], len(selected))
+        samples = TaskSamples(trainer, count, index, label, batch_size=self.batch_size)
+        losses = FisherLosses(trainer, pl_module, self.estimator, self.outputs, index, type(self).__name__)
+        measure = squared_batch_gradients if self.estimator == "batched" else sum_over_samples
+        total, positions = measure(trainer, pl_module, parameters, samples, losses)
+        for value in total.values():
+            value.div_(max(positions, 1))
+        return total, "/".join(sorted(losses.used))
 
     @override
     def report(self) -> dict[str, Any]:

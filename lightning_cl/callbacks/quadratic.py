@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.callbacks.auto_strength import AutoStrength
 from lightning_cl.callbacks.base import (
     ContinualCallback,
     check_choice,
@@ -20,10 +22,13 @@ from lightning_cl.callbacks.base import (
     trainable_parameters,
 )
 from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.callbacks.diagnosis import describe_importance
+from lightning_cl.callbacks.placement import Streamed, fit_to, full_cpu, whole
 from lightning_cl.functional import add_penalty_gradient_, proximal_step_
 
 Apply = Literal["gradient", "proximal"]
-_SAMPLED_VALUES = 1_000_000
+Strength = float | Literal["auto"]
+_NOTHING = 1e-5
 
 
 class QuadraticPenalty(ContinualCallback):
@@ -40,8 +45,15 @@ class QuadraticPenalty(ContinualCallback):
     Compute per step: one pass over parameters, importance and anchor.
 
     Args:
-        strength: the factor; 0 applies nothing and still measures the importance.
+        strength: the factor; 0 applies nothing and still measures the importance. ``auto``: chosen in every task so
+            that the penalty has the stated `share` (:class:`~lightning_cl.callbacks.auto_strength.AutoStrength`).
         apply: ``gradient`` or ``proximal``.
+        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
+            (``proximal``: of what it moves the weights relative to the optimizer's step).
+        state_dtype: of the importance; ``bfloat16`` halves it, to a relative rounding of 0.4 %. The anchor has the
+            parameters' own type, so that it is exact.
+        state_device: ``model``: importance and anchor are beside the parameters. ``cpu``: in the memory of the machine,
+            and brought to the parameters one tensor at a time in each step.
 
     Attributes:
         importance: parameter name to what the penalty multiplies.
@@ -52,21 +64,49 @@ class QuadraticPenalty(ContinualCallback):
         ValueError: if an argument is out of its range.
     """
 
-    def __init__(self, strength: float, apply: Apply = "gradient") -> None:
+    def __init__(
+        self,
+        strength: Strength = 0.01,
+        apply: Apply = "gradient",
+        share: float = 0.1,
+        state_dtype: Literal["float32", "bfloat16"] = "float32",
+        state_device: Literal["model", "cpu"] = "model",
+    ) -> None:
         super().__init__()
-        self.strength = check_strength(strength)
+        if isinstance(strength, str) and strength != "auto":
+            raise ValueError(f"strength={strength!r}: expected a number of at least 0, or 'auto'")
+        self.strength: Strength = strength if isinstance(strength, str) else check_strength(strength)
         self.apply = check_choice("apply", apply, ("gradient", "proximal"))
+        self.share = check_strength(share, "share")
+        if self.share == 0:
+            raise ValueError("share=0: expected a number above 0, as 0.1; strength=0 switches the penalty off")
+        self.auto = AutoStrength(self.share) if strength == "auto" else None
+        self.state_dtype = getattr(torch, check_choice("state_dtype", state_dtype, ("float32", "bfloat16")))
+        self.state_device = check_choice("state_device", state_device, ("model", "cpu"))
         self.importance: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
         self.constant = 0.0
         self._diagnosis: list[dict[str, Any]] = []
+        self._shares: list[float] = []  # of the penalty in this task's gradients, where they were logged
+        self._before: dict[str, Tensor] = {}  # the weights before the step at which a strength is chosen
+
+    @property
+    def factor(self) -> float:
+        """The strength in use: the given one, or the one that was chosen last."""
+        return self.auto.value if self.auto is not None else float(self.strength)
 
     @property
     def is_active(self) -> bool:
         """Whether there is anything to apply."""
-        return self.strength > 0 and bool(self.importance)
+        return (self.auto is not None or self.factor > 0) and bool(self.anchor)
 
     # ------------------------------------------------------------------ answers
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._shares = []
+        if self.auto is not None:
+            self.auto.begin_task()
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -77,10 +117,28 @@ class QuadraticPenalty(ContinualCallback):
                 f"{type(self).__name__}: it has learnt the importance of {missing[0]!r} (and {len(missing) - 1} more),"
                 f" which {type(pl_module).__name__} does not have; was the model changed since the checkpoint?"
             )
+        on_cpu = self.state_device == "cpu"
         for name in self.anchor:
             parameter = everything[name]
-            self.anchor[name] = fit_to(self.anchor[name], parameter, fill=parameter.detach())
-            self.importance[name] = fit_to(self.importance[name], parameter, fill=None)
+            self.anchor[name] = fit_to(self.anchor[name], parameter, parameter.detach(), on_cpu)
+            if name in self.importance:
+                self.importance[name] = fit_to(self.importance[name], parameter, None, on_cpu)
+
+    @override
+    @torch.no_grad()
+    def observe_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        self._before = {}
+        if self.auto is None or not self.is_active or not self.auto.is_due(self._steps(trainer)):
+            return
+        parameters = self._parameters(pl_module)
+        if self.apply == "proximal":
+            self._before = {name: p.detach().clone() for name, p in parameters.items()}
+            return
+        wanted = _norm(p.grad for p in parameters.values() if p.grad is not None) / scale
+        pull = _norm(force for _, _, force in self.forces(parameters))
+        self._choose(trainer, wanted, pull)
 
     @override
     def edit_gradients(
@@ -91,26 +149,60 @@ class QuadraticPenalty(ContinualCallback):
         parameters = self._parameters(pl_module)
         if self.is_log_step(trainer):
             self._log(parameters, scale)
-        if self.apply == "gradient":
-            importance, anchor = self._for(parameters)
-            add_penalty_gradient_(parameters, anchor, importance, self.strength, scale)
+        if self.apply == "gradient" and self.factor > 0:
+            self.add_gradients(parameters, self.factor, scale)
 
     @override
+    @torch.no_grad()
     def edit_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if not self.is_active or self.apply != "proximal":
             return
-        parameters = self._parameters(pl_module)
         coordinator = TaskCoordinator.of(trainer)
         several = (
             sum(isinstance(m, QuadraticPenalty) and m.apply == "proximal" for m in coordinator.methods(trainer)) > 1
         )
         applied = coordinator.applied if several else None
-        for group in optimizer.param_groups:
-            members = {id(p) for p in group["params"]}
-            # A parameter without a gradient was not stepped.
-            own = {name: p for name, p in parameters.items() if id(p) in members and p.grad is not None}
-            importance, anchor = self._for(own)
-            proximal_step_(own, anchor, importance, self.strength, float(group["lr"]), applied)
+        groups = self._stepped(pl_module, optimizer)
+        if self._before:
+            before, self._before = self._before, {}
+            wanted = _norm(p - before[name] for own, _ in groups for name, p in own.items())
+            pull = _norm(force * rate for own, rate in groups for _, _, force in self.forces(own))
+            self._choose(trainer, wanted, pull)
+        if self.factor > 0:
+            for own, rate in groups:
+                self.move_weights(own, self.factor, rate, applied)
+
+    @override
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        held = self._describe_hold(pl_module)
+        self.consolidate(trainer, pl_module)
+        if self._diagnosis:
+            self._diagnosis[-1].update(held)
+
+    # ------------------------------------------------------------------ what a subclass answers
+
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task ends: measure its importance and set the anchor."""
+        raise NotImplementedError
+
+    def add_gradients(self, parameters: Mapping[str, Tensor], strength: float, scale: float) -> None:
+        """Adds the penalty's gradient to ``.grad``, which carries the factor `scale`."""
+        importance, anchor = self._for(parameters)
+        add_penalty_gradient_(parameters, anchor, importance, strength, scale)
+
+    def move_weights(
+        self, parameters: Mapping[str, Tensor], strength: float, rate: float, applied: dict[str, Tensor] | None
+    ) -> None:
+        """The proximal step at learning rate `rate`; `applied`: what other penalties have applied in this step."""
+        importance, anchor = self._for(parameters)
+        proximal_step_(parameters, anchor, importance, strength, rate, applied)
+
+    def forces(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """For each parameter its name, ``θ − anchor``, and the penalty's gradient at strength 1."""
+        importance, anchor = self._for(parameters)
+        for name, parameter in parameters.items():
+            gap = parameter.detach().float() - anchor[name]
+            yield name, gap, gap * importance[name]
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -124,34 +216,88 @@ class QuadraticPenalty(ContinualCallback):
                 f" {self.task}: the penalty can do nothing. {note}"
             )
 
+    def add_importance(self, new: Mapping[str, Tensor], decay: float = 1.0) -> None:
+        """``importance ← decay · (importance + new)``, in fp32, kept in `state_dtype` on `state_device`."""
+        for name, tensor in new.items():
+            old = self.importance.get(name)
+            total = tensor.float() if old is None else tensor.float() + old.to(tensor.device)
+            self.importance[name] = self._kept(total.mul_(decay), self.state_dtype)
+        for name in self.importance.keys() - new.keys():
+            self.importance[name].mul_(decay)
+
+    def set_anchor(self, pl_module: L.LightningModule, names: Mapping[str, Any] | None = None) -> None:
+        """The anchor is where the trainable parameters are now."""
+        for name, parameter in trainable_parameters(pl_module).items():
+            if names is None or name in names:
+                self.anchor[name] = self._kept(parameter.detach().clone(), parameter.dtype)
+
     def penalty(self, pl_module: L.LightningModule) -> float:
         """The penalty's value at the module's present weights, the constant included."""
-        parameters = self._parameters(pl_module)
-        value = 0.0
-        for name, parameter in parameters.items():
-            gap = parameter.detach().float() - self.anchor[name]
-            value += float(_full(gap.square_().mul_(self.importance[name]).sum(dtype=torch.float64)))
-        return self.strength * (0.5 * value + self.constant)
+        value = sum(
+            float(whole((gap * force).sum(dtype=torch.float64)))
+            for _, gap, force in self.forces(self._parameters(pl_module))
+        )
+        return self.factor * (0.5 * value + self.constant)
+
+    def _kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to("cpu" if self.state_device == "cpu" else tensor.device, dtype)
 
     def _parameters(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         return {name: p for name, p in trainable_parameters(pl_module).items() if name in self.anchor}
 
-    def _for(self, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return {name: self.importance[name] for name in parameters}, {name: self.anchor[name] for name in parameters}
+    def _for(self, parameters: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        return Streamed(self.importance, parameters), Streamed(self.anchor, parameters)
+
+    def _stepped(
+        self, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> list[tuple[dict[str, Tensor], float]]:
+        """The parameters of each group that were stepped (those with a gradient), and their learning rate."""
+        parameters, groups = self._parameters(pl_module), []
+        for group in optimizer.param_groups:
+            members = {id(p) for p in group["params"]}
+            own = {name: p for name, p in parameters.items() if id(p) in members and p.grad is not None}
+            groups.append((own, float(group["lr"])))
+        return groups
+
+    # ------------------------------------------------------------------ strength and diagnosis
+
+    def _steps(self, trainer: L.Trainer) -> int:
+        return trainer.global_step - TaskCoordinator.of(trainer).first_step
+
+    def _choose(self, trainer: L.Trainer, wanted: float, pull: float) -> None:
+        assert self.auto is not None
+        assert self.task is not None
+        self.auto.choose(wanted, pull, self.task.name, self._steps(trainer))
+        self.log_scalar("strength", self.auto.value)
 
     @torch.no_grad()
     def _log(self, parameters: dict[str, Tensor], scale: float) -> None:
-        value, pull, gradient = 0.0, 0.0, 0.0
-        for name, parameter in parameters.items():
-            gap = parameter.detach().float() - self.anchor[name]
-            force = gap * self.importance[name]
-            value += float(_full((gap * force).sum()))
-            pull += float(_full(force.square_().sum()))
-            if parameter.grad is not None:
-                gradient += float(_full(parameter.grad.float().square().sum()))
-        self.log_scalar("penalty", self.strength * (0.5 * value + self.constant))
+        value, pull = 0.0, 0.0
+        for _, gap, force in self.forces(parameters):
+            value += float(whole((gap * force).sum()))
+            pull += float(whole(force.square().sum()))
+        self.log_scalar("penalty", self.factor * (0.5 * value + self.constant))
+        gradient = _norm(p.grad for p in parameters.values() if p.grad is not None)
         if gradient > 0:
-            self.log_scalar("penalty_to_gradient_norm", self.strength * pull**0.5 * scale / gradient**0.5)
+            share = self.factor * pull**0.5 * scale / gradient
+            self._shares.append(share)
+            self.log_scalar("penalty_to_gradient_norm", share)
+
+    @torch.no_grad()
+    def _describe_hold(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        """How the penalty held during the task that ends; warns where it did nothing."""
+        if not self.is_active:
+            return {}
+        largest = max(self._shares, default=None)
+        if self.apply == "gradient" and largest is not None and largest < _NOTHING and self.factor > 0:
+            found = f"{type(self).__name__}: in {self.task} the penalty's gradient was"
+            rank_zero_warn(
+                f"{found} at most {largest:.0e} of the task's: at strength={self.factor:.3g} it does nothing. Try a"
+                f" strength about {0.1 / largest:.0e} times as large, or strength='auto'"
+                if largest > 0
+                else f"{found} zero: no parameter that is important was trained, or none has moved"
+            )
+        return {"penalty": self.penalty(pl_module), "strength": self.factor, "largest_share": largest}
 
     # ------------------------------------------------------------------ state
 
@@ -162,13 +308,19 @@ class QuadraticPenalty(ContinualCallback):
             "anchor": {name: full_cpu(t) for name, t in self.anchor.items()},
             "constant": self.constant,
             "diagnosis": list(self._diagnosis),
+            "shares": list(self._shares),
+            "auto": self.auto.state() if self.auto is not None else None,
         }
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
-        self.importance, self.anchor = dict(state["importance"]), dict(state["anchor"])
+        self.importance = {name: t.to(self.state_dtype) for name, t in state["importance"].items()}
+        self.anchor = dict(state["anchor"])
         self.constant = state["constant"]
         self._diagnosis = list(state["diagnosis"])
+        self._shares = list(state.get("shares", []))
+        if self.auto is not None and state.get("auto") is not None:
+            self.auto.load(state["auto"])
 
     @override
     def state_bytes(self) -> int:
@@ -176,62 +328,21 @@ class QuadraticPenalty(ContinualCallback):
 
     @override
     def report(self) -> dict[str, Any]:
-        return {"strength": self.strength, "apply": self.apply, "importance": list(self._diagnosis)}
+        chosen = {"chosen": list(self.auto.chosen), "share": self.share} if self.auto is not None else {}
+        sentences = _sentences(type(self).__name__, self.auto) if self.auto is not None else []
+        return {
+            "strength": self.strength,
+            "apply": self.apply,
+            "importance": list(self._diagnosis),
+            **chosen,
+            "sentences": sentences,
+        }
 
 
-def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None) -> Tensor:
-    """A stored tensor where its parameter is: on its device, sharded as it is, grown as it has grown.
-
-    Args:
-        tensor: as stored, of the parameter's shape or smaller along some axes (a head that got new classes).
-        parameter: the parameter.
-        fill: what new entries hold; None: zero.
-
-    Raises:
-        MisconfigurationException: if the parameter has become smaller.
-    """
-    if type(tensor) is type(parameter) and tensor.device == parameter.device and tensor.shape == parameter.shape:
-        return tensor
-    if tensor.shape != parameter.shape:
-        if tensor.ndim != parameter.ndim or any(t > p for t, p in zip(tensor.shape, parameter.shape, strict=True)):
-            raise MisconfigurationException(
-                f"a parameter of shape {list(tensor.shape)} has become {list(parameter.shape)}: what was learnt about"
-                " its importance does not fit any more"
-            )
-        grown = full_cpu(fill).float() if fill is not None else torch.zeros(parameter.shape)
-        grown[tuple(slice(0, size) for size in tensor.shape)] = full_cpu(tensor)
-        tensor = grown
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is not None and not hasattr(tensor, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
-    return tensor.to(parameter.device)
+def _norm(tensors: Iterator[Tensor | None] | Any) -> float:
+    return sum(float(whole(t.detach().float().square().sum())) for t in tensors if t is not None) ** 0.5
 
 
-def full_cpu(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU: a sharded tensor in a checkpoint would come back as rank 0's part on all ranks."""
-    return _full(tensor.detach()).to("cpu", copy=True)
-
-
-def _full(tensor: Tensor) -> Tensor:
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return full_tensor() if full_tensor is not None else tensor
-
-
-@torch.no_grad()
-def describe_importance(importance: dict[str, Tensor]) -> dict[str, Any]:
-    """An importance in numbers: parameters, total, share of zeros, and quantiles (of at most a million values)."""
-    count = sum(t.numel() for t in importance.values())
-    if count == 0:
-        return {"parameters": 0, "total": 0.0, "share_of_zeros": 1.0, "quantiles": {}}
-    stride = max(1, count // _SAMPLED_VALUES)
-    values = torch.cat([_full(t).flatten()[::stride].float().cpu() for t in importance.values()])
-    values = values.sort().values
-    quantiles = {str(q): float(values[min(int(q * len(values)), len(values) - 1)]) for q in (0.0, 0.5, 0.9, 0.99, 1.0)}
-    return {
-        "parameters": count,
-        "total": sum(float(_full(t.sum(dtype=torch.float64))) for t in importance.values()),
-        "share_of_zeros": float((values == 0).float().mean()),
-        "quantiles": quantiles,
-    }
+def _sentences(name: str, auto: AutoStrength) -> list[str]:
+    last = {choice["task"]: choice["strength"] for choice in auto.chosen}
+    return [f"{name}: strength {strength:.3g} chosen for {task}" for task, strength in last.items()]

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import tensor_bytes, trainable_parameters
-from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, fit_to, full_cpu
+from lightning_cl.callbacks.placement import fit_to, full_cpu
+from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
 from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_
 
 
@@ -38,6 +39,8 @@ class SI(QuadraticPenalty):
         normalize: divide each task's share of Ω by its mean before it is added, so that strengths are of one order of
             magnitude for different models and learning rates; False keeps the units of the paper.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+        settings: ``share``, ``state_dtype`` and ``state_device`` of
+            :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
 
     Attributes:
         omega: parameter name to the path integral ω of the current task.
@@ -47,28 +50,31 @@ class SI(QuadraticPenalty):
     """
 
     def __init__(
-        self, strength: float = 0.01, damping: float = 0.1, normalize: bool = True, apply: Apply = "gradient"
+        self,
+        strength: Strength = 0.01,
+        damping: float = 0.1,
+        normalize: bool = True,
+        apply: Apply = "gradient",
+        **settings: Any,
     ) -> None:
-        super().__init__(strength, apply)
+        super().__init__(strength, apply, **settings)
         if not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
             raise ValueError(f"damping={damping!r}: expected a positive, finite number")
         self.damping, self.normalize = float(damping), normalize
         self.omega: dict[str, Tensor] = {}
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # gradient and weights before the step under way
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}  # gradient and weights before the step under way
 
     @override
     @torch.no_grad()
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        parameters = trainable_parameters(pl_module)
+        super().on_task_start(trainer, pl_module)
         # The weights at the start are those at the end of the task before: anchor of the penalty and start of Δ at
         # once.
-        self.anchor = {name: p.detach().float().clone() for name, p in parameters.items()} | {
-            name: anchor for name, anchor in self.anchor.items() if name not in parameters
-        }
+        self.set_anchor(pl_module)
+        parameters = trainable_parameters(pl_module)
         self.omega = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        for name, parameter in parameters.items():
-            if name not in self.importance:
-                self.importance[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        new = {name: torch.zeros_like(p) for name, p in parameters.items() if name not in self.importance}
+        self.importance.update({name: self._kept(zeros, self.state_dtype) for name, zeros in new.items()})
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -86,14 +92,15 @@ class SI(QuadraticPenalty):
     def observe_gradients(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
     ) -> None:
+        super().observe_gradients(trainer, pl_module, optimizer, scale)
         for name, parameter in trainable_parameters(pl_module).items():
             if parameter.grad is None or name not in self.omega:
-                self._before.pop(name, None)
+                self._held.pop(name, None)
                 continue
             # Kept from step to step: allocating anew costs more than the copies.
-            if name not in self._before or self._before[name][0].shape != parameter.shape:
-                self._before[name] = (torch.empty_like(self.omega[name]), torch.empty_like(self.omega[name]))
-            gradient, weights = self._before[name]
+            if name not in self._held or self._held[name][0].shape != parameter.shape:
+                self._held[name] = (torch.empty_like(self.omega[name]), torch.empty_like(self.omega[name]))
+            gradient, weights = self._held[name]
             gradient.copy_(parameter.grad)
             if scale != 1.0:
                 gradient.div_(scale)
@@ -103,23 +110,22 @@ class SI(QuadraticPenalty):
     @torch.no_grad()
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         parameters = trainable_parameters(pl_module)
-        for name, (gradient, weights) in self._before.items():
+        for name, (gradient, weights) in self._held.items():
             step = torch.sub(parameters[name], weights, out=weights)  # θ after − θ before
             path_integral_step_(self.omega[name], gradient, step)
 
     @override
     @torch.no_grad()
-    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._before.clear()
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._held.clear()
         parameters = trainable_parameters(pl_module)
         omega = {name: omega for name, omega in self.omega.items() if name in parameters}
-        displacement = {name: parameters[name].detach().float() - self.anchor[name] for name in omega}
+        displacement = {name: p.detach().float() - self.anchor[name].to(p.device) for name, p in parameters.items()}
         new = path_importance(omega, displacement, self.damping)
         mean = normalize_importance(new) if self.normalize else None
         self.diagnose(new, "No step lowered the loss: was anything trained?", normalized_by=mean)
-        for name, importance in new.items():
-            self.importance[name].add_(importance)
-            self.anchor[name] = parameters[name].detach().float().clone()
+        self.add_importance(new)
+        self.set_anchor(pl_module, new)
         self.omega = {}
 
     @override

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_cl.callbacks.base import clean_name, trainable_parameters
-from lightning_cl.callbacks.quadratic import full_cpu
+from lightning_cl.callbacks.placement import full_cpu
 
 
 class StartingWeights:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 from toys import Classifier, classification, trainer  # noqa: E402
 
 from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, fit_tasks  # noqa: E402
-from lightning_cl.callbacks.quadratic import full_cpu  # noqa: E402
+from lightning_cl.callbacks.placement import full_cpu  # noqa: E402
 
 
 class Sharded(Classifier):

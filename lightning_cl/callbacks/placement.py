@@ -1,0 +1,81 @@
+"""Where the tensors of a method are: whole in checkpoints, beside their parameters in training, or on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+
+class Streamed(Mapping[str, Tensor]):
+    """Tensors that are brought to a parameter's device one at a time, when they are asked for.
+
+    Args:
+        tensors: name to tensor, anywhere.
+        parameters: the names to offer, and where each is wanted.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        self._tensors, self._parameters = tensors, parameters
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._parameters[name].device, non_blocking=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None, on_cpu: bool = False) -> Tensor:
+    """A stored tensor where its parameter is: on its device, sharded as it is, grown as it has grown.
+
+    Args:
+        tensor: as stored, of the parameter's shape or smaller along some axes (a head that got new classes).
+        parameter: the parameter.
+        fill: what new entries hold; None: zero.
+        on_cpu: keep it on the CPU, in pinned memory where there is a GPU.
+
+    Raises:
+        MisconfigurationException: if the parameter has become smaller, or is sharded and the tensor is to stay on the
+            CPU.
+    """
+    device = torch.device("cpu") if on_cpu else parameter.device
+    if on_cpu or type(tensor) is type(parameter):
+        if tensor.device == device and tensor.shape == parameter.shape and not hasattr(parameter, "device_mesh"):
+            return tensor
+        if type(tensor) is type(parameter) and tensor.device == device and tensor.shape == parameter.shape:
+            return tensor
+    if tensor.shape != parameter.shape:
+        if tensor.ndim != parameter.ndim or any(t > p for t, p in zip(tensor.shape, parameter.shape, strict=True)):
+            raise MisconfigurationException(
+                f"a parameter of shape {list(tensor.shape)} has become {list(parameter.shape)}: what was learnt about"
+                " its importance does not fit any more"
+            )
+        new = full_cpu(fill) if fill is not None else torch.zeros(parameter.shape)
+        grown = new.to(tensor.dtype)
+        grown[tuple(slice(0, size) for size in tensor.shape)] = full_cpu(tensor)
+        tensor = grown
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None and on_cpu:
+        raise MisconfigurationException("state_device='cpu': not with sharded parameters; use state_device='model'")
+    if mesh is not None and not hasattr(tensor, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+    moved = tensor.to(device)
+    return moved.pin_memory() if on_cpu and torch.cuda.is_available() else moved
+
+
+def full_cpu(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU: a sharded tensor in a checkpoint would come back as rank 0's part on all ranks."""
+    return whole(tensor.detach()).to("cpu", copy=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole value of a sharded tensor; an ordinary one as it is."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return full_tensor() if full_tensor is not None else tensor
