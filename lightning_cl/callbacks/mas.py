@@ -1,0 +1,108 @@
+"""Memory Aware Synapses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.base import trainable_parameters
+from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
+from lightning_cl.callbacks.fisher_losses import select
+from lightning_cl.callbacks.passes import LogitsReader, OutputsFunction
+from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.sample_pass import sum_over_samples
+from lightning_cl.callbacks.task_samples import TaskSamples, check_samples
+from lightning_cl.functional import normalize_importance
+
+
+class MAS(QuadraticPenalty):
+    """Memory Aware Synapses (Aljundi et al. 2018, ECCV, eqs. 2 and 4, and section 4.1 for outputs of several values).
+
+    ::
+
+        Ω_i = 1/N · Σ_x | ∂ ‖f(x)‖² / ∂θ_i |        penalty: strength / 2 · Σ_i Ω_i (θ_i − θ*_i)²
+
+    How much the output changes when a weight changes: labels are not needed. ``f(x)`` are the logits, as they are, and
+    ``‖·‖²`` is the sum of their squares; for language models a sequence is a sample, ``‖f(x)‖² = Σ_t ‖f_t(x)‖²`` over
+    the positions that bear loss, and N is the number of those positions. The absolute value is taken of each sample's
+    gradient. Ω adds up over the tasks. The paper's λ is strength / 2.
+
+    Memory: 8 bytes per trainable parameter. Compute: one pass over parameters, importance and anchor per step; per task
+    one forward and backward pass over `samples` samples, in batches, with one more fp32 tensor per parameter.
+
+    Args:
+        strength: the factor, or ``auto``.
+        samples: how many samples of a task to measure on; all, if there are fewer.
+        normalize: divide each task's Ω by its mean before it is added, so that strengths are of one order of magnitude
+            for different models; False keeps the units of the paper.
+        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
+            ``.logits``.
+        batch_size: samples measured at once; default: the training loader's. It does not change the result.
+        apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+        settings: ``share``, ``state_dtype`` and ``state_device`` of
+            :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        strength: Strength = 0.01,
+        samples: int = 512,
+        normalize: bool = True,
+        outputs: OutputsFunction | None = None,
+        batch_size: int | None = None,
+        apply: Apply = "gradient",
+        **settings: Any,
+    ) -> None:
+        super().__init__(strength, apply, **settings)
+        check_samples(samples, batch_size)
+        self.samples, self.batch_size = samples, batch_size
+        self.normalize, self.outputs = normalize, outputs
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        refuse_sharded(trainer, "MAS: gradients of single samples cannot be taken from")
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        refuse_several_loaders(loader, task, "MAS")
+
+    @override
+    @torch.no_grad()
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.task is not None
+        read_logits = LogitsReader(trainer, pl_module, self.outputs)
+
+        def norms(batch: Any, numbers: list[int]) -> tuple[Iterable[Tensor], int]:
+            logits = read_logits(batch)
+            if logits is None:
+                raise MisconfigurationException(
+                    f"MAS: nothing that {type(pl_module).__name__} calls returns an object with `.logits`; give"
+                    " MAS(outputs=lambda module, batch: logits)"
+                )
+            selected, _, _ = select(batch, logits, read_logits.shifted)
+            return [selected.float().square().sum()], len(selected)
+
+        count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
+        samples = TaskSamples(trainer, count, self.task.index, f"MAS: {self.task}", batch_size=self.batch_size)
+        parameters = trainable_parameters(pl_module)
+        new, positions = sum_over_samples(trainer, pl_module, parameters, samples, norms, Tensor.abs_)
+        for value in new.values():
+            value.div_(max(positions, 1))
+        mean = normalize_importance(new) if self.normalize else None
+        self.diagnose(new, "The output does not depend on any weight that is trained.", normalized_by=mean)
+        self.add_importance(new)
+        self.set_anchor(pl_module)
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return super().report() | {"samples": self.samples, "normalize": self.normalize}
