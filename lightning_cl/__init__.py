@@ -9,7 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_cl.callbacks import EWC, SI, KLToBase, PromptSamples, Replay, TaskMatrix, TaskProgress
+    from lightning_cl.callbacks import (
+        EWC,
+        KFACEWC,
+        L2SP,
+        MAS,
+        SI,
+        KLToBase,
+        LwF,
+        PromptSamples,
+        Replay,
+        RWalk,
+        TaskMatrix,
+        TaskProgress,
+    )
     from lightning_cl.data import TaskDataModule, TrainedBPE
     from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
     from lightning_cl.models import CausalLM, InfiniteLR, WarmupDecay
@@ -26,8 +39,13 @@ _HOME = {
     "Forgetting": "metrics",
     "ForwardTransfer": "metrics",
     "InfiniteLR": "models",
+    "KFACEWC": "callbacks",
     "KLToBase": "callbacks",
+    "L2SP": "callbacks",
+    "LwF": "callbacks",
+    "MAS": "callbacks",
     "PromptSamples": "callbacks",
+    "RWalk": "callbacks",
     "Replay": "callbacks",
     "SI": "callbacks",
     "Task": "tasks",
@@ -41,6 +59,9 @@ _HOME = {
 
 __all__ = [
     "EWC",
+    "KFACEWC",
+    "L2SP",
+    "MAS",
     "SI",
     "AverageAccuracy",
     "BackwardTransfer",
@@ -49,7 +70,9 @@ __all__ = [
     "ForwardTransfer",
     "InfiniteLR",
     "KLToBase",
+    "LwF",
     "PromptSamples",
+    "RWalk",
     "Replay",
     "Task",
     "TaskDataModule",

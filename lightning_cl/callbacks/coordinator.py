@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import FORMAT, check_state, check_trainer, methods_of, named
 from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.row_kinds import Kinds
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.loops import Limits, batches_in_flight, batches_ready, count_from, forget_restart, let_methods_mix
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
@@ -54,6 +55,7 @@ class TaskCoordinator(Callback):
         self._clock: float | None = None
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
+        self.kinds: Kinds | None = None  # which parts of this batch are replayed; None: nothing
         self._begun_with = 0
         self._resumed: dict[str, Any] | None = None
         self._states_to_restore: list[Any] | None = None
@@ -167,6 +169,8 @@ class TaskCoordinator(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
+        if isinstance(trainer.train_dataloader, TaskLoader) and trainer.train_dataloader.kinds:
+            self.kinds = trainer.train_dataloader.kinds.popleft()
         if isinstance(trainer.train_dataloader, StreamLoader):
             trainer.train_dataloader.begin()
             self._begun_with = batches_ready(trainer)

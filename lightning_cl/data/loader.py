@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_cl.data.plannable import task_indices
 from lightning_cl.data.replayed import Mix as Mix
 from lightning_cl.data.replayed import NewThenReplayed, Samples
 from lightning_cl.data.replayed import loss_tokens as loss_tokens
+from lightning_cl.data.row_kinds import Kinds, kinds_of
 
 
 class TaskLoader:
@@ -91,6 +93,7 @@ class TaskLoader:
         self._resume: dict[str, Any] | None = None
         self._on_resumed: Callable[[], None] | None = None
         self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
+        self.kinds: deque[Kinds | None] = deque()  # of the batches given out, until somebody takes them
         self._draws_random = like is not None or sampler is not None
         self._generator = like.generator if like is not None else None
         if block_length is not None and sampler is not None:
@@ -176,6 +179,7 @@ class TaskLoader:
         batches = self._plan(self._epoch)
         self._finish_resume()
         self._position = start
+        self.kinds.clear()
         fetched = DataLoader(
             NewThenReplayed(self.dataset, self._samples.replayed),
             batch_sampler=batches[start:],
@@ -186,6 +190,8 @@ class TaskLoader:
         for rows, batch in zip(batches[start:], fetched, strict=True):
             self._position += 1
             self._count(rows)
+            mixed = self._samples.mix is not None
+            self.kinds.append(kinds_of(rows, len(self.dataset), self._samples.lengths) if mixed else None)
             yield batch
 
     def state_dict(self, in_flight: int = 0) -> dict[str, Any]:

@@ -20,18 +20,19 @@ class SplitHead:
 
     Args:
         model: with ``get_decoder`` and ``get_output_embeddings``.
+        quiet: say nothing where the head cannot be taken apart.
 
     Attributes:
         exact: whether both ways give the same logits; if not, the model's own loss has to be used.
         vocabulary: logits of a position.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, quiet: bool = False) -> None:
         self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._cap = getattr(getattr(self._causal, "config", None), "final_logit_softcapping", None)
         self.vocabulary = 0
         self.exact = self._agrees()
-        if not self.exact:
+        if not self.exact and not quiet:
             name = type(self._causal).__name__
             rank_zero_info(f"{name}: its head cannot be taken apart; the loss needs all its logits")
 
@@ -41,7 +42,20 @@ class SplitHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[…, vocabulary]`` of ``[…, width]``."""
-        logits = self._causal.get_output_embeddings()(hidden)
+        return self.bend(self.head(hidden))
+
+    @property
+    def decoder(self) -> Any:
+        """What gives hidden states."""
+        return self._causal.get_decoder()
+
+    @property
+    def head(self) -> Any:
+        """What gives logits of hidden states, up to :meth:`bend`."""
+        return self._causal.get_output_embeddings()
+
+    def bend(self, logits: Tensor) -> Tensor:
+        """The soft cap, for models that have one."""
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def _agrees(self) -> bool:
