@@ -163,6 +163,7 @@ class TaskMatrix(ContinualCallback):
         if trained == 0:
             return
         from lightning_cl.evaluation import build_report, format_report, write_report
+        from lightning_cl.evaluation.importance_figure import write_importance
 
         coordinator = TaskCoordinator.of(trainer)
         methods = named(TaskCoordinator.methods(trainer))
@@ -170,6 +171,7 @@ class TaskMatrix(ContinualCallback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_report(report, folder)
+            write_importance(report, folder)
         if final:
             rank_zero_info(format_report(report, None if trainer.fast_dev_run else folder))  # type: ignore[attr-defined]
 
