@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from torch.utils.data import Dataset
 
-from lightning_cl import EWC, SI, CausalLM, Replay
+from lightning_cl import EWC, KFACEWC, L2SP, MAS, SI, CausalLM, LwF, Replay, RWalk
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.functional import add_penalty_gradient_
 
@@ -94,6 +94,13 @@ def main() -> None:
         "EWC": lambda: [EWC(0.01, samples=16)],
         "EWC proximal": lambda: [EWC(1.0, samples=16, apply="proximal")],
         "SI": lambda: [SI(0.01)],
+        "EWC auto": lambda: [EWC("auto", samples=16)],
+        "MAS": lambda: [MAS(0.01, samples=16)],
+        "RWalk": lambda: [RWalk(0.01)],
+        "L2SP": lambda: [L2SP(0.01)],
+        "KFACEWC": lambda: [KFACEWC(0.01, samples=16)],
+        "LwF": lambda: [LwF(1.0)],
+        "LwF top 64": lambda: [LwF(1.0, top_k=64)],
         "Replay 25 %": lambda: [Replay(64, 0.25)],
         "EWC + SI + Replay": lambda: [EWC(0.01, samples=16), SI(0.01), Replay(64, 0.25)],
     }
@@ -106,8 +113,8 @@ def main() -> None:
         after, _ = seconds_per_step([])
         reference = statistics.median(before + after)
         line = f"{name:>18}: {statistics.median(steps) / reference:.3f} of a plain step"
-        if name.startswith("EWC") and "+" not in name:
-            line += f"; Fisher of 16 sequences: {end / (2 * reference):.2f} training passes over them"
+        if name.startswith(("EWC", "MAS", "KFAC")) and "+" not in name:
+            line += f"; end of task, with 16 sequences: {end / (2 * reference):.2f} steps over them"
         print(line, flush=True)
     parameters = dict(_model().named_parameters())
     anchor = {name: p.detach() + 0.01 for name, p in parameters.items()}
