@@ -119,7 +119,7 @@ class KFACEWC(EWC):
         total, positions = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
         factors = self._moments(trainer, sink, positions)
         diagonal = {name: value.div_(max(positions, 1)) for name, value in total.items() if name not in factors}
-        whole = diagonal | {name: product.diagonal() for name, product in factors.items()}
+        whole = {name: factors[name].diagonal() if name in factors else diagonal[name] for name in parameters}
         mean = None
         if self.normalize:
             numbers = sum(value.numel() for value in whole.values())

@@ -329,20 +329,17 @@ class QuadraticPenalty(ContinualCallback):
     @override
     def report(self) -> dict[str, Any]:
         chosen = {"chosen": list(self.auto.chosen), "share": self.share} if self.auto is not None else {}
-        sentences = _sentences(type(self).__name__, self.auto) if self.auto is not None else []
-        return {
-            "strength": self.strength,
-            "apply": self.apply,
-            "importance": list(self._diagnosis),
-            **chosen,
-            "sentences": sentences,
-        }
+        held = [f"{type(self).__name__}, {_held(entry)}" for entry in self._diagnosis if "strength" in entry]
+        importance = list(self._diagnosis)
+        return {"strength": self.strength, "apply": self.apply, "importance": importance, **chosen, "sentences": held}
 
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:
     return sum(float(whole(t.detach().float().square().sum())) for t in tensors if t is not None) ** 0.5
 
 
-def _sentences(name: str, auto: AutoStrength) -> list[str]:
-    last = {choice["task"]: choice["strength"] for choice in auto.chosen}
-    return [f"{name}: strength {strength:.3g} chosen for {task}" for task, strength in last.items()]
+def _held(entry: dict[str, Any]) -> str:
+    """How a penalty held during a task, in words."""
+    share = entry["largest_share"]
+    pulled = f", its gradient at most {share:.2g} times the task's" if share is not None else ""
+    return f"{entry['task']}: strength {entry['strength']:.3g}, penalty {entry['penalty']:.3g} at the end{pulled}"
