@@ -24,6 +24,7 @@ from lightning_cl.callbacks import TaskProgress
 from lightning_cl.cli_help import EarlyOption, HelpFormatter, HelpfulParser
 from lightning_cl.cli_predict import predict_tasks
 from lightning_cl.cli_runs import EarlierRun, expand_run
+from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_strength
 from lightning_cl.cli_seeds import run_seeds, tell_folder
 from lightning_cl.data import TaskDataModule
 from lightning_cl.evaluation.tasks import evaluate_tasks
@@ -40,6 +41,7 @@ forgot.
   lightning-cl fit --run runs/quickstart/version_0                       the same for one run, with its settings
   lightning-cl fit --run runs/quickstart/version_0 --add mails=data/mails.jsonl       one more task behind a run's
   lightning-cl fit --config configs/quickstart.yaml --seeds 3            mean and 95 % interval over three seeds
+  lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc.yaml --strengths 0.001,0.01,0.1
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl fit --help                                                all arguments
 """
@@ -66,6 +68,11 @@ _EARLY_OPTIONS = {
         "Runs the command for the seeds 0 to N - 1, or for those given, and reports mean and confidence interval over"
         " them. Sets --seed_everything and --data.seed of each run.",
     ),
+    "--strengths": (
+        "S,S,…|CALLBACK=S,S,…",
+        "Tries each strength of a callback on the first tasks alone, then trains all tasks with the best.",
+    ),
+    "--first": ("N", "With --strengths: on how many tasks they are tried; default: 2."),
     "--against": (
         "SEEDS_JSON",
         "With --seeds: what another method's --seeds wrote; the differences are taken seed by seed.",
@@ -127,6 +134,9 @@ class ContinualCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         arguments, self.earlier = expand_run(HelpfulParser.arguments, tuple(_SUBCOMMANDS))
         self.config = parser.parse_args(arguments)
+        trial = asked_trial()
+        if trial is not None:
+            set_strength(self.config.fit.trainer.callbacks, trial)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -143,6 +153,8 @@ class ContinualCLI(LightningCLI):
 
     def fit(self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any) -> None:
         """All tasks, one after another; the trained model as a Hugging Face folder at the end."""
+        trial = asked_trial()
+        keep_first(datamodule, trial["first"] if trial is not None else None)
         own = _has_own_folder(self.trainer)
         folder = run_folder(self.trainer)
         if self.earlier is not None:
@@ -201,7 +213,10 @@ def main(args: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)
     _quiet()
     try:
-        code = run_seeds(sys.argv[1:] if args is None else args)
+        arguments = sys.argv[1:] if args is None else args
+        code = run_search(arguments)
+        if code is None:
+            code = run_seeds(arguments)
         if code is None:
             ContinualCLI(args)
     except Exception as error:

@@ -25,6 +25,7 @@ from lightning_cl.evaluation.seeds import SCORES, format_seeds, paired_rows, sum
 from lightning_cl.files import replace_file
 
 _FOLDER_FILE = "LIGHTNING_CL_RUN_FOLDER_FILE"
+_ASKED_BY = "LIGHTNING_CL_ASKED_BY"
 _INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
 _WAIT = 20.0  # seconds that an interrupted run has to end by itself
 
@@ -62,10 +63,10 @@ def run_seeds(arguments: Sequence[str]) -> int | None:
             failed = {"seed": seed, "exit_code": code, "folder": str(folder) if folder else None}
         else:
             runs.append(_result(seed, folder))
-            path = path or _new_file(Path(runs[0]["folder"]).parent)
+            path = path or new_file(Path(runs[0]["folder"]).parent, "seeds")
         if path is not None:
             table = summarize(runs, list(arguments), seeds, failed)
-            _write(path, table)
+            write_json(path, table)
         if failed is not None:
             break
         if other is not None and number == 1:
@@ -73,7 +74,7 @@ def run_seeds(arguments: Sequence[str]) -> int | None:
     if path is not None:
         if other is not None and failed is None:
             table["against"] = {"path": against[-1], "rows": paired_rows(table["runs"], other["runs"])}
-            _write(path, table)
+            write_json(path, table)
         print(format_seeds(table, path), flush=True)
     if failed is None:
         return 0
@@ -97,14 +98,16 @@ def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
     file = os.environ.get(_FOLDER_FILE)
     if file is None:
         return
+    option = os.environ.get(_ASKED_BY, "--seeds")
+    each = option.removeprefix("--").removesuffix("s")
     if not own:
         raise ValueError(
-            f"--seeds: each seed needs a run folder of its own, and all of them would write to {folder}: give"
+            f"{option}: each {each} needs a run folder of its own, and all of them would write to {folder}: give"
             " trainer.logger, a CSVLogger or TensorBoardLogger (the first, if there are several) without `version`, and"
             " no fast_dev_run"
         )
     if ckpt_path is not None:
-        raise ValueError(f"--seeds: {_why_not('ckpt_path')}; leave ckpt_path={str(ckpt_path)!r} out")
+        raise ValueError(f"{option}: {_why_not('ckpt_path', each)}; leave ckpt_path={str(ckpt_path)!r} out")
     Path(file).write_text(str(folder), encoding="utf-8")
 
 
@@ -143,8 +146,8 @@ def _check_options(arguments: Sequence[str]) -> None:
             raise ValueError(f"--seeds and {option}: --seeds sets it for each run; give one of the two")
 
 
-def _why_not(option: str) -> str:
-    return f"each seed is a whole run from its start, and behind {option} all of them would share one beginning"
+def _why_not(option: str, each: str = "seed") -> str:
+    return f"each {each} is a whole run from its start, and behind {option} all of them would share one beginning"
 
 
 def read_seeds(path: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -189,10 +192,20 @@ def _check_pair(table: dict[str, Any], other: dict[str, Any], path: str) -> None
 
 def _run(arguments: Sequence[str], seed: int) -> tuple[int, Path | None]:
     """One seed, as a process: its exit code and its folder, if it came that far."""
+    return run_process([*arguments, f"--seed_everything={seed}", f"--data.seed={seed}"], os.environ.copy(), "--seeds")
+
+
+def run_process(arguments: Sequence[str], environment: dict[str, str], asked_by: str) -> tuple[int, Path | None]:
+    """One run as a process: its exit code and its folder, if it came that far.
+
+    Args:
+        arguments: of ``lightning-cl``.
+        environment: of the process.
+        asked_by: the option that starts several runs, for the run's messages.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "folder"
-        settings = [*arguments, f"--seed_everything={seed}", f"--data.seed={seed}"]
-        code = _start(settings, {**os.environ, _FOLDER_FILE: str(file)})
+        code = _start(arguments, {**environment, _FOLDER_FILE: str(file), _ASKED_BY: asked_by})
         return code, Path(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
@@ -211,14 +224,22 @@ def _start(arguments: Sequence[str], environment: dict[str, str]) -> int:
             process.wait()
 
 
-def _result(seed: int, folder: Path | None) -> dict[str, Any]:
-    """What a finished run's report says."""
+def report_of(folder: Path | None, option: str, run: str) -> dict[str, Any]:
+    """What a finished run's report says.
+
+    Raises:
+        ValueError: if it left none.
+    """
     report_file = folder / "report.json" if folder is not None else None
     if report_file is None or not report_file.is_file():
         raise ValueError(
-            f"--seeds: seed {seed} left no report.json in {folder}; add lightning_cl.TaskMatrix to trainer.callbacks"
+            f"{option}: {run} left no report.json in {folder}; add lightning_cl.TaskMatrix to trainer.callbacks"
         )
-    report = json.loads(report_file.read_text(encoding="utf-8"))
+    return json.loads(report_file.read_text(encoding="utf-8"))
+
+
+def _result(seed: int, folder: Path | None) -> dict[str, Any]:
+    report = report_of(folder, "--seeds", f"seed {seed}")
     final = dict(zip(report["tasks"], report["matrix"][-1], strict=True))
     kept = ("matrix", "tasks", "watched", "monitor", "mode", "definitions")
     scores = {name: report[name] for name in SCORES}
@@ -228,18 +249,19 @@ def _result(seed: int, folder: Path | None) -> dict[str, Any]:
 # ---------------------------------------------------------------------- files and the terminal
 
 
-def _new_file(beside: Path) -> Path:
-    """``seeds.json`` in the first folder ``seeds-<k>`` that is not there yet."""
+def new_file(beside: Path, name: str) -> Path:
+    """``<name>.json`` in the first folder ``<name>-<k>`` that is not there yet."""
     number = 0
     while True:
-        folder = beside / f"seeds-{number}"
+        folder = beside / f"{name}-{number}"
         try:
             folder.mkdir(parents=True)
-            return folder / "seeds.json"
+            return folder / f"{name}.json"
         except FileExistsError:
             number += 1
 
 
-def _write(path: Path, table: dict[str, Any]) -> None:
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Writes a file whole or not at all."""
     content = json.dumps(table, indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
