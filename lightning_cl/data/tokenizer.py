@@ -113,6 +113,13 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([content, special]).encode()).hexdigest()
 
 
+def plain_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each text, without start and end tokens."""
+    # verbose=False: documents longer than the model's context are cut later.
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def start_tokens(tokenizer: Any) -> list[int]:
     """What a document, or a prompt, begins with: the start token, if there is one of its own."""
     # Models without a start token of their own often repeat the end token under that name: no need for it in front.

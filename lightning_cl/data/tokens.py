@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_cl.data.chat import Tokens, encode_chats, has_template
 from lightning_cl.data.collator import TokenCollator as TokenCollator
+from lightning_cl.data.completions import encode_completions
 from lightning_cl.data.dataset import TokenDataset as TokenDataset
 from lightning_cl.data.formats import Chat, Completion, Document, Instruction, Text
 from lightning_cl.data.splitting import split_documents as split_documents
 from lightning_cl.data.tally import Tally
-from lightning_cl.data.tokenizer import end_tokens, start_tokens
+from lightning_cl.data.tokenizer import end_tokens, plain_ids, start_tokens
 
 Sample: TypeAlias = tuple[Tensor, Tensor]
 """Token ids, int32 ``[length]``, and which of them are learnt, bool ``[length]``."""
@@ -31,9 +31,9 @@ def encode(
 
     Text is cut into blocks, and nothing is lost (:func:`tokenize`). Completions and conversations are one sample each,
     cut off on the right; those that then have no token to predict are dropped and counted. In a completion the prompt
-    bears no loss, and the end token does; in a conversation the assistant's turns do
-    (:func:`~lightning_cl.data.chat.encode_chats`). Instructions are conversations where the tokenizer has a chat
-    template, and completions where it has none.
+    bears no loss, and the end token does (:func:`~lightning_cl.data.completions.encode_completions`); in a conversation
+    the assistant's turns do (:func:`~lightning_cl.data.chat.encode_chats`). Instructions are conversations where the
+    tokenizer has a chat template, and completions where it has none.
 
     Args:
         documents: may be endless.
@@ -52,21 +52,31 @@ def encode(
 def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
     """Documents as blocks of at most `max_length` tokens; no block crosses documents, nothing is cut off.
 
-    Each document gets the tokenizer's start token (if it has one) once, in front, and the end token at its end.
+    Each document gets the tokenizer's start token (if it has one) once, in front, and the end token at its end; not a
+    second time where the text brings them, as one that was rendered by a chat template does.
     """
     return [block for blocks in _blocks(texts, tokenizer, max_length) for block in blocks]
 
 
 def _blocks(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[list[int]]]:
     start, end = start_tokens(tokenizer), end_tokens(tokenizer)
-    documents = [start + ids + end for ids in _ids(texts, tokenizer)]
-    return [[ids[i : i + max_length] for i in range(0, len(ids), max_length)] for ids in documents]
+    blocks = []
+    for text, ids in zip(texts, plain_ids(texts, tokenizer), strict=True):
+        front = [] if start and ids[:1] == start else start
+        # Many templates write a line feed behind the last end token.
+        ended = end and end[0] in ids and text.rstrip().endswith(tokenizer.eos_token)
+        blocks.append(_cut(front + ids + ([] if ended else end), max_length))
+    return blocks
 
 
-def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    # verbose=False: documents longer than the model's context are cut later.
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def _cut(ids: list[int], max_length: int) -> list[list[int]]:
+    blocks = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    if len(blocks) > 1 and len(blocks[-1]) == 1:
+        # Nothing would predict a token that is alone: it gets the one before it (which is in both where blocks are of
+        # two tokens).
+        tail = ids[-max_length - 1 :]
+        blocks[-2:] = [tail[: max(max_length - 1, 2)], tail[-2:]]
+    return blocks
 
 
 def _batches(documents: Iterable[Document | str]) -> Iterator[list[Document]]:
@@ -101,7 +111,7 @@ def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, ta
     if texts:
         blocks.update(zip(texts, _blocks([*texts.values()], tokenizer, max_length), strict=True))
     if completions:
-        whole.update(zip(completions, _encode_completions([*completions.values()], tokenizer), strict=True))
+        whole.update(zip(completions, encode_completions([*completions.values()], tokenizer), strict=True))
     if chats:
         whole.update(zip(chats, encode_chats([*chats.values()], tokenizer, tally), strict=True))
     for place in range(len(batch)):
@@ -119,24 +129,3 @@ def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, ta
             continue
         tally.truncated += len(tokens.ids) > max_length
         yield torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy())
-
-
-def _encode_completions(documents: Sequence[Completion], tokenizer: Any) -> list[Tokens]:
-    start, end = start_tokens(tokenizer), end_tokens(tokenizer)
-    prompts = _ids([document.prompt for document in documents], tokenizer)
-    joined = _ids([document.plain for document in documents], tokenizer)
-    # At inference the prompt is tokenised alone. Where a token would reach across the seam, the model has to learn to
-    # go on from the prompt's own tokens: then the two are tokenised one by one.
-    seams = [i for i, ids in enumerate(prompts) if joined[i][: len(ids)] != ids]
-    if seams:
-        completions = _ids([documents[i].completion for i in seams], tokenizer)
-        for i, ids in zip(seams, completions, strict=True):
-            joined[i] = prompts[i] + ids
-    results = []
-    for prompt, ids in zip(prompts, joined, strict=True):
-        front = [] if start and ids[:1] == start else start
-        back = [] if end and len(ids) > len(prompt) and ids[-1:] == end else end
-        ids = front + ids + back
-        mask = np.arange(len(ids)) >= len(front) + len(prompt)
-        results.append(Tokens(np.asarray(ids, np.int32), mask))
-    return results

@@ -10,7 +10,7 @@ import torch
 
 from lightning_cl.data.records import is_text_source, read_texts
 from lightning_cl.data.tokenizer import TrainedBPE
-from lightning_cl.data.tokens import TokenCollator, TokenDataset, split_documents, tokenize
+from lightning_cl.data.tokens import TokenCollator, TokenDataset, encode, split_documents, tokenize
 
 UNICODE = [
     "Größe 10 µm\r\n\tfoo( x ) , bar .",
@@ -188,7 +188,20 @@ def test_no_token_is_lost(tokenizer, text):
     ids = [token for block in blocks for token in block]
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:-1]) == text
-    assert [len(block) for block in blocks[:-1]] == [16] * (len(blocks) - 1)
+    # Full ones, but for a token at the end, which is not left alone.
+    assert [len(block) for block in blocks[:-2]] == [16] * (len(blocks) - 2)
+    assert all(len(block) in (15, 16) for block in blocks[:-1])
+    assert len(blocks[-1]) > 1
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(8, [7, 2]), (3, [3, 3, 2]), (2, [2, 2, 2, 2, 2]), (9, [9])])
+def test_the_last_token_is_predicted(tokenizer, length, sizes):
+    """Eight letters and the end token, cut where one token would be left over."""
+    blocks = tokenize(["abcdefgh"[: 7 if length == 3 else 8]], tokenizer, length)
+    assert [len(block) for block in blocks] == sizes
+    assert blocks[-1][-1] == tokenizer.eos_token_id
+    (sample,) = list(encode(["abcdefgh"], tokenizer, 8))[1:]
+    assert tokenizer.decode(sample[0]) == "h" + TrainedBPE.END
 
 
 def test_no_block_crosses_documents(tokenizer):
@@ -218,6 +231,25 @@ def test_document_starts_with_one_start_token(tokenizer):
 def test_end_token_under_the_name_of_a_start_token_is_not_put_in_front(tokenizer):
     same = with_special(tokenizer, bos_token=TrainedBPE.END)
     assert tokenize(["xyz"], same, 8) == tokenize(["xyz"], tokenizer, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("xyz", [0, 1]),
+        ("Axyz", [1]),  # begins with the start token
+        ("Axyz<|endoftext|>", []),
+        ("Axyz<|endoftext|>\n", []),  # templates write a line feed behind it
+        ("xyz<|endoftext|> and more", [0, 1]),
+    ],
+)
+def test_start_and_end_are_not_there_twice(tokenizer, text, more):
+    with_bos = with_special(tokenizer, bos_token="A")
+    own = with_bos(text)["input_ids"]
+    (block,) = tokenize([text], with_bos, 99)
+    assert block == ([with_bos.bos_token_id] if 0 in more else []) + own + (
+        [with_bos.eos_token_id] if 1 in more else []
+    )
 
 
 def test_blocks_without_anything_to_predict_are_dropped_and_counted():
