@@ -31,9 +31,10 @@ def has_template(tokenizer: Any) -> bool:
 def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[Tokens | None]:
     """Conversations as tokens, exactly as ``tokenizer.apply_chat_template`` writes them, with their loss masks.
 
-    Loss is on the assistant's turns with their end-of-turn token, from ``Chat.first`` on; neither on the headers of
-    turns nor on white space after the end of a turn. Templates with ``{% generation %}`` say themselves what is the
-    assistant's. For others the turns are found in the rendered text (:func:`assistant_spans`).
+    Loss is on the assistant's turns with their end-of-turn token, from ``Chat.first`` on: on all that follows the
+    prompt of ``add_generation_prompt=True``. Without loss are the headers of turns that this prompt has, and white
+    space after the end of a turn. Templates with ``{% generation %}`` say themselves what is the assistant's. For
+    others the turns are found in the rendered text (:func:`assistant_spans`).
 
     Args:
         chats: the conversations.
@@ -97,6 +98,7 @@ def assistant_spans(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
     """The rendered conversation, and where in it the assistant's turns are, as ``(start, end)`` in characters.
 
     A turn starts where the generation prompt of the messages before it ends, and ends where the messages up to it end.
+    Where a template knows no generation prompt, the messages are the prompt, and a header is the model's to write.
     That needs renderings that are prefixes of the whole. Templates that treat earlier turns in another way than the
     last (thinking that is dropped), or that refuse parts of a conversation, fail that; then the turn's content is
     replaced by a marker: what stands before and after the marker stands around the turn.
@@ -171,7 +173,7 @@ class _Encoder:
         if prompt is not None and text.startswith(prompt):
             start = len(prompt)  # what the prompt does not give has to be learnt, as an empty thinking before the words
         elif text.startswith(before):
-            start = len(before)
+            start = self._prompt_end(chat, marked, turn, marker, before)
         elif prompt is not None:
             # The prompt opens a thinking that the turn goes on with in another way: what both have is the header.
             start = next((i for i, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), start)
@@ -182,6 +184,25 @@ class _Encoder:
                 " {% generation %} … {% endgeneration %} around what the assistant says"
             )
         return start, end
+
+    def _prompt_end(self, chat: Chat, marked: Sequence[dict[str, Any]], turn: int, marker: str, before: str) -> int:
+        """Where in `before`, which is all that stands before the words of a turn, its generation prompt ends.
+
+        The messages before it are written in another way where they are a conversation of their own. But what follows
+        the words of the last of them, marked too, is the same.
+        """
+        if turn == 0:
+            return len(before)
+        asked = "ASKED" + marker
+        both = [*marked]
+        both[turn - 1] = {**both[turn - 1], "content": asked}
+        between, found, _ = (self._try(chat, both) or "").partition(asked)[2].partition(marker)
+        prompt = (self._try(chat, both[:turn], prompt=True) or "").partition(asked)[2]
+        if self._can_prompt(chat) and prompt == (self._try(chat, both[:turn]) or "").partition(asked)[2]:
+            return len(before)
+        own = between[len(prompt) :]
+        fits = found and between.startswith(prompt) and before.endswith(own)
+        return len(before) - len(own) if fits else len(before)
 
     def _ending(self, chat: Chat, marked: Sequence[dict[str, Any]], marker: str, after: str) -> int:
         """How much of what follows the marker ends its turn: what follows it where the conversation ends there."""
@@ -194,18 +215,21 @@ class _Encoder:
         return after.index(token) + len(token)
 
     def _prompt(self, chat: Chat, text: str, turn: int) -> str | None:
-        """The messages before a turn with the generation prompt.
+        """The messages before a turn with the generation prompt, if the template knows one.
 
-        None if there is no prompt (some templates prompt after a user's turn only: the header would be taken for the
-        assistant's words), or if the text does not start with those messages.
+        None if there is no prompt here (some templates prompt after a user's turn only: the header would be taken for
+        the assistant's words), or if the text does not start with those messages.
         """
-        if turn == 0 or "add_generation_prompt" not in self._template(chat):
+        if turn == 0:
             return None
         before = self._try(chat, chat.messages[:turn])
         prompt = self._try(chat, chat.messages[:turn], prompt=True)
         if before is None or prompt is None or not text.startswith(before) or not prompt.startswith(before):
             return None
-        return None if prompt == before else prompt
+        return None if prompt == before and self._can_prompt(chat) else prompt
+
+    def _can_prompt(self, chat: Chat) -> bool:
+        return "add_generation_prompt" in self._template(chat)
 
     def _turn_end(self, text: str) -> int:
         """Where a turn's text ends: white space after an end-of-turn token belongs to the next turn."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from sentencepiece_like import KINDS, sentencepiece_like
 
 from lightning_cl.data.chat import assistant_spans, encode_chats
 from lightning_cl.data.formats import Chat, Instruction, as_document
@@ -135,7 +136,8 @@ def bare_by_hand(turns):
         if message["role"] == "user":
             pieces.append((f"Q: {message['content']}\n", 0))
         else:
-            pieces += [("A: ", 0), (message["content"] + TrainedBPE.END, 1), ("\n", 0)]
+            # The prompt of add_generation_prompt=True ends before the header: the model has to write it.
+            pieces += [("A: ", 1), (message["content"] + TrainedBPE.END, 1), ("\n", 0)]
     return pieces
 
 
@@ -201,8 +203,9 @@ def test_start_token_is_there_once(merging):
 def test_learnt_tokens_are_the_answers_with_their_end(merging, template, end):
     tokenizer = with_template(merging, template)
     tokens = only(Chat(talk("What?", "The answer is four.", "And?", "Hello there")), tokenizer)
-    said = [text.lstrip(" ") for text in learnt(tokens, tokenizer)]  # the space of "A: " belongs to a word's token
-    assert said == [f"The answer is four.{end}", f"Hello there{end}"]
+    header = "A: " if template == BARE else ""
+    said = [text.lstrip(" ") for text in learnt(tokens, tokenizer)]  # the space of "assistant> " is in a word's token
+    assert said == [f"{header}The answer is four.{end}", f"{header}Hello there{end}"]
 
 
 def test_thinking_is_learnt_where_the_template_leaves_it(bytewise):
@@ -273,6 +276,64 @@ def test_generation_prompt_after_a_user_alone(bytewise):
     turns = (*talk("hi", "one"), {"role": "assistant", "content": "two"})
     tokenizer = with_template(bytewise, picky)
     assert learnt(only(Chat(turns), tokenizer), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
+
+
+# The answer follows a space, and there is no generation prompt; v3 puts the system's words before the last question.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + eos_token }}{% endfor %}"
+)
+MISTRAL_3 = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{{ bos_token }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system + '\n\n' if loop.last or loop.index0 + 2 == messages | length else '') + m['content'] }}"
+    "{{ '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bytes"])
+@pytest.mark.parametrize(("template", "system"), [(MISTRAL, None), (MISTRAL_3, None), (MISTRAL_3, "Be brief.")])
+@pytest.mark.parametrize("answer", ["42 m", "漢字", "- b", "```py\n1```", "", "ja", "\nb"])
+def test_learning_begins_where_the_inference_prompt_ends(bytewise, kind, template, system, answer):
+    """Oracle: the template's own prompt, for each answer of the conversation as the last one."""
+    own = (
+        with_template(bytewise, template) if kind == "bytes" else sentencepiece_like(kind, "wie lang ja 42 b", template)
+    )
+    turns = talk("wie", answer, "lang", answer, system=system)
+    answers = [place for place, message in enumerate(turns) if message["role"] == "assistant"]
+    for place in answers:
+        tokens = only(Chat(turns[: place + 1], first=place), own)
+        prompt = own.apply_chat_template(list(turns[:place]), add_generation_prompt=True)["input_ids"]
+        assert tokens.ids[: len(prompt)].tolist() == prompt
+        assert tokens.mask.tolist() == [False] * len(prompt) + [True] * (len(tokens.ids) - len(prompt))
+    # An earlier answer begins with the space, too.
+    said = learnt(only(Chat(turns), own), own)
+    words = f" {answer.strip() if template == MISTRAL_3 else answer}" + own.eos_token
+    assert len(said) == 2
+    assert all(text in (words, words[1:]) for text in said)  # decoding leaves the first space out
+    assert sum(only(Chat(turns), own).mask) == 2 * len(tokens.ids[len(prompt) :])
+
+
+def test_thinking_is_learnt_after_any_turn(bytewise):
+    # As Qwen3 does: after the last question the last turn gets an empty thinking, whoever spoke before it.
+    late = (
+        "{% set ns = namespace(last=0) %}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' and loop.index0 > ns.last and loop.last %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = with_template(bytewise, late)
+    last = "<think>\n\n</think>\n\ntwo<|im_end|>"
+    turns = (*talk("hi", "one"), {"role": "assistant", "content": "two"})
+    assert learnt(only(Chat(turns), tokenizer), tokenizer) == ["one<|im_end|>", last]
+    assert learnt(only(Chat(talk("hi", "one", "hi", "two")), tokenizer), tokenizer) == ["one<|im_end|>", last]
+    # Words that are the same everywhere are not taken for one another.
+    turns = ({"role": "user", "content": "two"}, *({"role": "assistant", "content": "two"} for _ in range(3)))
+    assert learnt(only(Chat(turns), tokenizer), tokenizer) == ["two<|im_end|>", "two<|im_end|>", last]
 
 
 def test_conversation_that_the_assistant_opens(bytewise):
@@ -365,7 +426,7 @@ def test_conversation_that_the_template_refuses_is_named(bytewise):
         list(encode([wrong], tokenizer, 64))
     tally = Tally("skip")
     samples = list(encode([Chat(talk("a", "b")), wrong, Chat(talk("c", "d"))], tokenizer, 64, tally))
-    assert [tokenizer.decode(ids[mask])[0] for ids, mask in samples] == ["b", "d"]
+    assert [tokenizer.decode(ids[mask])[:4] for ids, mask in samples] == ["A: b", "A: d"]
     assert (tally.bad, tally.dropped) == (1, 0)
     assert "line 7" in tally.reasons[0]
 
