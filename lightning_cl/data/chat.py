@@ -172,8 +172,8 @@ class _Encoder:
         start = len(text) + 1
         if prompt is not None and text.startswith(prompt):
             start = len(prompt)  # what the prompt does not give has to be learnt, as an empty thinking before the words
-        elif text.startswith(before):
-            start = self._prompt_end(chat, marked, turn, marker, before)
+        elif text.startswith(asked := before[: self._prompt_end(chat, marked, turn, marker, before)]):
+            start = len(asked)
         elif prompt is not None:
             # The prompt opens a thinking that the turn goes on with in another way: what both have is the header.
             start = next((i for i, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), start)

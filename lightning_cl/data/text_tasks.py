@@ -157,7 +157,7 @@ def _key(source: Any, role: str, tokenizer: Any, settings: TextSettings) -> dict
         "chat_template": repr(getattr(tokenizer, "chat_template", None)),
         "max_length": settings.max_length,
         "on_bad_record": settings.on_bad_record,
-        "rules": 2,  # raised whenever the same records get other tokens, loss masks or splits
+        "rules": 3,  # raised whenever the same records get other tokens, loss masks or splits
     }
 
 

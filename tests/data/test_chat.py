@@ -336,6 +336,21 @@ def test_thinking_is_learnt_after_any_turn(bytewise):
     assert learnt(only(Chat(turns), tokenizer), tokenizer) == ["two<|im_end|>", "two<|im_end|>", last]
 
 
+def test_thinking_that_is_empty_without_its_words_is_learnt_with_them(bytewise):
+    # The earlier turn is written otherwise where it is the last, and the marked one without its thinking.
+    split = "{% set t = m['content'].split('</think>') %}"
+    shown = (
+        f"{{% for m in messages %}}{split}{{{{ '<|im_start|>' + m['role'] + '\n' }}}}"
+        "{% if m['role'] == 'assistant' and loop.index0 + 2 > messages | length %}"
+        "{{ (t[0] if t | length > 1 else '<think>') + '</think>' + t[-1] }}{% else %}{{ t[-1] }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = with_template(bytewise, shown)
+    thoughtful = {"role": "assistant", "content": "<think>so</think>two"}
+    said = learnt(only(Chat((*talk("hi", "one"), thoughtful)), tokenizer), tokenizer)
+    assert said == ["one<|im_end|>", "<think>so</think>two<|im_end|>"]
+
+
 def test_conversation_that_the_assistant_opens(bytewise):
     turns = ({"role": "assistant", "content": "Hello!"}, *talk("hi", "yes?"))
     for template in (CHATML, GENERATION, LLAMA, LINES):
