@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,16 @@ def read_text(path: Path, where: str) -> str:
 
 
 def read_items(items: Iterable[Any], where: str, name: str) -> Iterator[Record]:
-    """The records of a list or a stream, as they come."""
+    """The records of a list, or of another iterable, as they come."""
     for i, item in enumerate(items):
         yield Record(item, f"{where}, {name} {i}")
+
+
+def read_stream(rows: Iterable[Any], where: str) -> Iterator[Record]:
+    """The rows of a table without length, as they come."""
+    for record in read_items(rows, where, "row"):
+        row = record.content
+        yield replace(record, content=_row_without_gaps(row)) if isinstance(row, dict) else record
 
 
 def read_table(dataset: Any, where: str) -> Iterator[Record]:
@@ -145,7 +152,7 @@ def _parquet(path: Path, where: str) -> Iterator[Record]:
         rows = 0
         for batch in file.iter_batches(_ROWS, columns=_wanted(file.schema_arrow.names)):
             for row in batch.to_pylist():
-                yield Record({key: _without_gaps(value) for key, value in row.items()}, f"{where}, row {rows}")
+                yield Record(_row_without_gaps(row), f"{where}, row {rows}")
                 rows += 1
     except pa.ArrowException as error:
         raise ValueError(f"{where}: not a readable Parquet file ({error})") from error
@@ -154,6 +161,10 @@ def _parquet(path: Path, where: str) -> Iterator[Record]:
 def _wanted(columns: list[str]) -> list[str]:
     """What means something, so that images and the like are not decoded; everything, where nothing does."""
     return [column for column in columns if column in COLUMNS] or columns
+
+
+def _row_without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_gaps(value) for key, value in row.items()}
 
 
 def _without_gaps(value: Any) -> Any:

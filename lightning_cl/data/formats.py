@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from lightning_cl.data.messages import check_string, conversation
+from lightning_cl.data.messages import check_string, check_texts, conversation, parse_list
 
 FORMATS = (
     '{"text"}, {"prompt", "completion"}, {"prompt", "answer"}, {"messages": [{"role", "content"}, …]},'
@@ -161,13 +161,22 @@ def _chat(record: dict[str, Any], key: str, where: str) -> Chat:
 
 def _completion(record: dict[str, Any], key: str, where: str) -> Document:
     prompt, completion = record["prompt"], record[key]
-    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-        asked, answered = conversation(prompt, "prompt"), conversation(completion, key)
-        _check_assistant(answered, key)
-        return Chat((*asked, *answered), _tools(record), first=len(asked), where=where)
-    if isinstance(prompt, (list, tuple)) or isinstance(completion, (list, tuple)):
-        raise ValueError(f"'prompt' and {key!r}: expected two strings or two lists of messages, got one of each")
-    return Completion(check_string(prompt, "'prompt'"), check_string(completion, repr(key)))
+    if not _is_list(prompt) and not _is_list(completion):
+        return Completion(check_string(prompt, "'prompt'"), check_string(completion, repr(key)))
+    # A string beside a list of messages is what the user says, or the assistant.
+    asked, answered = _turns(prompt, "prompt", "user"), _turns(completion, key, "assistant")
+    _check_assistant(answered, key)
+    return Chat((*asked, *answered), _tools(record), first=len(asked), where=where)
+
+
+def _turns(content: Any, key: str, role: str) -> list[dict[str, Any]]:
+    if _is_list(content):
+        return conversation(content, key)
+    return [{"role": role, "content": check_string(content, repr(key))}]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or hasattr(value, "tolist")  # pandas reads lists as arrays
 
 
 def _check_assistant(messages: list[dict[str, Any]], key: str) -> None:
@@ -179,14 +188,11 @@ def _tools(record: dict[str, Any]) -> tuple[Any, ...] | None:
     tools = record.get("tools")
     if isinstance(tools, str):
         # Tables have one type a column: many data sets keep schemas as JSON.
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'tools': not valid JSON ({error.msg} at column {error.colno})") from error
+        tools = parse_list(tools, "'tools'") if tools.strip() else None
     if tools is None or (hasattr(tools, "__len__") and len(tools) == 0):
         return None
     if hasattr(tools, "tolist"):
         tools = tools.tolist()  # pandas reads lists as arrays
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("'tools': expected a list of JSON schemas (dictionaries)")
-    return tuple(tools)
+    return tuple(check_texts(tools, "'tools'"))

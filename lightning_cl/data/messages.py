@@ -30,11 +30,33 @@ def check_string(value: Any, name: str) -> str:
     """
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a string, got a {type(value).__name__}")
+    return _check_encodable(value, name)
+
+
+def check_texts(value: Any, name: str) -> Any:
+    """`value`, if all strings in it are text, however deep in lists and dictionaries.
+
+    Raises:
+        ValueError: if one has half a surrogate pair.
+    """
+    if isinstance(value, str):
+        _check_encodable(value, name)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_texts(key, name)
+            check_texts(item, f"{name}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_texts(item, f"{name}[{i}]")
+    return value
+
+
+def _check_encodable(text: str, name: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: character {error.start} is half a surrogate pair, which is no text") from error
-    return value
+    return text
 
 
 def conversation(messages: Any, key: str) -> list[dict[str, Any]]:
@@ -48,7 +70,7 @@ def conversation(messages: Any, key: str) -> list[dict[str, Any]]:
         ValueError: if they are malformed, with the reason.
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
-        messages = _parse(messages, key)
+        messages = parse_list(messages, key)
     if hasattr(messages, "tolist"):
         messages = messages.tolist()  # pandas reads lists of structs as arrays
     if not isinstance(messages, (list, tuple)):
@@ -64,6 +86,8 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f'{name}: expected {{"role", "content"}}, got a {type(message).__name__}')
     message = {key: value for key, value in message.items() if value is not None}
+    for field, value in message.items():
+        check_texts(value, f"{name}[{field!r}]")
     if "role" not in message and "from" in message:
         return _shared(message, name)
     role = message.get("role")
@@ -98,11 +122,28 @@ def _content(content: Any, name: str) -> str:
     return "".join(check_string(part.get("text"), f"{name}['content']") for part in content)
 
 
-def _parse(text: str, key: str) -> Any:
+def parse_list(text: str, key: str) -> Any:
+    """A list in a field of a table that has strings only: as JSON, or as Python writes it.
+
+    Args:
+        text: the field.
+        key: its column, for messages.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         try:
             return ast.literal_eval(text)  # what pandas writes into a CSV file
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ValueError(f"{key}: not valid JSON ({error.msg} at column {error.colno})") from error
+            # numpy writes lists without commas: Dataset.to_csv does so.
+            array = "}\n" in text or "} {" in text
+            hint = (
+                "; there is no comma between its items, as where datasets' Dataset.to_csv wrote it: write the data by"
+                " to_json or to_parquet"
+            )
+            raise ValueError(
+                f"{key}: not valid JSON ({error.msg} at column {error.colno}){hint if array else ''}"
+            ) from error

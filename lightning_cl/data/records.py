@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.data.containers import SUFFIXES, Record, read_file, read_items, read_table
+from lightning_cl.data.containers import SUFFIXES, Record, read_file, read_items, read_stream, read_table
 from lightning_cl.data.formats import Document, as_document
 from lightning_cl.data.sample_texts import SAMPLES
 from lightning_cl.data.sources import (
@@ -105,6 +105,8 @@ def read_records(source: Any, task: str, role: str, path_header: bool = False) -
         yield from read_items(source, where, "item")
     elif hasattr(source, "select_columns") and hasattr(source, "__len__"):
         yield from read_table(source, where)
+    elif is_table(source):
+        yield from read_stream(source, where)
     else:
         yield from read_items(source, where, "row")
 

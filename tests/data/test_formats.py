@@ -10,6 +10,7 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
 CHAT = Chat((USER, ASSISTANT))
 TOOL = {"type": "function", "function": {"name": "add"}}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+BROKEN_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"q": "x\ud800"}}}]}
 NAN = float("nan")
 
 
@@ -22,6 +23,8 @@ NAN = float("nan")
         ({"prompt": "a", "answer": "b"}, Completion("a", "b")),
         ({"prompt": "", "completion": ""}, Completion("", "")),
         ({"prompt": [USER], "completion": [ASSISTANT]}, Chat((USER, ASSISTANT), first=1)),
+        ({"prompt": "hi", "completion": [ASSISTANT]}, Chat((USER, ASSISTANT), first=1)),
+        ({"prompt": [USER], "answer": "hello"}, Chat((USER, ASSISTANT), first=1)),
         ({"messages": [USER, ASSISTANT]}, CHAT),
         ({"messages": (USER, ASSISTANT), "tools": []}, CHAT),
         ({"messages": [USER, ASSISTANT], "tools": [TOOL]}, Chat((USER, ASSISTANT), (TOOL,))),
@@ -29,6 +32,8 @@ NAN = float("nan")
             {"messages": [USER, ASSISTANT], "tools": '[{"type": "function"}]'},
             Chat(CHAT.messages, ({"type": "function"},)),
         ),
+        # as pandas writes it into a CSV file
+        ({"messages": [USER, ASSISTANT], "tools": str([TOOL | {"strict": None}])}, 2),
         ({"messages": [USER, CALL, {"role": "tool", "content": "2"}, ASSISTANT]}, 4),
         ({"messages": [USER, CALL | {"content": None}]}, Chat((USER, CALL))),
         ({"messages": [USER | {"name": None}, ASSISTANT | {"tool_calls": None}]}, CHAT),
@@ -92,12 +97,21 @@ def test_names_of_sharegpt_become_roles():
         ({"text": "a\ud800"}, ["'text'", "character 1", "surrogate"]),
         ({"prompt": "a"}, ["['prompt']"]),
         ({"prompt": "a", "completion": 3}, ["'completion'", "string", "int"]),
-        ({"prompt": ["a"], "completion": "b"}, ["two strings or two lists"]),
+        ({"prompt": ["a"], "completion": "b"}, ["prompt[0]", "str"]),
+        ({"prompt": 5, "completion": [ASSISTANT]}, ["'prompt'", "string", "int"]),
         ({"prompt": [USER], "completion": [USER]}, ["completion", "no assistant turn"]),
         ({"prompt": [], "completion": [ASSISTANT]}, ["prompt", "empty"]),
         ({"messages": []}, ["messages", "empty"]),
         ({"messages": "hi"}, ["messages", "list", "str"]),
         ({"messages": "[{"}, ["messages", "JSON"]),
+        # as datasets' to_csv writes it
+        (
+            {"messages": "[{'role': 'user', 'content': 'hi'}\n {'role': 'assistant', 'content': 'x'}]"},
+            ["to_json", "comma"],
+        ),
+        ({"messages": [USER, ASSISTANT], "tools": "[{'a': 1} {'b': 2}]"}, ["'tools'", "to_json"]),
+        ({"messages": [USER, BROKEN_CALL]}, ["messages[1]['tool_calls'][0]", "'q'", "character 1", "surrogate"]),
+        ({"messages": [USER, ASSISTANT], "tools": [{"a": ["\ud800"]}]}, ["'tools'[0]['a'][0]", "surrogate"]),
         ({"messages": [USER]}, ["no assistant turn", "['user']"]),
         ({"messages": ["hi"]}, ["messages[0]", "str"]),
         ({"messages": [USER, {"role": "assistant"}]}, ["messages[1] has no 'content'", "['role']"]),

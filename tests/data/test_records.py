@@ -228,8 +228,25 @@ def test_keys_that_a_table_fills_up_are_left_out(tmp_path):
         [{"name": "g", "parameters": {"b": {"type": "str"}}}],
     ]
     records = [{"messages": turns("a", "b"), "tools": tool} for tool in tools]
-    for kind in (".parquet", "dataset"):
+    for kind in (".parquet", "dataset", "iterable"):
         assert [list(chat.tools) for chat in read(contained(kind, tmp_path, records))] == tools
+    streamed = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "data.parquet"), split="train", streaming=True, cache_dir=str(tmp_path)
+    )
+    assert [list(chat.tools) for chat in read(streamed)] == tools
+
+
+def test_messages_that_datasets_writes_into_a_csv_file_say_what_to_do(tmp_path):
+    datasets.Dataset.from_list([{"messages": turns("a", "b")}]).to_csv(str(tmp_path / "a.csv"))
+    with pytest.raises(ValueError, match=r"a\.csv', line 2: messages: .*to_json or to_parquet"):
+        read(tmp_path / "a.csv")
+
+
+def test_tools_that_pandas_writes_into_a_csv_file(tmp_path):
+    pd = pytest.importorskip("pandas")
+    tools = [{"name": "f", "strict": True, "default": None}]
+    pd.DataFrame([{"messages": turns("a", "b"), "tools": tools}]).to_csv(tmp_path / "a.csv", index=False)
+    assert read(tmp_path / "a.csv") == [Chat(tuple(turns("a", "b")), tuple(tools))]
 
 
 def test_plain_text_of_every_format():
