@@ -24,11 +24,13 @@ class Record:
         content: a dictionary or a string.
         where: its place, for messages, as in ``task 'chat', train='data/chat.jsonl', line 3``.
         problem: why it could not be read; `content` then means nothing.
+        header: of a file that is a document: a line to put in front.
     """
 
     content: Any
     where: str
     problem: str | None = None
+    header: str = ""
 
 
 def read_file(path: Path, where: str) -> Iterator[Record]:

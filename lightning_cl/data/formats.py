@@ -28,14 +28,20 @@ COLUMNS = frozenset({"tools", "system", "input"}.union(*_REQUIRED))
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text: each token is learnt."""
+    """Plain text: each token is learnt.
+
+    Args:
+        text: what it says.
+        header: a first line that tells where the text is from; it is learnt too, and no part of what the text says.
+    """
 
     text: str
+    header: str = ""
 
     @property
     def plain(self) -> str:
         """All of its text."""
-        return self.text
+        return self.header + self.text
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cl.data.containers import SUFFIXES, Record, read_file, read_items, read_stream, read_table
-from lightning_cl.data.formats import Document, as_document
+from lightning_cl.data.formats import Document, Text, as_document
 from lightning_cl.data.sample_texts import SAMPLES
 from lightning_cl.data.sources import (
     Location,
@@ -115,8 +115,8 @@ def _read_path(source: str | Path, location: Location, where: str, path_header: 
     if location.kind == "sample":
         yield from read_items(SAMPLES[str(source)[len("sample:") :]](), f"{where}={str(source)!r}", "document")
     elif location.kind == "documents":
-        for file, text in documents_of(location, path_header):
-            yield Record(text, f"{where}={str(file)!r}")
+        for file, header, text in documents_of(location, path_header):
+            yield Record(text, f"{where}={str(file)!r}", header=header)
     else:
         for file in location.files:
             yield from read_file(file, f"{where}={str(file)!r}")
@@ -146,6 +146,8 @@ def read_documents(
             if record.problem is not None:
                 raise ValueError(record.problem)
             document = as_document(record.content, record.where)
+            if record.header:
+                document = Text(document.plain, record.header)
         except ValueError as error:
             tally.refuse(f"{record.where}: {error}")
             continue

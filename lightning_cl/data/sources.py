@@ -204,15 +204,15 @@ def _file_digest(path: Path) -> bytes:
     return digest.digest()
 
 
-def documents_of(location: Location, path_header: bool) -> Iterator[tuple[Path, str]]:
-    """The documents of a location of kind ``documents``: path and text; binary files are left out.
+def documents_of(location: Location, path_header: bool) -> Iterator[tuple[Path, str, str]]:
+    """The documents of a location of kind ``documents``: path, header and text; binary files are left out.
 
     Args:
         location: where.
-        path_header: put ``# file: <path>``, relative to the folder or to the fixed part of the glob, as a first line.
+        path_header: the header is ``# file: <path>``, relative to the folder or to the fixed part of the glob; else
+            there is none.
     """
     for file in location.files:
         text = source_text(file)
         if text is not None:
-            header = f"# file: {file.relative_to(location.base).as_posix()}\n" if path_header else ""
-            yield file, header + text
+            yield file, f"# file: {file.relative_to(location.base).as_posix()}\n" if path_header else "", text

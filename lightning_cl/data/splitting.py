@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
-from lightning_cl.data.formats import Document, Text
+from lightning_cl.data.formats import Completion, Document, Instruction, Text
 
 AnyDocument = TypeVar("AnyDocument", bound="Document | str")
 
@@ -17,8 +19,8 @@ def split_documents(
 ) -> tuple[list[AnyDocument], list[AnyDocument]]:
     """Holds out whole documents with about `fraction` of all characters; a single text gives its end.
 
-    The choice depends on seed and texts alone. Copies of a document stay on one side: what is measured on a text that
-    is trained on is memory.
+    The choice depends on seed and texts alone. Copies of a document stay on one side, since what is measured on a text
+    that is trained on is memory: documents that say the same (:func:`said`).
 
     Args:
         documents: plain strings, or documents of any format.
@@ -30,7 +32,7 @@ def split_documents(
     """
     groups: dict[str, list[int]] = {}
     for i, document in enumerate(documents):
-        groups.setdefault(_plain(document) if isinstance(document, (str, Text)) else repr(document), []).append(i)
+        groups.setdefault(said(document), []).append(i)
     if len(groups) == 1:
         return _split_one(documents, fraction)
     copies = {i: group for group in groups.values() for i in group}
@@ -57,15 +59,40 @@ def split_documents(
     )
 
 
+def said(document: Document | str) -> str:
+    """What a document says, whatever its form: the same for all copies of it.
+
+    It is without the path in front, and without white space at the ends. Instructions, completions and conversations
+    are who said what in turn: also how many turns are only a prompt, schemas of tools and other keys of a message are
+    left out.
+    """
+    if isinstance(document, (str, Text)):
+        return (document if isinstance(document, str) else document.text).strip()
+    if isinstance(document, Completion):
+        return json.dumps([["user", document.prompt.strip()], ["assistant", document.completion.strip()]])
+    messages = (document.as_chat() if isinstance(document, Instruction) else document).messages
+    return json.dumps([_turn(message) for message in messages], sort_keys=True, default=str)
+
+
+def _turn(message: dict[str, Any]) -> list[Any]:
+    turn = [message["role"], message.get("content", "").strip()]
+    # A call's own name for itself differs from copy to copy.
+    calls = [call.get("function", call) if isinstance(call, dict) else call for call in message.get("tool_calls", [])]
+    return [*turn, calls] if calls else turn
+
+
 def _split_one(documents: Sequence[AnyDocument], fraction: float) -> tuple[list[AnyDocument], list[AnyDocument]]:
     """The front of the only text (as often as it is there), and its end."""
     document = documents[0]
     if not isinstance(document, (str, Text)):
         return list(documents), []
-    text = _plain(document)
+    text = document if isinstance(document, str) else document.text
     cut = max(1, int(len(text) * (1 - fraction)))
-    kind = type(document)
-    return [kind(text[:cut]) for _ in documents], [kind(text[cut:])]
+    return [_with_text(copy, text[:cut]) for copy in documents], [_with_text(document, text[cut:])]
+
+
+def _with_text(document: Any, text: str) -> Any:
+    return replace(document, text=text) if isinstance(document, Text) else text
 
 
 def _plain(document: Document | str) -> str:

@@ -101,7 +101,7 @@ def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, ta
         if isinstance(document, Instruction):
             document = document.as_chat() if has_template(tokenizer) else document.as_completion()
         if isinstance(document, Text):
-            texts[place] = document.text
+            texts[place] = document.plain
         elif isinstance(document, Completion):
             completions[place] = document
         else:

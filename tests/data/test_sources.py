@@ -157,7 +157,7 @@ def test_folder_is_one_document_a_file_sorted_by_path(project):
 
 def test_documents_start_with_their_path_if_asked_for(project):
     expected = [f"# file: {name}\n{text}" for name, text in SOURCES.items()]
-    found = [document.text for document in read(f"{project}/src/", path_header=True)]
+    found = [document.plain for document in read(f"{project}/src/", path_header=True)]
     assert [text for text in found if "empty.py" not in text] == expected
 
 
@@ -180,7 +180,7 @@ def test_glob_is_one_document_a_file(project, monkeypatch, pattern, names):
     fixed = "src/" if pattern.startswith("src") else ""
     expected = [f"# file: {name.removeprefix(fixed)}\n" for name in names]
     for found in (pattern, f"{project}/{pattern}"):
-        texts = [document.text for document in read(found, path_header=True)]
+        texts = [document.plain for document in read(found, path_header=True)]
         assert [text[: text.index("\n") + 1] for text in texts if "empty.py" not in text] == expected
 
 
