@@ -40,7 +40,7 @@ def read_file(path: Path, where: str) -> Iterator[Record]:
         ValueError: if the file as a whole cannot be read.
     """
     readers = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return readers[path.suffix](path, where)
+    return readers[path.suffix.lower()](path, where)
 
 
 def read_text(path: Path, where: str) -> str:

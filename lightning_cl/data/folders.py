@@ -51,7 +51,7 @@ def split_files(folder: Path) -> dict[str, str]:
         for path in sorted(place.iterdir()) if place.is_dir() else ():
             stem = _SHARD.sub("", path.stem)
             role = next((role for role, names in ROLES.items() if stem.lower() in names), None)
-            if role is None or path.suffix not in SUFFIXES or not path.is_file():
+            if role is None or path.suffix.lower() not in SUFFIXES or not path.is_file():
                 continue
             fixed = glob.escape(str(place / stem))
             source = str(path) if stem == path.stem else f"{fixed}-*{path.suffix}"
@@ -62,14 +62,20 @@ def split_files(folder: Path) -> dict[str, str]:
     return {}
 
 
-def record_files(folder: Path) -> list[Path]:
-    """The files of records that are directly in a folder."""
-    return sorted(path for path in folder.iterdir() if path.suffix in RECORD_SUFFIXES and _is_plain_file(path))
+def is_record_file(path: Path) -> bool:
+    """Whether a file's suffix, in upper or lower case, is one of those of files of records."""
+    return path.suffix.lower() in RECORD_SUFFIXES
 
 
-def document_files(folder: Path) -> Iterator[Path]:
-    """The files of source code and text in a folder and those below it, sorted by path."""
-    yield from sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
+def is_document_file(path: Path) -> bool:
+    """Whether it is a file of source code or text, by its suffix."""
+    # Minified scripts are build products that lie among the sources.
+    return path.suffix.lower() in DOCUMENT_SUFFIXES and ".min." not in path.name
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and those below it, sorted by path, without hidden files and build products."""
+    return sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
 
 
 def glob_files(pattern: str) -> tuple[Path, list[Path]]:
@@ -95,13 +101,8 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and not _in_junk([name])]
         for name in files:
             path = Path(place, name)
-            # Minified scripts are build products that lie among the sources.
-            if path.suffix.lower() in DOCUMENT_SUFFIXES and ".min." not in name and _is_plain_file(path):
+            if not name.startswith(".") and path.is_file():
                 yield path
-
-
-def _is_plain_file(path: Path) -> bool:
-    return not path.name.startswith(".") and path.is_file()
 
 
 def _in_junk(names: Iterable[str]) -> bool:

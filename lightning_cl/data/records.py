@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_cl.data.containers import SUFFIXES, Record, read_file, read_items, read_stream, read_table
 from lightning_cl.data.formats import Document, Text, as_document
+from lightning_cl.data.peek import holds_records
 from lightning_cl.data.sample_texts import SAMPLES
 from lightning_cl.data.sources import (
     Location,
@@ -35,7 +38,7 @@ def check_text_source(source: Any, task: str, role: str) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is empty or of an unknown kind.
+        ValueError: if it is empty or of an unknown kind, or if files of different kinds are mixed.
     """
     if not isinstance(source, (str, Path)):
         return
@@ -48,6 +51,7 @@ def check_text_source(source: Any, task: str, role: str) -> None:
         raise ValueError(f"{where}: no such sample; there are {[f'sample:{name}' for name in SAMPLES]}")
     if location.kind == "missing":
         raise FileNotFoundError(f"{where}: no such file (looked in {Path(source).absolute().parent})")
+    _check_beside(location, where)
     if location.kind == "nothing" and Path(source).is_dir():
         raise ValueError(
             f"{where}: nothing in this folder is data: expected train, valid and test files ending in"
@@ -57,7 +61,7 @@ def check_text_source(source: Any, task: str, role: str) -> None:
         raise ValueError(f"{where}: no file matches (looked in {location.base.absolute()})")
     for split in dict(location.splits).values():
         check_text_source(split, task, role)
-    if location.kind == "file" and location.files[0].suffix not in SUFFIXES:
+    if location.kind == "file" and location.files[0].suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{where}: expected a file ending in {', '.join(SUFFIXES)}; other text is read as it is from a folder or a"
             " glob, as in 'src/**/*.py'"
@@ -66,6 +70,32 @@ def check_text_source(source: Any, task: str, role: str) -> None:
         for file in location.files:
             if file.stat().st_size == 0:
                 raise ValueError(f"task {task!r}, {role}={str(file)!r}: the file is empty")
+
+
+def _check_beside(location: Location, where: str) -> None:
+    """Files of records that would be left out, or read as plain text, are not passed over in silence."""
+    beside = next((file for file in location.beside if holds_records(file)), None)
+    if beside is None:
+        return
+    folder, ending = location.base, beside.suffix
+    if location.kind == "splits":
+        files = ", ".join(source for _, source in location.splits)
+        rank_zero_warn(
+            f"{where}: of this folder only {files} are read; {beside} holds records too: to train on it, make it a task"
+            " of its own, or put it into the file for train"
+        )
+        return
+    if location.kind == "documents":
+        other = next(file for file in location.files if file not in location.beside)
+        raise ValueError(
+            f"{where}: files of records ({beside}) and files of text ({other}) are mixed, and they are read in"
+            f" different ways: make two tasks of them, or name one kind by a glob, as in '{folder}/**/*{ending}' or"
+            f" '{folder}/**/*{other.suffix}'"
+        )
+    raise ValueError(
+        f"{where}: there are files of records in folders below this one ({beside}), which would not be read: give a"
+        f" glob that finds all of them, as in '{folder}/**/*{ending}'"
+    )
 
 
 def read_records(source: Any, task: str, role: str, path_header: bool = False) -> Iterator[Record]:
@@ -77,7 +107,7 @@ def read_records(source: Any, task: str, role: str, path_header: bool = False) -
             ``.jsonl`` has a record on each line, ``.json`` a list of them, ``.csv`` a header row; of a folder of
             train/valid/test files the one for `role` is read. Any other folder, or a glob, is one document a file,
             sorted by path, without hidden files, binary files and build products; if all are record files, their
-            records.
+            records. Both kinds together are an error.
         task: the task's name, for messages.
         role: ``train``, ``val`` or ``test``: which split is read, and for messages.
         path_header: for one document a file: puts ``# file: <path>`` in front as a first line, the path relative to the

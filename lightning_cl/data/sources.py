@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.data.containers import RECORD_SUFFIXES, SUFFIXES
+from lightning_cl.data.containers import SUFFIXES
 from lightning_cl.data.folders import (
     DOCUMENT_SUFFIXES,
     ROLES,
-    document_files,
+    files_below,
     glob_files,
+    is_document_file,
     is_glob,
-    record_files,
+    is_record_file,
     source_text,
     split_files,
 )
@@ -39,12 +40,14 @@ class Location:
         base: what the names of `files` are relative to.
         files: in order.
         splits: sources by role, of a folder of splits.
+        beside: files that may hold records and are not read as such, since the others are of another kind.
     """
 
     kind: str
     base: Path = Path()
     files: tuple[Path, ...] = ()
     splits: tuple[tuple[str, str], ...] = ()
+    beside: tuple[Path, ...] = ()
 
 
 def locate(source: str | Path) -> Location:
@@ -62,8 +65,10 @@ def locate(source: str | Path) -> Location:
         return _folder(path)
     if is_glob(name):
         base, files = glob_files(name)
-        records = all(file.suffix in RECORD_SUFFIXES for file in files)
-        return Location(("records" if records else "documents") if files else "nothing", base, tuple(files))
+        records = tuple(file for file in files if is_record_file(file))
+        if len(records) == len(files):
+            return Location("records" if files else "nothing", base, records)
+        return Location("documents", base, tuple(files), beside=records)
     known = path.suffix.lower() in DOCUMENT_SUFFIXES.union(SUFFIXES)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not known:
         return Location("hub")
@@ -71,14 +76,26 @@ def locate(source: str | Path) -> Location:
 
 
 def _folder(path: Path) -> Location:
-    splits = split_files(path)
-    documents, records = list(document_files(path)), record_files(path)
-    own = [file for file in documents if file.stem.lower() not in _SIDE_FILES and str(file) not in splits.values()]
+    splits, files = split_files(path), files_below(path)
+    documents, records = list(filter(is_document_file, files)), list(filter(is_record_file, files))
+    of_splits = {file for source in splits.values() for file in _files_of(source)}
+    own = [file for file in documents if not _is_side_file(file) and file not in of_splits]
     if "train" in splits or (splits and not own):
-        return Location("splits", path, splits=tuple(splits.items()))
-    if own or (documents and not records):
-        return Location("documents", path, tuple(documents))
-    return Location("records" if records else "nothing", path, tuple(records))
+        beside = [file for file in records if not _is_side_file(file) and file not in of_splits]
+        return Location("splits", path, splits=tuple(splits.items()), beside=tuple(beside))
+    direct = [file for file in records if file.parent == path]
+    if own or (documents and not direct):
+        return Location("documents", path, tuple(documents), beside=tuple(records))
+    below = [file for file in records if file.parent != path]
+    return Location("records" if direct else "nothing", path, tuple(direct), beside=tuple(below))
+
+
+def _files_of(source: str) -> list[Path]:
+    return [Path(source)] if Path(source).is_file() else glob_files(source)[1]
+
+
+def _is_side_file(file: Path) -> bool:
+    return file.stem.lower() in _SIDE_FILES
 
 
 def load_hub(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 
 import datasets
 import pytest
@@ -113,6 +114,86 @@ def test_folder_of_record_files_is_read_as_records(tmp_path):
         write(tmp_path / f"{name}.jsonl", name)
     assert read(tmp_path) == [Text("a"), Text("b")]
     assert resolve_splits(tmp_path) == {"train": tmp_path, "val": None, "test": None}
+
+
+def test_suffixes_in_upper_case_are_the_same(tmp_path):
+    for name in ("a.JSONL", "b.jsonl", "c.Csv"):
+        write(tmp_path / name.lower(), name)
+        (tmp_path / name.lower()).rename(tmp_path / name)
+    expected = [Text("a.JSONL"), Text("b.jsonl"), Text("c.Csv")]
+    assert read(tmp_path) == read(f"{tmp_path}/*") == expected
+    assert read(tmp_path / "a.JSONL") == expected[:1]
+    (tmp_path / "b.jsonl").rename(tmp_path / "TRAIN.JSONL")
+    assert resolve_splits(tmp_path)["train"] == str(tmp_path / "TRAIN.JSONL")
+
+
+# ---------------------------------------------------------------------- files of two kinds
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("pattern", ["", "/*", "/**/*"])
+@pytest.mark.parametrize("below", ["", "sub/"])
+def test_text_and_records_together_are_an_error(tmp_path, suffix, pattern, below):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "notes.txt").write_text("notes")
+    write(tmp_path / f"{below}chat{suffix}", "a")
+    if below and pattern == "/*":
+        assert read(f"{tmp_path}/*") == [Text("notes")]
+        return
+    with pytest.raises(ValueError, match=r"task 't', train=") as error:
+        check_text_source(f"{tmp_path}{pattern}", "t", "train")
+    words = [f"chat{suffix}", "notes.txt", "two tasks", f"{tmp_path}/**/*{suffix}'", f"{tmp_path}/**/*.txt'"]
+    assert all(word in str(error.value) for word in words), str(error.value)
+    # What the message says does it.
+    assert read(f"{tmp_path}/**/*{suffix}") == [Text("a")]
+    assert read(f"{tmp_path}/**/*.txt") == [Text("notes")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("package.json", '{"name": "x"}'),
+        ("list.json", "[1, 2]"),
+        ("others.json", '[{"id": 1}]'),
+        ("empty.json", ""),
+        ("table.csv", "id,name\n1,2\n"),
+        ("log.jsonl", '{"time": 1}\n'),
+        ("not.parquet", "PAR"),
+    ],
+)
+def test_configurations_and_tables_among_sources_are_no_records(tmp_path, name, content):
+    (tmp_path / "a.py").write_text("a = 1")
+    (tmp_path / name).write_text(content)
+    assert read(tmp_path) == [Text("a = 1")]
+
+
+def test_broken_records_among_sources_are_not_passed_over(tmp_path):
+    (tmp_path / "a.py").write_text("a = 1")
+    (tmp_path / "chat.jsonl").write_text('{"text": "a\n')
+    with pytest.raises(ValueError, match=r"chat\.jsonl.*a\.py.*mixed"):
+        check_text_source(tmp_path, "t", "train")
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_records_in_a_folder_below_are_not_passed_over(tmp_path, direct):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub/b.jsonl", "b")
+    if direct:
+        write(tmp_path / "a.jsonl", "a")
+    with pytest.raises(ValueError, match=r"task 't', train=.*sub/b\.jsonl.*'.*/\*\*/\*\.jsonl'"):
+        check_text_source(tmp_path, "t", "train")
+    assert read(f"{tmp_path}/**/*.jsonl") == [Text("a"), Text("b")][not direct :]
+
+
+def test_records_beside_splits_are_warned_about(tmp_path):
+    write(tmp_path / "train.jsonl", "a")
+    (tmp_path / "dataset_infos.json").write_text('[{"text": "no"}]')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_text_source(tmp_path, "t", "train")
+    write(tmp_path / "more.jsonl", "b")
+    with pytest.warns(UserWarning, match=r"task 't', train=.*only .*train\.jsonl are read; .*more\.jsonl"):
+        assert read(tmp_path) == [Text("a")]
 
 
 # ---------------------------------------------------------------------- folders of source files
