@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,10 +26,7 @@ class TokenDataset(Dataset):
         ids: the tokens of all samples, int32 ``[tokens]``.
         loss_mask: which of them are learnt, bool ``[tokens]``.
         ends: where each sample ends in them, int64 ``[samples]``.
-        dropped: how many samples had no token to predict, and records no text, and were left out.
-        truncated: how many samples lost tokens to ``max_length``.
-        bad: how many malformed records were skipped.
-        reasons: what was wrong with the first few of them.
+        tally: how many samples and records were left out, dropped or cut off on the way here.
     """
 
     def __init__(self, blocks: Sequence[Sequence[int]] = ()) -> None:
@@ -111,8 +109,7 @@ class TokenDataset(Dataset):
 
     def _keep(self, ids: Tensor, loss_mask: Tensor, ends: Tensor, tally: Tally) -> None:
         self.ids, self.loss_mask, self.ends = ids, loss_mask, ends
-        self.dropped, self.truncated, self.bad = tally.dropped, tally.truncated, tally.bad
-        self.reasons = list(tally.reasons)
+        self.tally = replace(tally, reasons=list(tally.reasons))
         starts = torch.cat([ends.new_zeros(1), ends[:-1]]) if len(ends) else ends
         # Sums up to each place, with one in front: a sample's is the difference, from its second token to its end.
         sums = torch.cat([ends.new_zeros(1), loss_mask.cumsum(0)])

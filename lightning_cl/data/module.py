@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning as L
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_cl.data.left_out import left_out, warn_validated_on_training_data
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.prompts import PromptDataset, join_prompts
@@ -35,6 +36,7 @@ class _Prepared:
     val: Any
     test: Any
     held_out: bool = False  # whether `val` was split off `train`
+    texts: dict[str, Any] = field(default_factory=dict)  # what of it was text, also where nothing is left
 
 
 class TaskDataModule(L.LightningDataModule):
@@ -313,7 +315,7 @@ class TaskDataModule(L.LightningDataModule):
             return []
         tokens, loss = len(train.ids), sum(train.loss_tokens(i) for i in range(len(train)))
         masked = 1 - loss / max(tokens, 1)
-        counts = {"dropped": train.dropped, "cut off": train.truncated, "malformed": train.bad}
+        counts = {"dropped": train.tally.dropped, "cut off": train.tally.truncated, "malformed": train.tally.bad}
         lines = [
             f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss;"
             f" {', '.join(f'{count} {what}' for what, count in counts.items())}"
@@ -321,6 +323,10 @@ class TaskDataModule(L.LightningDataModule):
         padding = self.train_loader(task).padding_share()
         how = "packed" if self.packing else "in buckets of like length" if self.length_buckets else "in random batches"
         return [*lines, f"{padding:.1%} padding ({how})"] if padding is not None else lines
+
+    def left_out(self, task: Task) -> dict[str, int]:
+        """How many of a task's samples were dropped and cut off, how many records malformed, by role (``train_…``)."""
+        return left_out(self._data(task).texts)
 
     # ------------------------------------------------------------------ inside
 
@@ -337,11 +343,12 @@ class TaskDataModule(L.LightningDataModule):
         sources = split_sources(task)
         settings = TextSettings(self.max_length, self.val_fraction, self.seed, self.on_bad_record, self.path_header)
         texts = prepare_texts(task, sources, self.tokenizer, settings)
+        data = {**sources, **texts}
         held_out = "val" in texts and sources["val"] is None
         if held_out and len(texts["val"]) == 0:
-            texts["val"], held_out = None, False  # too short to split
-        data = {**sources, **texts}
-        return _Prepared(data["train"], data["val"], data["test"], held_out)
+            warn_validated_on_training_data(task.name, texts["val"], self.max_length)
+            data["val"], held_out = None, False
+        return _Prepared(data["train"], data["val"], data["test"], held_out, texts)
 
     def _data(self, task: Task) -> _Prepared:
         if self._prepared is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
@@ -62,7 +63,8 @@ class StreamLoader:
     def apart(self) -> StreamLoader:
         """Another one over the same stream, from its beginning and without packing, for extra passes."""
         own = {"rank": self.rank, "world_size": self.world_size}
-        return StreamLoader(self._samples, self.batch_size, self.collate_fn, **own)
+        # A copy: what is left out there is not counted here.
+        return StreamLoader(copy.copy(self._samples), self.batch_size, self.collate_fn, **own)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""

@@ -17,6 +17,7 @@ class Tally:
     Attributes:
         bad: malformed records that were skipped.
         dropped: records without any text, and samples without a token to predict.
+        too_long: those of the dropped ones whose first token to predict is behind ``max_length``.
         truncated: samples that lost tokens to ``max_length``.
         reasons: the messages of the first few bad records.
 
@@ -27,6 +28,7 @@ class Tally:
     on_bad_record: str = "error"
     bad: int = 0
     dropped: int = 0
+    too_long: int = 0
     truncated: int = 0
     reasons: list[str] = field(default_factory=list)
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_cl.data.formats import Document
+from lightning_cl.data.left_out import warn_left_out
 from lightning_cl.data.records import is_text_source, read_documents
 from lightning_cl.data.sources import content_key, is_stream, resolve_splits
 from lightning_cl.data.splitting import split_documents
@@ -49,11 +50,16 @@ class TokenStream:
         role: for messages.
         tokenizer: a ``transformers`` tokenizer.
         settings: how.
+
+    Attributes:
+        tally: what was left out in the pass that was begun last.
     """
 
     def __init__(self, source: Any, task: str, role: str, tokenizer: Any, settings: TextSettings) -> None:
         self._source, self._task, self._role = source, task, role
         self._tokenizer, self._settings = tokenizer, settings
+        self.tally = Tally(settings.on_bad_record)
+        self._warned = False
 
     def __str__(self) -> str:
         return f"task {self._task!r}, {self._role}"
@@ -62,13 +68,20 @@ class TokenStream:
         """One pass; the stream is told the epoch, if it shuffles by it."""
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
-        tally = Tally(self._settings.on_bad_record)
+        tally = self.tally = Tally(self._settings.on_bad_record)
         documents = read_documents(self._source, self._task, self._role, tally, self._settings.path_header)
         warned = 0
         for ids, mask in encode(documents, self._tokenizer, self._settings.max_length, tally):
             for reason in tally.reasons[warned:]:
                 rank_zero_warn(f"{self}: a malformed record is skipped: {reason}")
             warned = len(tally.reasons)
+            if not self._warned and tally.truncated + tally.dropped:
+                self._warned = True
+                what = "is cut off" if tally.truncated else "is dropped: there is nothing to learn in it"
+                rank_zero_warn(
+                    f"{self}: a sample {what} (max_length={self._settings.max_length}); a stream is read as it is"
+                    " trained on, and how many there were in all is in the report"
+                )
             yield {"input_ids": ids, "loss_mask": mask}
 
 
@@ -110,7 +123,8 @@ def prepare_texts(task: Task, sources: dict[str, Any], tokenizer: Any, settings:
         made[role] = _tokenised(task, source, role, tokenizer, settings)
     for role, data in made.items():
         if isinstance(data, TokenDataset):
-            _check(task, role, data, may_be_empty=held_out and role == "val")
+            _check(task, role, data, settings.max_length, may_be_empty=held_out and role == "val")
+    warn_left_out(task.name, made, settings.max_length)
     return made
 
 
@@ -161,9 +175,11 @@ def _key(source: Any, role: str, tokenizer: Any, settings: TextSettings) -> dict
     }
 
 
-def _check(task: Task, role: str, data: TokenDataset, may_be_empty: bool) -> None:
+def _check(task: Task, role: str, data: TokenDataset, max_length: int, may_be_empty: bool) -> None:
+    tally = data.tally
     if len(data) == 0 and not may_be_empty:
-        raise ValueError(f"task {task.name!r}, {role}: there is no token to predict in it")
-    if data.bad:
-        reasons = "".join(f"\n  {reason}" for reason in data.reasons)
-        rank_zero_warn(f"task {task.name!r}, {role}: {data.bad} malformed records were skipped:{reasons}")
+        why = f"; in {tally.too_long} samples it is behind max_length={max_length}: give more" if tally.too_long else ""
+        raise ValueError(f"task {task.name!r}, {role}: there is no token to predict in it{why}")
+    if tally.bad:
+        reasons = "".join(f"\n  {reason}" for reason in tally.reasons)
+        rank_zero_warn(f"task {task.name!r}, {role}: {tally.bad} malformed records were skipped:{reasons}")

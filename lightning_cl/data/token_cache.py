@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ def _read(path: Path, key: str) -> TokenDataset | None:
 
 
 def _write(path: Path, data: TokenDataset, key: str) -> None:
-    tally = {"dropped": data.dropped, "truncated": data.truncated, "bad": data.bad, "reasons": data.reasons}
-    metadata = {"key": key, "tally": json.dumps(tally)}
+    metadata = {"key": key, "tally": json.dumps(asdict(data.tally))}
     try:
         replace_file(path, lambda temporary: save_file(data.tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:  # a full disk is the second

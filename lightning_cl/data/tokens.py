@@ -126,6 +126,7 @@ def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, ta
         ids, mask = tokens.ids[:max_length], tokens.mask[:max_length]
         if not mask[1:].any():  # nothing predicts the first token
             tally.dropped += 1
+            tally.too_long += bool(tokens.mask[1:].any())
             continue
         tally.truncated += len(tokens.ids) > max_length
         yield torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy())

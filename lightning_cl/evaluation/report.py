@@ -23,7 +23,7 @@ def build_report(
 
     Args:
         matrix: the callback with the scores.
-        costs: of each trained task: steps, seconds, samples and tokens.
+        costs: of each trained task: steps, seconds, samples and tokens, and what of its data was left out.
         methods: the callbacks with their names.
     """
     summary = matrix.summary()
@@ -85,6 +85,7 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
     state = ", ".join(f"{name} {_bytes(size)}" for name, size in report["costs"]["state_bytes"].items() if size)
     lines.append(f"  {_seconds(total)} in all, {_seconds(report['costs']['evaluation_seconds'])} of them evaluation")
     lines.append(f"  state kept by the methods: {state or 'none'}")
+    lines += [f"  left out: {words}" for cost in report["costs"]["tasks"] if (words := _left_out(cost))]
     if folder is not None:
         lines += ["", f"  {folder / 'report.json'}, matrix.csv, matrix.png"]
     return "\n".join(lines) + "\n"
@@ -157,6 +158,18 @@ def _cost_rows(report: dict[str, Any]) -> list[list[str]]:
         times = [_seconds(cost["train_seconds"]), _seconds(cost["end_seconds"])]
         rows.append([str(cost["task"]), f"{cost['steps']:,.0f}", *times, *counts])
     return rows
+
+
+def _left_out(cost: dict[str, Any]) -> str:
+    """What of a task's data was not trained on, or measured on, in words."""
+    whats = {"dropped": "samples dropped", "cut_off": "samples cut off", "malformed": "malformed records"}
+    counts = [
+        f"{cost[f'{role}_{what}']:,.0f} {words} ({name})"
+        for role, name in (("train", "training"), ("val", "validation"), ("test", "test"))
+        for what, words in whats.items()
+        if cost.get(f"{role}_{what}")
+    ]
+    return f"{cost['task']}: {', '.join(counts)}" if counts else ""
 
 
 def _format_answers(report: dict[str, Any]) -> list[str]:

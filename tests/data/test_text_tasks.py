@@ -221,7 +221,7 @@ def test_skipping_trains_on_the_rest_counts_and_warns(tmp_path, folder, tokenize
     (message,) = (str(w.message) for w in caught if "malformed" in str(w.message))
     assert "line 4: " in message
     assert "line 7: " in message
-    assert data._prepared["mails"].train.bad == 2
+    assert data._prepared["mails"].train.tally.bad == 2
     both = documents(data, "train", tokenizer, "mails") + documents(data, "val", tokenizer, "mails")
     assert sorted(both) == sorted(sentence(i) for i in range(9) if i not in (3, 6))
     assert "2 malformed" in "\n".join(data.describe(data.current))

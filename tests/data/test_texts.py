@@ -254,7 +254,7 @@ def test_start_and_end_are_not_there_twice(tokenizer, text, more):
 
 def test_blocks_without_anything_to_predict_are_dropped_and_counted():
     data = TokenDataset([[1, 2, 3], [4], [5, 6], []])
-    assert (len(data), data.dropped) == (2, 2)
+    assert (len(data), data.tally.dropped) == (2, 2)
     assert [sample["input_ids"].tolist() for sample in data] == [[1, 2, 3], [5, 6]]
 
 

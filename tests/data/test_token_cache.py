@@ -290,7 +290,7 @@ def make_small():
 
 
 def counts(data):
-    return data.bad, data.dropped, data.truncated, data.reasons
+    return data.tally.bad, data.tally.dropped, data.tally.truncated, data.tally.reasons
 
 
 def test_counts_survive():

@@ -215,12 +215,12 @@ def test_data_set_counts_tokens_and_loss_without_the_first():
 
 def test_three_tensors_are_all_there_is():
     data = TokenDataset.from_samples(samples_of(*PAIRS), Tally(dropped=3, truncated=2, bad=1))
-    assert (data.dropped, data.truncated, data.bad) == (3, 2, 1)
+    assert (data.tally.dropped, data.tally.truncated, data.tally.bad) == (3, 2, 1)
     stored = {name: tensor.clone() for name, tensor in data.tensors.items()}
     again = TokenDataset.from_tensors(**stored)
     assert all(torch.equal(again.tensors[name], data.tensors[name]) for name in ("ids", "loss_mask", "ends"))
     assert [again.loss_tokens(i) for i in range(5)] == [data.loss_tokens(i) for i in range(5)]
-    assert (again.dropped, again.truncated, again.bad) == (0, 0, 0)
+    assert (again.tally.dropped, again.tally.truncated, again.tally.bad) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_tensors_that_do_not_fit_are_refused(change):
 def test_plain_blocks_are_all_learnt():
     data = TokenDataset([[1, 2, 3], [4], [5, 6], []])
     assert data.loss_mask.tolist() == [True] * 5
-    assert (data.dropped, data.truncated, data.bad) == (2, 0, 0)
+    assert (data.tally.dropped, data.tally.truncated, data.tally.bad) == (2, 0, 0)
     assert [data.loss_tokens(i) for i in range(2)] == [2, 1]
 
 
