@@ -102,6 +102,11 @@ class TokenDataset(Dataset):
         start, end = self._bounds(index)
         return end - start
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample; 0 without samples."""
+        return int(torch.diff(self.ends, prepend=self.ends.new_zeros(1)).max()) if len(self) else 0
+
     def loss_tokens(self, index: int) -> int:
         """Tokens of a sample that bear loss: those of the mask without the first, which nothing predicts."""
         self._bounds(index)

@@ -174,6 +174,14 @@ class TaskDataModule(L.LightningDataModule):
         """Whether the data has been read: ``tokenizer`` is then a tokenizer."""
         return self._prepared is not None
 
+    @property
+    def longest_row(self) -> int | None:
+        """Positions that a model has to have for the longest row of a batch of text; None without text."""
+        texts = [data for prepared in (self._prepared or {}).values() for data in prepared.texts.values()]
+        if any(self.packing or isinstance(data, TokenStream) for data in texts):
+            return self.max_length  # padding behind a short block is numbered, too
+        return max((data.longest for data in texts if len(data)), default=None)
+
     # ------------------------------------------------------------------ Lightning's hooks
 
     def prepare_data(self) -> None:

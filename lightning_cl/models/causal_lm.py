@@ -19,6 +19,7 @@ from lightning_cl.generation import answers, prompt_tokens
 from lightning_cl.models.frozen_base import checksum, frozen_names, load_without_base
 from lightning_cl.models.heads import SplitHead, check_isolation
 from lightning_cl.models.loading import Precision, Quantization, add_lora, check_lora, load_pretrained
+from lightning_cl.models.positions import check_positions
 from lightning_cl.models.saving import save_adapter, save_merged, save_whole
 from lightning_cl.models.schedule import WarmupDecay
 from lightning_cl.models.scratch import from_config
@@ -144,6 +145,10 @@ class CausalLM(L.LightningModule):
                     f"tokenizer: it has {len(self.tokenizer)} tokens, the model only {rows} embeddings; give the"
                     " tokenizer that belongs to the model"
                 )
+        data: Any = getattr(self._trainer, "datamodule", None)
+        needed = getattr(data, "longest_row", None)
+        if needed is not None:
+            check_positions(self.lm, needed, data.max_length)
 
     def _build(self) -> Any:
         if isinstance(self.source, dict):
