@@ -102,12 +102,12 @@ def _train(
             coordinator.position = position
         coordinator.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
         _reset_per_task(trainer, coordinator, tasks[index], index)
-        rank_zero_info(f"{str(position).capitalize()}")
+        rank_zero_info(position.title)
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
         _check_finished(coordinator, position)
         coordinator.costs[-1] |= data.left_out(tasks[index])
-        rank_zero_info(f"{str(position).capitalize()}: {coordinator.costs[-1]['steps']} steps")
+        rank_zero_info(f"{position.title}: {coordinator.costs[-1]['steps']} steps")
         _boundary(trainer, module, data, trained=index + 1)
         _save_boundary(trainer, coordinator, tasks[index], index, fresh=checkpoint_path is None and index == 0)
     if start == len(tasks) and checkpoint_path is not None:

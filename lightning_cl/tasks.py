@@ -85,3 +85,8 @@ class TaskPosition:
 
     def __str__(self) -> str:
         return f"task {self.index + 1}/{self.count} {self.name!r}"
+
+    @property
+    def title(self) -> str:
+        """The same, as the beginning of a line."""
+        return f"T{str(self)[1:]}"

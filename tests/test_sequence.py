@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from toys import Classifier, classification, trainer
 
 from lightning_cl import EWC, SI, Replay, Task, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl.callbacks import TaskProgress
+from lightning_cl.tasks import TaskPosition
 
 
 class Recorder(Callback):
@@ -325,3 +327,13 @@ def test_a_second_sequence_on_the_same_trainer_starts_anew_and_keeps_what_was_le
     assert not matrix.matrix.isnan().any()
     assert ewc.tasks_done == 3
     assert all((ewc.importance[name] >= first[name]).all() for name in first)
+
+
+def test_names_of_tasks_are_written_as_they_are(tmp_path, caplog):
+    assert TaskPosition(1, "Deutsch NEU", 3).title == "Task 2/3 'Deutsch NEU'"
+    progress = TaskProgress()
+    with caplog.at_level("INFO"):
+        used = trainer(tmp_path, [progress], max_steps=1, enable_progress_bar=True)
+        fit_tasks(used, Classifier(), {"Deutsch NEU": DataLoader(classification(0), 8)})
+    assert "Task 1/1 'Deutsch NEU': 1 steps" in caplog.text
+    assert progress.train_progress_bar.desc.startswith("Task 1/1 'Deutsch NEU' · epoch")

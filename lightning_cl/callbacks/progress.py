@@ -25,7 +25,7 @@ class TaskProgress(TQDMProgressBar):
     def on_train_epoch_start(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         super().on_train_epoch_start(trainer, pl_module)
         position = TaskCoordinator.of(trainer).position
-        self.train_progress_bar.set_description(f"{str(position).capitalize()} · epoch {trainer.current_epoch}")
+        self.train_progress_bar.set_description(f"{position.title} · epoch {trainer.current_epoch}")
 
     @override
     def init_sanity_tqdm(self) -> Tqdm:
