@@ -265,6 +265,16 @@ def test_answers_stand_side_by_side_under_their_prompt():
     assert "x): return" in text[text.index("'def f('") :]
 
 
+def test_answers_stand_in_one_column_whatever_the_names_are():
+    prompts = PromptSamples(["Once"])
+    prompts.answers = {0: ["x"], 1: ["y"], 2: ["z"]}
+    names = ["a", "język polski — strony podręcznika"]
+    report = report_of([[3.0, 3.0], [2.0, 3.0], [2.0, 1.0]], names, methods=[prompts])
+    lines = [line for line in format_report(report, None).splitlines() if " | " in line]
+    assert len({line.index(" | ") for line in lines}) == 1
+    assert len(lines) == 3
+
+
 def test_answers_are_in_the_json(tmp_path):
     prompts = PromptSamples(["Once"])
     prompts.answers = {0: ["x"], 1: ["y"]}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 18  # characters of a name; a longer one is shortened
+_UPRIGHT = 9  # characters that stand beside each other without being turned
 _COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
 
 
@@ -22,9 +25,14 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
 
     from lightning_cl.evaluation.report import row_names
 
-    tasks, rows, matrix = report["tasks"], row_names(report), report["matrix"]
-    width = max(9.0, 4.2 + 1.1 * len(tasks) + 0.8 * len(rows))
-    figure = Figure(figsize=(width, max(3.6, 1.5 + 0.55 * len(rows))), dpi=150, layout="constrained")
+    tasks, matrix = report["tasks"], report["matrix"]
+    names = short_names(tasks)
+    report = {**report, "tasks": names, "watched": [names[tasks.index(name)] for name in report["watched"]]}
+    tasks, rows = names, row_names(report)
+    turned = max(map(len, tasks)) > _UPRIGHT
+    width = max(9.0, 5.4 + 1.1 * len(tasks) + 0.8 * len(rows))
+    height = max(3.6, 1.5 + 0.55 * len(rows)) + (0.7 if turned else 0.0)
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.25))
     _heat_map(left, tasks, rows, matrix, report)
@@ -34,9 +42,34 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
         for name in ("average", "forgetting", "backward_transfer")
         if not math.isnan(report[name])
     )
-    names = [name for name in report["methods"] if name != "PromptSamples"]
-    figure.suptitle(f"{' + '.join(names) if names else 'no protection'}: {scores}", fontsize=11)
+    methods = [name for name in report["methods"] if name != "PromptSamples"]
+    figure.suptitle(f"{' + '.join(methods) if methods else 'no protection'}: {scores}", fontsize=11)
     figure.savefig(path, format="png")
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names that fit beside each other: long ones without their end, or without their middle, or else whole.
+
+    Args:
+        names: of the tasks, no two alike; so are the short ones.
+    """
+    half = (_LONGEST - 1) // 2
+    forms: list[Callable[[str], str]] = [
+        lambda name: f"{name[: _LONGEST - 1].rstrip()}…",
+        lambda name: f"{name[:half].rstrip()}…{name[-half:].lstrip()}",
+        lambda name: name,
+    ]
+    short = [[name if len(name) <= _LONGEST else form(name) for name in names] for form in forms]
+    return next(shown for shown in short if len(set(shown)) == len(names))
+
+
+def _turn(axes: Any, names: Sequence[str]) -> None:
+    """Labels of the x axis that would run into each other stand aslant."""
+    if max(map(len, names)) <= _UPRIGHT:
+        return
+    above = axes.xaxis.get_ticks_position() == "top"
+    for label in axes.get_xticklabels():
+        label.set(rotation=30, ha="left" if above else "right", rotation_mode="anchor")
 
 
 def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:
@@ -55,6 +88,7 @@ def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[fl
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_yticks(range(len(rows)), [f"after {row}" if i else row for i, row in enumerate(rows)])
     axes.xaxis.tick_top()
+    _turn(axes, tasks)
     axes.tick_params(length=0)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
@@ -68,7 +102,7 @@ def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[fl
         )
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_xlabel(f"{report['monitor']} · box: just trained · red: the task's worst, blue: its best", fontsize=9)
+    axes.set_xlabel(f"{report['monitor']} · box: just trained\nred: the task's worst, blue: its best", fontsize=9)
 
 
 def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:
@@ -83,9 +117,14 @@ def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[floa
             axes.plot(
                 learnt, values[learnt], "o", color=color, markersize=11, markerfacecolor="none", markeredgewidth=2
             )
-    axes.set_xticks(range(len(rows)), [f"after\n{row}" if i else "before\ntraining" for i, row in enumerate(rows)])
+    turned = max(map(len, tasks)) > _UPRIGHT
+    begin, after = ("before training", "after ") if turned else ("before\ntraining", "after\n")
+    axes.set_xticks(range(len(rows)), [f"{after}{row}" if i else begin for i, row in enumerate(rows)])
+    _turn(axes, tasks)
     axes.set_ylabel(f"{report['monitor']} ({'lower' if report['mode'] == 'min' else 'higher'} is better)")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=9, title="ring: just trained", title_fontsize=8)
+    # Beside the curves: inside there may be no place without one.
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes.legend(frameon=False, fontsize=9, title="ring: just trained", title_fontsize=8, **beside)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -52,7 +52,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(_plain(report), indent=2) + "\n"))
 
     def write_csv(path: Path) -> None:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["after", *report["tasks"]])
             for name, row in zip(row_names(report), report["matrix"], strict=True):
@@ -175,12 +175,13 @@ def _left_out(cost: dict[str, Any]) -> str:
 def _format_answers(report: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     names = row_names(report)
+    width = max(16, *map(len, names))
     for method in report["methods"].values():
         for index, prompt in enumerate(method.get("prompts", [])):
             lines += ["", f"  {prompt!r} …"]
             for trained, answers in sorted(method["answers"].items(), key=lambda item: int(item[0])):
                 answer = " ".join(answers[index].split()) or "(blank)"
-                lines.append(f"    {names[int(trained)]:>16} | {answer[:100]}")
+                lines.append(f"    {names[int(trained)]:>{width}} | {answer[:100]}")
     return lines
 
 
