@@ -28,6 +28,7 @@ from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_str
 from lightning_cl.cli_seeds import run_seeds, tell_folder
 from lightning_cl.data import TaskDataModule
 from lightning_cl.evaluation.tasks import evaluate_tasks
+from lightning_cl.loops import plan_limits
 from lightning_cl.sequence import fit_tasks, run_folder
 
 __all__ = ["ContinualCLI", "callbacks", "data", "main", "models"]
@@ -146,6 +147,9 @@ class ContinualCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            given = self._get(self.config_init, "trainer")
+            plan_limits(trainer, given["max_epochs"], given["max_steps"])
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
         if bars and type(bars[0]).__module__.startswith("lightning."):
             trainer.callbacks[trainer.callbacks.index(bars[0])] = TaskProgress()  # type: ignore[attr-defined]

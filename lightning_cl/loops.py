@@ -55,9 +55,9 @@ def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
     Raises:
         MisconfigurationException: if the task would never end.
     """
-    epochs, steps = limits.max_epochs, limits.max_steps
-    if not trainer.fast_dev_run and (task.max_epochs is not None or task.max_steps is not None):  # type: ignore[attr-defined]
-        epochs, steps = task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
+    epochs, steps = _limits_of_task(task, limits.max_epochs, limits.max_steps)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        epochs, steps = 1, int(trainer.fast_dev_run)  # type: ignore[attr-defined]
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if steps == -1 and (epochs is None or epochs == -1) and not timed:
         raise MisconfigurationException(
@@ -70,6 +70,37 @@ def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
     loop.max_epochs = epochs if epochs is not None else -1
     loop.epoch_loop.max_steps = steps
     return Limits(epochs, steps, limits.min_steps)
+
+
+def _limits_of_task(task: Task, max_epochs: int | None, max_steps: int) -> tuple[int | None, int]:
+    """A task that sets a limit has no other."""
+    if task.max_epochs is None and task.max_steps is None:
+        return max_epochs, max_steps
+    return task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
+
+
+def plan_limits(trainer: L.Trainer, max_epochs: int | None, max_steps: int) -> None:
+    """Gives a Trainer with ``fast_dev_run`` back the limits that it was made with: Lightning has overwritten them.
+
+    A preflight's own limits come from :func:`limit_to_task`; these are for :func:`planned_steps`.
+    """
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = max_epochs, max_steps
+
+
+def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | None:
+    """How many optimizer steps a task takes when it is no preflight; None if nobody can know.
+
+    Args:
+        trainer: with ``fast_dev_run``. Its own limits are known where :func:`plan_limits` told them.
+        task: the task.
+        batches: in an epoch; None for a stream.
+    """
+    known = (trainer.max_epochs, trainer.max_steps) != (1, int(trainer.fast_dev_run))  # type: ignore[attr-defined]
+    epochs, steps = _limits_of_task(task, *((trainer.max_epochs, trainer.max_steps) if known else (None, -1)))
+    counts = [steps] if steps > 0 else []
+    if epochs is not None and epochs > 0 and batches is not None:
+        counts.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    return min(counts, default=None)
 
 
 def count_from(trainer: L.Trainer, limits: Limits, first_step: int) -> None:

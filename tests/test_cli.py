@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,17 @@ def config_of(*arguments):
 
 def classes(config):
     return [callback["class_path"].split(".")[-1] for callback in config["trainer"]["callbacks"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [("--data.max_len", "data.max_length"), ("--trainer.max_st", "trainer.max_steps"), ("--seed", "seeds")],
+)
+def test_the_beginning_of_an_option_is_not_taken_for_it(given, right):
+    output = Output("fit", "--config", QUICKSTART, given, "3", "--print_config")
+    assert output.code == 2
+    assert f"unrecognized arguments: {given}" in output.err
+    assert f"did you mean {right}" in output.err
 
 
 # ---------------------------------------------------------------------- help
@@ -425,6 +438,33 @@ def test_test_without_test_data_says_so(small, tmp_path):
     output = Output("test", *small, *below(tmp_path))
     assert output.code == 1
     assert "lightning-cl: error: no task has test data" in output.err
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        (["--trainer.max_steps=7"], "7 steps"),
+        (["--trainer.max_steps=-1", "--trainer.max_epochs=3"], "{3 * batches} steps"),
+        (["--trainer.max_steps=100000", "--trainer.max_epochs=2"], "{2 * batches} steps"),
+        (
+            ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=4"],
+            "{quarter} steps",
+        ),
+    ],
+)
+def test_the_plan_has_the_steps_of_the_full_run(small, tmp_path, limits, steps):
+    output = Output("fit", *small, *below(tmp_path), *limits, "--trainer.fast_dev_run=true")
+    assert output.code == 0
+    assert ": 1 steps" in output.log  # what the preflight itself took
+    plans = re.findall(r"\d\. \w+: (\d+) batches an epoch, (\d+ steps)", output.log)
+    assert plans
+    for batches, found in plans:
+        values = {"{3 * batches}": 3 * int(batches), "{2 * batches}": 2 * int(batches)}
+        values["{quarter}"] = 2 * math.ceil(int(batches) / 4)
+        expected = steps
+        for name, value in values.items():
+            expected = expected.replace(name, str(value))
+        assert found == expected
 
 
 def test_fast_dev_run_prints_the_plan_and_leaves_no_model(small, tmp_path):

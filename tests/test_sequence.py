@@ -231,6 +231,21 @@ def test_fast_dev_run_goes_through_everything_and_writes_nothing(tmp_path, caplo
     assert not list(tmp_path.rglob("*"))
 
 
+def test_the_plan_has_the_steps_of_tasks_with_limits_of_their_own(tmp_path, caplog):
+    """The Trainer's own are not known here: Lightning overwrites them."""
+    own = {"a": {"max_epochs": 3}, "b": {"max_steps": 4}, "c": {"max_epochs": 9, "max_steps": 50}, "d": {}}
+    tasks = [Task(name, classification(i), **limits) for i, (name, limits) in enumerate(own.items())]
+    with caplog.at_level("INFO"):
+        used = trainer(tmp_path, [Replay(8, 0.25)], fast_dev_run=True, accumulate_grad_batches=4)
+        fit_tasks(used, Classifier(), TaskDataModule(tasks, batch_size=8))
+    (plan,) = (record.getMessage() for record in caplog.records if "Preflight" in record.getMessage())
+    # Six batches an epoch are two steps; with replay, so are eight.
+    assert "1. a: 6 batches an epoch, 6 steps, max_epochs=3" in plan
+    assert "2. b: 6 batches an epoch, 4 steps, max_steps=4" in plan
+    assert "3. c: 6 batches an epoch, 18 steps, max_epochs=9, max_steps=50" in plan
+    assert "4. d: 6 batches an epoch\n" in plan
+
+
 def test_a_task_sequence_handed_to_plain_fit_is_refused(tmp_path):
     data = TaskDataModule({"a": classification(0), "b": classification(1)})
     with pytest.raises(RuntimeError, match="fit_tasks"):

@@ -13,6 +13,7 @@ from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.checkpoint_io import resolve_checkpoint
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.loops import planned_steps
 
 
 def evaluate_tasks(
@@ -65,15 +66,19 @@ def evaluate_tasks(
 def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
     """What a full run would do, in words: the result of a preflight."""
     lines = ["Preflight: one batch of every task went through. The full run:"]
+    mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
     for index, task in enumerate(data.trained_tasks):
         loader = data.train_loader(task)
-        size = f"{len(loader)} batches an epoch" if hasattr(loader, "__len__") else "a stream of unknown length"
-        limits = [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
-        lines.append(f"  {index + 1}. {task.name}: {size}{''.join(', ' + limit for limit in limits)}")
-        lines += [f"     {line}" for line in data.describe(task)]
-        mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
+        batches = len(loader) if hasattr(loader, "__len__") else None
+        size = f"{batches} batches an epoch" if batches is not None else "a stream of unknown length"
+        notes = [f"     {line}" for line in data.describe(task)]
         if isinstance(loader, TaskLoader) and index > 0 and mixing:
             for method in mixing:
                 method.mix_into(trainer, loader)
-            lines.append(f"     with replay: {len(loader)} batches an epoch")
+            batches = len(loader)
+            notes.append(f"     with replay: {batches} batches an epoch")
+        steps = planned_steps(trainer, task, batches)
+        said = [size, *([f"{steps} steps"] if steps is not None else [])]
+        said += [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
+        lines += [f"  {index + 1}. {task.name}: {', '.join(said)}", *notes]
     return "\n".join(lines)
