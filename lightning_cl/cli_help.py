@@ -29,12 +29,6 @@ class EarlyOption(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **settings)
 
-    @override
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        parser.error(f"{self.option_strings[0]} is not to be shortened")
-
 
 def take_option(arguments: Sequence[str], example: str) -> tuple[list[str], list[str]]:
     """Takes all occurrences of an option out of a command line, ``--name value`` and ``--name=value``.
@@ -69,6 +63,10 @@ class HelpfulParser(LightningArgumentParser):
 
     arguments: Sequence[str] = ()
     """The command line that is being parsed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Else the beginning of an option is taken for it, a typo's too.
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

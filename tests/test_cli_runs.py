@@ -338,7 +338,8 @@ def test_typos_of_the_options_are_known(given, right):
 def test_a_shortened_option_is_not_silently_dropped(run):
     output = Output("fit", "--ru", run)
     assert output.code == 2
-    assert "--run is not to be shortened" in output.err
+    assert "unrecognized arguments: --ru" in output.err
+    assert "did you mean run?" in output.err
 
 
 def test_help_has_the_options():
