@@ -55,7 +55,7 @@ class TaskDataModule(L.LightningDataModule):
             ``sample:SmolLM2-135M-Instruct``, a ``transformers`` tokenizer, or :class:`~lightning_cl.data.TrainedBPE`
             for a vocabulary of our own.
         max_length: the most tokens in a sample: text is cut into blocks, and nothing of it is lost; completions and
-            conversations are cut off (the plan and the report count them).
+            conversations are cut off (a warning, the plan and the report count them).
         batch_size: samples in a batch, per device; with packing, blocks of `max_length` tokens.
         packing: join samples to full blocks, each document apart from the others. For models that keep documents apart
             by ``position_ids`` (:class:`~lightning_cl.data.collator.TokenCollator` says which; ``CausalLM`` finds out
@@ -66,8 +66,9 @@ class TaskDataModule(L.LightningDataModule):
         collate_fn: joins samples of torch data sets to a batch; default: torch's.
         val_fraction: share of a text task that is held out where the task has no `val`; whole documents, the same ones
             in every run; copies of a document stay on one side.
-        on_bad_record: ``error``: a malformed record stops the run before training, with file and line. ``skip``: it is
-            left out, counted and warned about.
+        on_bad_record: ``error``: a malformed record stops the run before training, with file and line; in a stream,
+            which is read as it is trained on, when training comes to it. ``skip``: it is left out, counted and warned
+            about.
         path_header: for folders and globs of source files, one document a file: a first line ``# file: <path>``.
         chat_template: Jinja text, or a file with it, in place of the tokenizer's own; base models often have none.
 
