@@ -44,11 +44,12 @@ def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None, on_cpu: bool 
             CPU.
     """
     device = torch.device("cpu") if on_cpu else parameter.device
-    if on_cpu or type(tensor) is type(parameter):
-        if tensor.device == device and tensor.shape == parameter.shape and not hasattr(parameter, "device_mesh"):
-            return tensor
-        if type(tensor) is type(parameter) and tensor.device == device and tensor.shape == parameter.shape:
-            return tensor
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None and on_cpu:
+        raise MisconfigurationException("state_device='cpu': not with sharded parameters; use state_device='model'")
+    is_sharded_alike = mesh is None or hasattr(tensor, "device_mesh")
+    if tensor.shape == parameter.shape and tensor.device == device and is_sharded_alike:
+        return tensor
     if tensor.shape != parameter.shape:
         if tensor.ndim != parameter.ndim or any(t > p for t, p in zip(tensor.shape, parameter.shape, strict=True)):
             raise MisconfigurationException(
@@ -59,9 +60,6 @@ def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None, on_cpu: bool 
         grown = new.to(tensor.dtype)
         grown[tuple(slice(0, size) for size in tensor.shape)] = full_cpu(tensor)
         tensor = grown
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is not None and on_cpu:
-        raise MisconfigurationException("state_device='cpu': not with sharded parameters; use state_device='model'")
     if mesh is not None and not hasattr(tensor, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 

@@ -14,6 +14,7 @@ from lightning_cl.callbacks.base import tensor_bytes, trainable_parameters
 from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.placement import fit_to, full_cpu
 from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.step_watch import StepWatch
 from lightning_cl.functional import normalize_importance, path_integral_step_
 from lightning_cl.functional.riemannian_walk import path_score_, running_fisher_, to_unit_range
 
@@ -84,7 +85,7 @@ class RWalk(QuadraticPenalty):
         self._window_start: dict[str, Tensor] = {}  # θ at the last update
         self._window_steps = 0
         self._fisher_started = False
-        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        self._watch = StepWatch()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -120,20 +121,15 @@ class RWalk(QuadraticPenalty):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
     ) -> None:
         super().observe_gradients(trainer, pl_module, optimizer, scale)
-        self._held = {
-            name: (p.grad.detach().float() / scale, p.detach().float().clone())
-            for name, p in trainable_parameters(pl_module).items()
-            if p.grad is not None and name in self._window_drop
-        }
+        self._watch.before(trainable_parameters(pl_module), self._window_drop, scale)
 
     @override
     @torch.no_grad()
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         parameters = trainable_parameters(pl_module)
-        for name, (gradient, weights) in self._held.items():
+        for name, gradient, step in self._watch.after(parameters):
             self._window_squares[name].addcmul_(gradient, gradient)
-            path_integral_step_(self._window_drop[name], gradient, parameters[name].detach().float() - weights)
-        self._held = {}
+            path_integral_step_(self._window_drop[name], gradient, step)
         self._window_steps += 1
         if self._window_steps == self.every:
             self._close_window(parameters)
@@ -155,6 +151,7 @@ class RWalk(QuadraticPenalty):
     @override
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._watch.clear()
         self._close_window(trainable_parameters(pl_module))
         for name, new in self._task_score.items():
             self.score[name] = new if name not in self.score else self.score[name].add_(new).mul_(0.5)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.base import tensor_bytes, trainable_parameters
 from lightning_cl.callbacks.placement import fit_to, full_cpu
 from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.step_watch import StepWatch
 from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_
 
 
@@ -62,7 +63,7 @@ class SI(QuadraticPenalty):
             raise ValueError(f"damping={damping!r}: expected a positive, finite number")
         self.damping, self.normalize = float(damping), normalize
         self.omega: dict[str, Tensor] = {}
-        self._held: dict[str, tuple[Tensor, Tensor]] = {}  # gradient and weights before the step under way
+        self._watch = StepWatch()
 
     @override
     @torch.no_grad()
@@ -93,31 +94,18 @@ class SI(QuadraticPenalty):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
     ) -> None:
         super().observe_gradients(trainer, pl_module, optimizer, scale)
-        for name, parameter in trainable_parameters(pl_module).items():
-            if parameter.grad is None or name not in self.omega:
-                self._held.pop(name, None)
-                continue
-            # Kept from step to step: allocating anew costs more than the copies.
-            if name not in self._held or self._held[name][0].shape != parameter.shape:
-                self._held[name] = (torch.empty_like(self.omega[name]), torch.empty_like(self.omega[name]))
-            gradient, weights = self._held[name]
-            gradient.copy_(parameter.grad)
-            if scale != 1.0:
-                gradient.div_(scale)
-            weights.copy_(parameter)
+        self._watch.before(trainable_parameters(pl_module), self.omega, scale)
 
     @override
     @torch.no_grad()
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        parameters = trainable_parameters(pl_module)
-        for name, (gradient, weights) in self._held.items():
-            step = torch.sub(parameters[name], weights, out=weights)  # θ after − θ before
+        for name, gradient, step in self._watch.after(trainable_parameters(pl_module)):
             path_integral_step_(self.omega[name], gradient, step)
 
     @override
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._held.clear()
+        self._watch.clear()
         parameters = trainable_parameters(pl_module)
         omega = {name: omega for name, omega in self.omega.items() if name in parameters}
         displacement = {name: p.detach().float() - self.anchor[name].to(p.device) for name, p in parameters.items()}
