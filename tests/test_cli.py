@@ -126,6 +126,14 @@ def test_shipped_method_adds_to_the_quickstart(path):
     base, config = config_of("--config", QUICKSTART), config_of("--config", QUICKSTART, "--config", path)
     added = {
         "ewc": ["EWC"],
+        "ewc_auto": ["EWC"],
+        "ewc_proximal": ["EWC"],
+        "kfac": ["KFACEWC"],
+        "l2sp": ["L2SP"],
+        "lwf": ["LwF"],
+        "lwf_replay": ["Replay", "LwF"],
+        "mas": ["MAS"],
+        "rwalk": ["RWalk"],
         "si": ["SI"],
         "replay": ["Replay"],
         "ewc_replay": ["EWC", "Replay"],

@@ -44,7 +44,7 @@ class LwF(ContinualCallback):
         temperature: T. 2 in the paper; 1 compares the predictions as they are.
         teacher: ``previous``: the model at the end of the task before; the first task has none. ``base``: the model
             before the first task, in all tasks.
-        on: on which samples: ``all``, ``new`` (as in the paper) or ``replayed`` ones.
+        where: on which samples: ``all``, ``new`` (as in the paper) or ``replayed`` ones.
         top_k: tell apart the teacher's k most probable tokens, and all others as one; None: all of them.
         teacher_dtype: type of the teacher; default: that of the parameters.
         teacher_device: where the teacher is and computes, as ``cpu`` or ``cuda:1``; default: where the module is.
@@ -60,7 +60,7 @@ class LwF(ContinualCallback):
         strength: float = 1.0,
         temperature: float = 2.0,
         teacher: Literal["previous", "base"] = "previous",
-        on: Literal["all", "new", "replayed"] = "all",
+        where: Literal["all", "new", "replayed"] = "all",
         top_k: int | None = None,
         teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         teacher_device: str | None = None,
@@ -72,7 +72,7 @@ class LwF(ContinualCallback):
         if self.temperature == 0:
             raise ValueError("temperature=0: expected a number above 0, as 2 in the paper")
         self.teacher_is = check_choice("teacher", teacher, ("previous", "base"))
-        self.on = check_choice("on", on, ("all", "new", "replayed"))
+        self.where = check_choice("where", where, ("all", "new", "replayed"))
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k={top_k!r}: expected a positive number of tokens, or None for all")
         if teacher_dtype is not None:
@@ -96,10 +96,10 @@ class LwF(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         refuse_sharded(trainer, "LwF: a teacher's weights cannot be put in the place of")
-        if stage == "fit" and self.on == "replayed" and not any(m.owns for m in TaskCoordinator.methods(trainer)):
+        if stage == "fit" and self.where == "replayed" and not any(m.owns for m in TaskCoordinator.methods(trainer)):
             raise MisconfigurationException(
-                "LwF(on='replayed'): nothing is replayed; add lightning_cl.Replay to Trainer(callbacks=[…]), or give"
-                " on='new'"
+                "LwF(where='replayed'): nothing is replayed; add lightning_cl.Replay to Trainer(callbacks=[…]), or give"
+                " where='new'"
             )
 
     @override
@@ -163,11 +163,11 @@ class LwF(ContinualCallback):
         """Which positions count; None: all of them."""
         shifted = self._student.shifted if self._student is not None else True
         positions = loss_positions(batch, student, shifted)
-        if self.on == "all":
+        if self.where == "all":
             return positions
         length = student.shape[1] if student.ndim > 2 else 1
         replayed = rows_mask(TaskCoordinator.of(trainer).kinds, len(student), length).to(student.device)
-        wanted = replayed if self.on == "replayed" else ~replayed
+        wanted = replayed if self.where == "replayed" else ~replayed
         if positions is None:
             return wanted[:, 0]
         # Position t predicts token t + 1, and counts with that token's sample.
@@ -215,7 +215,7 @@ class LwF(ContinualCallback):
             "strength": self.strength,
             "temperature": self.temperature,
             "teacher": self.teacher_is,
-            "on": self.on,
+            "where": self.where,
             "divergence": means,
             "sentences": [f"LwF, {name}: {value:.3g} nats {unit}, mean over training" for name, value in means.items()],
         }
