@@ -54,15 +54,15 @@ def run_search(arguments: Sequence[str]) -> int | None:
         report = report_of(folder, "--strengths", f"strength {strength:g}")
         trials.append(_trial(strength, folder, report))
         path = path or new_file(Path(trials[0]["folder"]).parent, "search")
-        best = _best(trials, report["mode"])
-        write_json(path, {"format": 1, "first": first, "monitor": report["monitor"], "trials": trials, "best": best})
+        write_json(path, {"format": 1, "first": first, "monitor": report["monitor"], "trials": trials})
+    best = _best(trials, report["mode"])
     assert path is not None
     print(_table(trials, first, best, report["monitor"], report["mode"], path), flush=True)
     print(f"\n  all tasks with strength {best:g}", flush=True)
     code, folder = _run(rest, {"method": method, "strength": best, "first": None})
     if code == 0:
         content = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, content | {"run": str(folder)})
+        write_json(path, content | {"best": best, "run": str(folder)})
     return code
 
 
@@ -120,8 +120,13 @@ def _trial(strength: float, folder: Path | None, report: dict[str, Any]) -> dict
 
 def _best(trials: Sequence[dict[str, Any]], mode: str) -> float:
     sign = 1 if mode == "max" else -1
-    known = [trial for trial in trials if trial["average"] is not None] or list(trials)
-    return max(known, key=lambda trial: sign * (trial["average"] or 0.0))["strength"]
+    known = [trial for trial in trials if trial["average"] is not None]
+    if not known:
+        raise ValueError(
+            "--strengths: no strength has an average over the first tasks (see the matrices in their reports); does"
+            " every task have validation data, and is what TaskMatrix monitors a finite number?"
+        )
+    return max(known, key=lambda trial: sign * trial["average"])["strength"]
 
 
 def _table(trials: Sequence[dict[str, Any]], first: int, best: float, monitor: str, mode: str, path: Path) -> str:
@@ -133,8 +138,8 @@ def _table(trials: Sequence[dict[str, Any]], first: int, best: float, monitor: s
         rows.append([f"{trial['strength']:g}", *(format_number(number) for number in numbers), mark])
     better = "lower" if mode == "min" else "higher"
     lines = ["", f"{monitor} after the first {first} tasks ({better} is better)", "", *format_table(rows)]
-    ends = (trials[0]["strength"], trials[-1]["strength"])
-    if best in ends and len(trials) > 2:
+    tried = [trial["strength"] for trial in trials]
+    if best in (min(tried), max(tried)) and len(trials) > 2:
         lines.append("  the best is at the end of the list: a strength beyond it may be better")
     return "\n".join([*lines, "", f"  {path}"])
 

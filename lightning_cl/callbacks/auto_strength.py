@@ -12,9 +12,9 @@ class AutoStrength:
     """Chooses ``strength = share · ‖what the task wants‖ / ‖what a penalty of strength 1 wants‖`` at a few steps.
 
     Only what the present task and the stored importance give is looked at, never the future. At a task's first step the
-    weights are at the anchor and a penalty wants nothing, so the strength is chosen after 4 steps, and again after 8,
-    16, 32 …: the weights move fast at first, and ever more slowly. Until a later task's first choice the last one
-    holds.
+    weights are at the anchor and a penalty wants nothing, so the strength is chosen after 4 steps, and again whenever
+    the steps have grown by half: 6, 9, 13 …. The weights move on between two choices, and the share grows with them (up
+    to twice while the learning rate warms up). Until a later task's first choice the last one holds.
 
     Args:
         share: the share, above 0.
@@ -47,11 +47,11 @@ class AutoStrength:
             task: the task's name.
             steps: how many steps it has taken.
         """
-        while self.next <= steps:
-            self.next *= 2
         value = self.share * wanted / pull if pull > 0 else 0.0
+        self.next = steps + 1  # after an overflow the next step is as good
         if math.isfinite(value) and value > 0:
             self.value = value
+            self.next = max(steps + 1, steps * 3 // 2)
             self.chosen.append({"task": task, "step": steps, "strength": value})
 
     def state(self) -> dict[str, Any]:

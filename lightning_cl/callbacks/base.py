@@ -168,6 +168,11 @@ def trainable_parameters(module: torch.nn.Module) -> dict[str, Tensor]:
     return {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def all_parameters(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Name to parameter, frozen ones too; names as in :func:`trainable_parameters`."""
+    return {clean_name(name): p for name, p in module.named_parameters()}
+
+
 def clean_name(name: str) -> str:
     """A parameter's name without ``_orig_mod.``."""
     return name.replace("_orig_mod.", "")

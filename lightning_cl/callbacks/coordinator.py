@@ -169,8 +169,8 @@ class TaskCoordinator(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
-        if isinstance(trainer.train_dataloader, TaskLoader) and trainer.train_dataloader.kinds:
-            self.kinds = trainer.train_dataloader.kinds.popleft()
+        kinds = trainer.train_dataloader.kinds if isinstance(trainer.train_dataloader, TaskLoader) else None
+        self.kinds = kinds.popleft() if kinds else None
         if isinstance(trainer.train_dataloader, StreamLoader):
             trainer.train_dataloader.begin()
             self._begun_with = batches_ready(trainer)

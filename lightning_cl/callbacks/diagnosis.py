@@ -38,13 +38,13 @@ def mean_by_layer(importance: Mapping[str, Tensor]) -> dict[str, dict[str, float
     """The mean importance of each kind of tensor in each layer, for the picture.
 
     Returns:
-        kind (a name with its layer's number left out, as ``self_attn.q_proj.weight``) to layer (its number, or an empty
-        text for what stands outside of the numbered layers) to mean.
+        kind (a name with ``*`` for its layer's number, as ``model.layers.*.self_attn.q_proj.weight``) to layer (its
+        number, or an empty text for what stands outside of the numbered layers) to mean.
     """
     sums: dict[str, dict[str, float]] = {}
     for name, tensor in importance.items():
-        found = re.search(r"\.(\d+)\.", f".{name}")
-        layer = found.group(1) if found else ""
-        kind = f".{name}"[found.end() :] if found else name
+        found = re.search(r"(^|\.)(\d+)\.", name)
+        layer = found.group(2) if found else ""
+        kind = f"{name[: found.start(2)]}*{name[found.end(2) :]}" if found else name
         sums.setdefault(kind, {})[layer] = float(whole(tensor.float().mean()))
     return sums

@@ -14,7 +14,7 @@ from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.fisher_losses import ESTIMATORS, Estimator, FisherLosses
 from lightning_cl.callbacks.passes import OutputsFunction
 from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
-from lightning_cl.callbacks.sample_pass import squared_batch_gradients, sum_over_samples
+from lightning_cl.callbacks.sample_pass import look_at_one, squared_batch_gradients, sum_over_samples
 from lightning_cl.callbacks.task_samples import TaskSamples, check_samples
 from lightning_cl.functional import merge_quadratics, normalize_importance
 
@@ -36,7 +36,8 @@ class EWC(QuadraticPenalty):
 
     Memory: 8 bytes per trainable parameter, for any number of tasks in both modes. Compute: one pass over parameters,
     importance and anchor per step; per task one forward and backward pass over `samples` samples, in batches
-    (:class:`~lightning_cl.functional.SampleGradients`), with one more fp32 tensor per parameter while it runs.
+    (:class:`~lightning_cl.functional.SampleGradients`), with one more fp32 tensor per parameter and the logits of a
+    whole batch while it runs (``batch_size=1`` where they are many).
 
     Args:
         strength: the factor λ. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``): 0.001 to 0.01
@@ -95,6 +96,17 @@ class EWC(QuadraticPenalty):
         refuse_several_loaders(loader, task, "EWC")
 
     @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_task_start(trainer, pl_module)
+        if self.tasks_done == 0 and (self.estimator in ("sample", "exact") or self.outputs is not None):
+            look_at_one(trainer, pl_module, self._losses(trainer, pl_module))
+
+    def _losses(self, trainer: L.Trainer, pl_module: L.LightningModule) -> FisherLosses:
+        assert self.task is not None
+        name = type(self).__name__
+        return FisherLosses(trainer, pl_module, self.estimator, self.outputs, self.task.index, name)
+
+    @override
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         fisher, estimator = self._fisher(trainer, pl_module)
@@ -126,12 +138,12 @@ class EWC(QuadraticPenalty):
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
         label = f"{type(self).__name__}: Fisher of {self.task}"
         samples = TaskSamples(trainer, count, index, label, batch_size=self.batch_size)
-        losses = FisherLosses(trainer, pl_module, self.estimator, self.outputs, index, type(self).__name__)
+        losses = self._losses(trainer, pl_module)
         measure = squared_batch_gradients if self.estimator == "batched" else sum_over_samples
-        total, positions = measure(trainer, pl_module, parameters, samples, losses)
+        total, positions, _ = measure(trainer, pl_module, parameters, samples, losses)
         for value in total.values():
             value.div_(max(positions, 1))
-        return total, "/".join(sorted(losses.used))
+        return self.without_non_finite(total), "/".join(sorted(losses.used))
 
     @override
     def report(self) -> dict[str, Any]:

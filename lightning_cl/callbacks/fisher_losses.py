@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl.callbacks.passes import LogitsReader, OutputsFunction, loss_positions, training_loss
+from lightning_cl.callbacks.passes import LogitsReader, OutputsFunction, aligned, loss_positions, training_loss
 from lightning_cl.functional.fisher import expected_label_losses_of_batch, label_loss, sampled_label_loss
 
 Estimator = Literal["auto", "sample", "empirical", "exact", "batched"]
@@ -47,6 +47,7 @@ class FisherLosses:
         self.seed, self.owner = seed, owner
         self.read_logits = LogitsReader(trainer, pl_module, outputs)
         self.used: set[str] = set()
+        self._shifted: bool | None = None
 
     def __call__(self, batch: Any, numbers: list[int]) -> tuple[Iterable[Tensor], int]:
         """Scalars, each a sum over the batch's samples, and how many positions bear loss."""
@@ -88,10 +89,14 @@ class FisherLosses:
             if mask is not None:
                 labels = batch["labels"][:, 1:] if self.read_logits.shifted else batch["labels"]
                 return [label_loss(selected, labels[mask])], len(selected)
+        if self._shifted is None:
+            with torch.no_grad():
+                self.read_logits(batch)
+            self._shifted = self.read_logits.shifted
         loss = training_loss(self.trainer, self.module, batch)
         if loss is None:
             return [], 0
-        mask = loss_positions(batch)
+        mask = loss_positions(batch, shifted=self._shifted)
         count = int(mask.sum()) if mask is not None else len(numbers)
         # A mean over tokens (over samples) times their number is the sum of the definition.
         return [loss * count], count
@@ -104,6 +109,7 @@ def select(batch: Any, logits: Tensor, shifted: bool) -> tuple[Tensor, Tensor, T
         ``[positions, classes]``; for each, which sample of the batch it belongs to; and the mask ``[samples, length]``
         they were selected by (None for outputs that are not those of tokens: there all positions count).
     """
+    logits = aligned(batch, logits, shifted)
     mask = loss_positions(batch, logits, shifted)
     if mask is not None:
         return (logits[:, :-1] if shifted else logits)[mask], mask.nonzero()[:, 0], mask

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.base import clean_name, trainable_parameters
 from lightning_cl.callbacks.ewc import EWC
-from lightning_cl.callbacks.fisher_losses import Estimator, FisherLosses
+from lightning_cl.callbacks.fisher_losses import Estimator
 from lightning_cl.callbacks.passes import OutputsFunction
 from lightning_cl.callbacks.placement import full_cpu
 from lightning_cl.callbacks.quadratic import Apply, Strength
@@ -39,8 +39,8 @@ class KFACEWC(EWC):
     The diagonal of EWC knows how far each weight may move by itself. ``A ⊗ G`` also knows which weights may move
     together without a change of the output. ``A`` and ``G`` are the second moments of a layer's inputs and of the
     gradients at its outputs (:mod:`lightning_cl.functional.kronecker`); the Fisher is scaled as EWC's, so that a
-    strength means the same. Embeddings, norms, biases, tied weights and layers wider than `largest` have EWC's
-    diagonal.
+    strength means the same. Embeddings, norms, biases, tied weights, layers wider than `largest` and
+    GPT-2's ``Conv1D`` have EWC's diagonal.
 
     Of several tasks one pair of factors is kept per layer: the nearest to ``decay · (A ⊗ G + A_new ⊗ G_new)``. With two
     tasks that is exact; beyond, an approximation. With ``apply="proximal"`` other proximal penalties act one after the
@@ -48,7 +48,7 @@ class KFACEWC(EWC):
 
     Memory: ``4 (in² + out²)`` bytes per linear layer and its anchor, 8 bytes per other parameter; ``proximal`` keeps
     the eigenvectors too. Compute per step: two products of matrices per layer, ``out · in · (in + out)``
-    multiplications, about ``(in + out) / (6 · tokens)`` of the step itself; per task as EWC, and the moments.
+    multiplications, about ``(in + out) / (3 · tokens)`` of the step itself; per task as EWC, and the moments.
 
     Args:
         strength: the factor λ, or ``auto``.
@@ -114,11 +114,12 @@ class KFACEWC(EWC):
         index, parameters = self.task.index, trainable_parameters(pl_module)
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
         samples = TaskSamples(trainer, count, index, f"KFACEWC: Fisher of {self.task}", batch_size=self.batch_size)
-        losses = FisherLosses(trainer, pl_module, self.estimator, self.outputs, index, "KFACEWC")
-        sink = FactorSums(self.largest)
-        total, positions = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
-        factors = self._moments(trainer, sink, positions)
+        losses, sink = self._losses(trainer, pl_module), FactorSums(self.largest)
+        total, positions, loose = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
+        measured = {name: p for name, p in parameters.items() if name not in loose}
+        factors = self._moments(trainer, sink, measured, positions)
         diagonal = {name: value.div_(max(positions, 1)) for name, value in total.items() if name not in factors}
+        diagonal = self.without_non_finite(diagonal)
         whole = {name: factors[name].diagonal() if name in factors else diagonal[name] for name in parameters}
         mean = None
         if self.normalize:
@@ -143,13 +144,23 @@ class KFACEWC(EWC):
         self.set_anchor(pl_module)
         self._spectra = {}
 
-    def _moments(self, trainer: L.Trainer, sink: FactorSums, positions: int) -> dict[str, Kronecker]:
+    def _moments(
+        self, trainer: L.Trainer, sink: FactorSums, parameters: Mapping[str, Tensor], positions: int
+    ) -> dict[str, Kronecker]:
         """``A`` as the mean over a layer's positions, ``G`` per position that bears loss; over all ranks."""
+        device = trainer.strategy.root_device
+        # A rank may have had no sample, or a layer none: all ranks go through the same names.
+        seen = torch.tensor([float(sink.positions.get(name, 0)) for name in parameters], device=device)
+        seen = trainer.strategy.reduce(seen, reduce_op="sum")
         moments = {}
-        for name, sums in sink.sums.items():
-            counted = torch.tensor(float(sink.positions[name]), device=sums.inputs.device)
-            inputs, outputs, seen = (trainer.strategy.reduce(t, reduce_op="sum") for t in (*sums, counted))
-            moments[name] = Kronecker(inputs / max(float(seen), 1.0), outputs / max(positions, 1))
+        for (name, weight), count in zip(parameters.items(), seen.tolist(), strict=True):
+            if count == 0:
+                continue
+            zeros = [torch.zeros(n, n, device=weight.device) for n in reversed(weight.shape)]
+            sums = [trainer.strategy.reduce(t, reduce_op="sum") for t in sink.sums.get(name, zeros)]
+            # Not finite: no factors, and a diagonal of 0.
+            if all(bool(side.isfinite().all()) for side in sums):
+                moments[name] = Kronecker(sums[0] / count, sums[1] / max(positions, 1))
         return moments
 
     # ------------------------------------------------------------------ the penalty
@@ -188,7 +199,8 @@ class KFACEWC(EWC):
                 yield name, gap, factors.times(gap)
 
     def _diagonal(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: p for name, p in parameters.items() if name not in self.factors}
+        # A layer that is used in another way in a later task can have both.
+        return {name: p for name, p in parameters.items() if name in self.importance}
 
     # ------------------------------------------------------------------ state
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import check_choice, tensor_bytes, trainable_parameters
+from lightning_cl.callbacks.placement import full_cpu
 from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
 
 
@@ -46,6 +47,11 @@ class L2SP(QuadraticPenalty):
         self.anchored_to = check_choice("anchor", anchor, ("previous", "start"))
 
     @override
+    def on_sequence_start(self) -> None:
+        if self.anchored_to == "start":
+            self.anchor, self.importance = {}, {}
+
+    @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_task_start(trainer, pl_module)
         if self.anchored_to == "start":
@@ -65,13 +71,23 @@ class L2SP(QuadraticPenalty):
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.importance = {}
+        before = {name: anchor.shape for name, anchor in self.anchor.items()}
+        kept = {name: t for name, t in self.importance.items() if not _is_one_number(t)}
+        self.importance = kept
         super().place(trainer, pl_module)
-        self.importance = {name: _ones_like(anchor) for name, anchor in self.anchor.items()}
+        for name, anchor in self.anchor.items():
+            if anchor.shape != before[name]:
+                # A head that has grown: the new rows have never been anywhere to go back to.
+                old = torch.zeros_like(anchor, dtype=torch.float32)
+                old[tuple(slice(0, size) for size in before[name])] = 1.0
+                self.importance[name] = old
+            elif name not in kept:
+                self.importance[name] = _ones_like(anchor)
 
     @override
     def continual_state(self) -> dict[str, Any]:
-        return super().continual_state() | {"importance": {}}
+        grown = {name: full_cpu(t) for name, t in self.importance.items() if not _is_one_number(t)}
+        return super().continual_state() | {"importance": grown}
 
     @override
     def state_bytes(self) -> int:
@@ -80,6 +96,10 @@ class L2SP(QuadraticPenalty):
     @override
     def report(self) -> dict[str, Any]:
         return super().report() | {"anchor": self.anchored_to}
+
+
+def _is_one_number(importance: Tensor) -> bool:
+    return not hasattr(importance, "device_mesh") and not any(importance.stride()) and importance.numel() != 1
 
 
 def _ones_like(anchor: Tensor) -> Tensor:

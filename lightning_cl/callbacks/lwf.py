@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback, check_choice, check_strength
-from lightning_cl.callbacks.checks import refuse_sharded
+from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.passes import OutputsFunction, forward_context, leaving_no_trace, loss_positions
-from lightning_cl.callbacks.student import Student
+from lightning_cl.callbacks.passes import OutputsFunction, aligned, leaving_no_trace, loss_positions
+from lightning_cl.callbacks.student import Call, Student
 from lightning_cl.callbacks.task_samples import TaskSamples
 from lightning_cl.callbacks.teacher import Teacher
 from lightning_cl.data.row_kinds import rows_mask
@@ -36,8 +36,10 @@ class LwF(ContinualCallback):
     time. Nothing of earlier data is needed; beside ``Replay`` the teacher can also answer the replayed samples alone.
 
     Memory: a copy of the trainable parameters, also in checkpoints (under LoRA that of the adapter); with
-    ``teacher_dtype`` or ``teacher_device`` a copy of all parameters. Compute per step: one forward pass of the teacher;
-    with `outputs`, one more forward and backward pass of the student.
+    ``teacher_dtype`` or ``teacher_device`` a copy of all parameters. Compute per step: one forward pass of the teacher
+    (where trained parts make the model's inputs, as a projector or a soft prompt, one ``training_step`` without
+    gradients); with `outputs`, one more forward and backward pass of the student. A head that has grown since is
+    compared in the classes that the teacher knows.
 
     Args:
         strength: the factor; 0 keeps teachers and applies nothing.
@@ -96,11 +98,35 @@ class LwF(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         refuse_sharded(trainer, "LwF: a teacher's weights cannot be put in the place of")
-        if stage == "fit" and self.where == "replayed" and not any(m.owns for m in TaskCoordinator.methods(trainer)):
+        if stage == "fit" and self.where == "replayed" and not _replays(trainer):
             raise MisconfigurationException(
                 "LwF(where='replayed'): nothing is replayed; add lightning_cl.Replay to Trainer(callbacks=[…]), or give"
                 " where='new'"
             )
+
+        if self._device is not None:
+            try:
+                torch.empty(0, device=self._device)
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+                raise MisconfigurationException(f"LwF(teacher_device={str(self._device)!r}): {reason}") from error
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        refuse_several_loaders(loader, task, "LwF")
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._student is not None:
+            self._student.release()
+            self._student = None
 
     @override
     def on_sequence_start(self) -> None:
@@ -114,16 +140,15 @@ class LwF(ContinualCallback):
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._student is not None:
-            self._student.release()
+        self._release()
         self._student = Student(trainer, pl_module, self.outputs, type(self).__name__)
-        samples = TaskSamples(trainer, 1, 0, f"{type(self).__name__}: logits")
         with leaving_no_trace(pl_module), torch.no_grad():
             # Before anything is trained, and not after a task: whether the logits can be reached at all.
-            probe = samples.probe(1)
-            if probe is not None:
-                self._student.find(probe[1])
+            batch = TaskSamples(trainer, 1, 0, f"{type(self).__name__}: logits").one()
+            if batch is not None:
+                self._student.find(batch)
         if self.teacher is not None:
+            self.teacher.complete(pl_module)
             self.teacher.place(pl_module)
             self.teacher.bind(pl_module)
         if self.is_active:
@@ -135,11 +160,12 @@ class LwF(ContinualCallback):
             return None
         assert self.teacher is not None
         assert self._student is not None
-        with forward_context(trainer):
+        self.teacher.complete(pl_module)  # what has been unfrozen inside the task
+        with trainer.precision_plugin.forward_context():
             student, call = self._student.take(batch)
-            args, kwargs = self.teacher.to_its_device((call.args, call.kwargs))
-            with self._student.unwatched(), self.teacher.in_place_of(call.part):
-                teacher = call.read(call.run(*args, **kwargs)).to(student.device)
+            teacher = self._teachers(call, pl_module, batch).to(student.device)
+            shifted = self._student.shifted
+            student, teacher = (aligned(batch, side, shifted) for side in (student, teacher))
             mask = self._mask(trainer, batch, student)
             ours, theirs = _rows(teacher, mask), _rows(student, mask)
             if len(theirs) == 0:
@@ -158,6 +184,17 @@ class LwF(ContinualCallback):
         if self.is_log_step(trainer):
             self._note(float(divergence.detach()))
         return self.strength * self.temperature**2 * divergence
+
+    def _teachers(self, call: Call, pl_module: L.LightningModule, batch: Any) -> Tensor:
+        """What the teacher computes in the place of the student."""
+        assert self.teacher is not None
+        assert self._student is not None
+        if call.has_trained_inputs:
+            with self.teacher.in_place_of(pl_module):
+                return call.read(self._student.again(self.teacher.to_its_device(batch)))
+        args, kwargs = self.teacher.to_its_device((call.args, call.kwargs))
+        with self._student.unwatched(), self.teacher.in_place_of(call.part):
+            return call.read(call.run(*args, **kwargs))
 
     def _mask(self, trainer: L.Trainer, batch: Any, student: Tensor) -> Tensor | None:
         """Which positions count; None: all of them."""
@@ -182,9 +219,7 @@ class LwF(ContinualCallback):
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._student is not None:
-            self._student.release()
-            self._student = None
+        self._release()
         if self.teacher_is == "previous":
             self.teacher = Teacher(pl_module, self._dtype, self._device)
 
@@ -219,6 +254,10 @@ class LwF(ContinualCallback):
             "divergence": means,
             "sentences": [f"LwF, {name}: {value:.3g} nats {unit}, mean over training" for name, value in means.items()],
         }
+
+
+def _replays(trainer: L.Trainer) -> bool:
+    return any(m.owns and getattr(m, "ratio", 1.0) > 0 for m in TaskCoordinator.methods(trainer))
 
 
 def _rows(side: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import trainable_parameters
@@ -16,9 +17,10 @@ from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.fisher_losses import select
 from lightning_cl.callbacks.passes import LogitsReader, OutputsFunction
 from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
-from lightning_cl.callbacks.sample_pass import sum_over_samples
+from lightning_cl.callbacks.sample_pass import LossesOf, look_at_one, sum_over_samples
 from lightning_cl.callbacks.task_samples import TaskSamples, check_samples
 from lightning_cl.functional import normalize_importance
+from lightning_cl.functional.cross_entropy import CHUNK_BYTES
 
 
 class MAS(QuadraticPenalty):
@@ -34,7 +36,8 @@ class MAS(QuadraticPenalty):
     gradient. Ω adds up over the tasks. The paper's λ is strength / 2.
 
     Memory: 8 bytes per trainable parameter. Compute: one pass over parameters, importance and anchor per step; per task
-    one forward and backward pass over `samples` samples, in batches, with one more fp32 tensor per parameter.
+    one forward and backward pass over `samples` samples, in batches, with one more fp32 tensor per parameter and the
+    logits of a whole batch while it runs (``batch_size=1`` where they are many).
 
     Args:
         strength: the factor, or ``auto``.
@@ -77,9 +80,12 @@ class MAS(QuadraticPenalty):
         refuse_several_loaders(loader, task, "MAS")
 
     @override
-    @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.task is not None
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_task_start(trainer, pl_module)
+        if self.tasks_done == 0:
+            look_at_one(trainer, pl_module, self._norms(trainer, pl_module))
+
+    def _norms(self, trainer: L.Trainer, pl_module: L.LightningModule) -> LossesOf:
         read_logits = LogitsReader(trainer, pl_module, self.outputs)
 
         def norms(batch: Any, numbers: list[int]) -> tuple[Iterable[Tensor], int]:
@@ -90,14 +96,24 @@ class MAS(QuadraticPenalty):
                     " MAS(outputs=lambda module, batch: logits)"
                 )
             selected, _, _ = select(batch, logits, read_logits.shifted)
-            return [selected.float().square().sum()], len(selected)
+            rows = max(1, CHUNK_BYTES // (4 * selected.shape[-1]))
+            parts = [checkpoint(_squares, part, use_reentrant=False) for part in selected.split(rows)]
+            return [torch.stack(parts).sum()] if parts else [], len(selected)
 
+        return norms
+
+    @override
+    @torch.no_grad()
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.task is not None
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
         samples = TaskSamples(trainer, count, self.task.index, f"MAS: {self.task}", batch_size=self.batch_size)
         parameters = trainable_parameters(pl_module)
-        new, positions = sum_over_samples(trainer, pl_module, parameters, samples, norms, Tensor.abs_)
+        norms = self._norms(trainer, pl_module)
+        new, positions, _ = sum_over_samples(trainer, pl_module, parameters, samples, norms, Tensor.abs_)
         for value in new.values():
             value.div_(max(positions, 1))
+        new = self.without_non_finite(new)
         mean = normalize_importance(new) if self.normalize else None
         self.diagnose(new, "The output does not depend on any weight that is trained.", normalized_by=mean)
         self.add_importance(new)
@@ -106,3 +122,7 @@ class MAS(QuadraticPenalty):
     @override
     def report(self) -> dict[str, Any]:
         return super().report() | {"samples": self.samples, "normalize": self.normalize}
+
+
+def _squares(logits: Tensor) -> Tensor:
+    return logits.float().square().sum()

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.utils.checkpoint as checkpointing
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -18,6 +19,23 @@ from lightning_cl.random_state import untouched_random_state
 
 OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
 """``outputs(module, batch)`` gives the logits of a batch: ``[batch, classes]`` or ``[batch, length, classes]``."""
+
+
+@contextmanager
+def non_reentrant_checkpoints() -> Iterator[None]:
+    """Gradient checkpointing of the old, reentrant kind does not know gradients of some tensors alone; the new does."""
+
+    class NonReentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    own: Any = checkpointing.CheckpointFunction
+    checkpointing.CheckpointFunction = NonReentrant  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        checkpointing.CheckpointFunction = own  # type: ignore[misc]
 
 
 @contextmanager
@@ -130,21 +148,17 @@ class LogitsReader:
         outputs: a user's function, or None.
 
     Attributes:
-        source: the submodule that the logits came from; None before the first batch, and for a user's function.
+        source: the submodule that the logits came from; None before the first batch, and for a user's function that
+            calls none.
     """
 
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: OutputsFunction | None) -> None:
         self._trainer, self._module, self._outputs = trainer, pl_module, outputs
         self.source: nn.Module | None = None
-        self._unreachable = False
+        self._unreachable = self._asked = False
 
     def __call__(self, batch: Any) -> Tensor | None:
         """Logits of a batch with their graph; None if nothing that the module calls returns any."""
-        if self._outputs is not None:
-            with forward_context(self._trainer):
-                return self._outputs(self._module, batch)
-        if self._unreachable:
-            return None
         caught: list[tuple[nn.Module, Tensor]] = []
 
         def catch(module: nn.Module, args: Any, output: Any) -> None:
@@ -152,6 +166,20 @@ class LogitsReader:
             if isinstance(logits, Tensor):
                 caught.append((module, logits))
 
+        if self._outputs is not None:
+            # Whose logits a user's function gives, if any model's: it says which labels they are to be held against.
+            first, self._asked = not self._asked, True
+            handles = [module.register_forward_hook(catch) for module in self._module.modules() if first]
+            try:
+                with forward_context(self._trainer):
+                    given = self._outputs(self._module, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.source = caught[-1][0] if caught else self.source
+            return given
+        if self._unreachable:
+            return None
         watched = list(self._module.modules()) if self.source is None else [self.source]
         handles = [module.register_forward_hook(catch) for module in watched]
         # A module whose training_step makes no logits offers them by a method of that name.
@@ -179,6 +207,19 @@ class LogitsReader:
         name = type(self.source).__name__
         unshifted = name.endswith(("ForMaskedLM", "ForTokenClassification", "ForPreTraining"))
         return not unshifted and not getattr(getattr(self.source, "config", None), "is_encoder_decoder", False)
+
+
+def aligned(batch: Any, outputs: Tensor, shifted: bool = True) -> Tensor:
+    """Outputs ``[batch, length, …]`` at the batch's own tokens: without those of virtual tokens in front of them.
+
+    Prompt and prefix tuning put some in front; the labels know nothing of them.
+    """
+    if not isinstance(batch, Mapping) or outputs.ndim != 3:
+        return outputs
+    tokens = batch.get("input_ids") if shifted else batch.get("labels")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or outputs.shape[1] <= tokens.shape[1]:
+        return outputs
+    return outputs[:, outputs.shape[1] - tokens.shape[1] :]
 
 
 def loss_positions(batch: Any, logits: Tensor | None = None, shifted: bool = True) -> Tensor | None:

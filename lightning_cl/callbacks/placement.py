@@ -49,7 +49,7 @@ def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None, on_cpu: bool 
         raise MisconfigurationException("state_device='cpu': not with sharded parameters; use state_device='model'")
     is_sharded_alike = mesh is None or hasattr(tensor, "device_mesh")
     if tensor.shape == parameter.shape and tensor.device == device and is_sharded_alike:
-        return tensor
+        return pinned(tensor) if on_cpu else tensor
     if tensor.shape != parameter.shape:
         if tensor.ndim != parameter.ndim or any(t > p for t, p in zip(tensor.shape, parameter.shape, strict=True)):
             raise MisconfigurationException(
@@ -65,7 +65,12 @@ def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None, on_cpu: bool 
 
         return distribute_tensor(tensor.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
     moved = tensor.to(device)
-    return moved.pin_memory() if on_cpu and torch.cuda.is_available() else moved
+    return pinned(moved) if on_cpu else moved
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU in pinned memory, from where copies to a GPU do not wait, if there is a GPU."""
+    return tensor.pin_memory() if torch.cuda.is_available() and not tensor.is_pinned() else tensor
 
 
 def full_cpu(tensor: Tensor) -> Tensor:

@@ -23,12 +23,13 @@ from lightning_cl.callbacks.base import (
 )
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.diagnosis import describe_importance
-from lightning_cl.callbacks.placement import Streamed, fit_to, full_cpu, whole
-from lightning_cl.functional import add_penalty_gradient_, proximal_step_
+from lightning_cl.callbacks.placement import Streamed, fit_to, full_cpu, pinned, whole
+from lightning_cl.functional import add_penalty_gradient_, proximal_step_, zero_non_finite_
 
 Apply = Literal["gradient", "proximal"]
 Strength = float | Literal["auto"]
 _NOTHING = 1e-5
+_MEASURED_STEPS = (4, 16, 64, 256)
 
 
 class QuadraticPenalty(ContinualCallback):
@@ -87,7 +88,7 @@ class QuadraticPenalty(ContinualCallback):
         self.anchor: dict[str, Tensor] = {}
         self.constant = 0.0
         self._diagnosis: list[dict[str, Any]] = []
-        self._shares: list[float] = []  # of the penalty in this task's gradients, where they were logged
+        self._largest_share: float | None = None  # of the penalty in this task's gradients, where it was measured
         self._before: dict[str, Tensor] = {}  # the weights before the step at which a strength is chosen
 
     @property
@@ -104,7 +105,7 @@ class QuadraticPenalty(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._shares = []
+        self._largest_share = None
         if self.auto is not None:
             self.auto.begin_task()
 
@@ -130,9 +131,14 @@ class QuadraticPenalty(ContinualCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
     ) -> None:
         self._before = {}
-        if self.auto is None or not self.is_active or not self.auto.is_due(self._steps(trainer)):
+        if not self.is_active:
             return
         parameters = self._parameters(pl_module)
+        # At a few steps in any case: a task may be shorter than the logging interval.
+        if self.is_log_step(trainer) or self._steps(trainer) in _MEASURED_STEPS:
+            self._measure(parameters, scale, self.is_log_step(trainer))
+        if self.auto is None or not self.auto.is_due(self._steps(trainer)):
+            return
         if self.apply == "proximal":
             self._before = {name: p.detach().clone() for name, p in parameters.items()}
             return
@@ -146,11 +152,8 @@ class QuadraticPenalty(ContinualCallback):
     ) -> None:
         if not self.is_active:
             return
-        parameters = self._parameters(pl_module)
-        if self.is_log_step(trainer):
-            self._log(parameters, scale)
         if self.apply == "gradient" and self.factor > 0:
-            self.add_gradients(parameters, self.factor, scale)
+            self.add_gradients(self._parameters(pl_module), self.factor, scale)
 
     @override
     @torch.no_grad()
@@ -206,6 +209,16 @@ class QuadraticPenalty(ContinualCallback):
 
     # ------------------------------------------------------------------ for subclasses
 
+    def without_non_finite(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with 0 where a value is not finite; warns of it. To be called before anything else is made of it."""
+        count = zero_non_finite_(new)
+        if count:
+            rank_zero_warn(
+                f"{type(self).__name__}: after {self.task} the importance of {count} weights is not finite (a sample"
+                " whose loss, or its gradient, is NaN or infinite); they are left unprotected"
+            )
+        return new
+
     def diagnose(self, new: dict[str, Tensor], note: str, **more: Any) -> None:
         """Keeps this task's importance in numbers, and warns of one that can do nothing."""
         diagnosis = describe_importance(new) | more
@@ -240,7 +253,7 @@ class QuadraticPenalty(ContinualCallback):
         return self.factor * (0.5 * value + self.constant)
 
     def _kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to("cpu" if self.state_device == "cpu" else tensor.device, dtype)
+        return pinned(tensor.to("cpu", dtype)) if self.state_device == "cpu" else tensor.to(dtype)
 
     def _parameters(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         return {name: p for name, p in trainable_parameters(pl_module).items() if name in self.anchor}
@@ -271,24 +284,27 @@ class QuadraticPenalty(ContinualCallback):
         self.log_scalar("strength", self.auto.value)
 
     @torch.no_grad()
-    def _log(self, parameters: dict[str, Tensor], scale: float) -> None:
+    def _measure(self, parameters: dict[str, Tensor], scale: float, log: bool) -> None:
+        """The penalty, and its share of the task's gradient, which nobody has edited yet."""
         value, pull = 0.0, 0.0
         for _, gap, force in self.forces(parameters):
             value += float(whole((gap * force).sum()))
             pull += float(whole(force.square().sum()))
-        self.log_scalar("penalty", self.factor * (0.5 * value + self.constant))
+        if log:
+            self.log_scalar("penalty", self.factor * (0.5 * value + self.constant))
         gradient = _norm(p.grad for p in parameters.values() if p.grad is not None)
         if gradient > 0:
             share = self.factor * pull**0.5 * scale / gradient
-            self._shares.append(share)
-            self.log_scalar("penalty_to_gradient_norm", share)
+            self._largest_share = max(share, self._largest_share or 0.0)
+            if log:
+                self.log_scalar("penalty_to_gradient_norm", share)
 
     @torch.no_grad()
     def _describe_hold(self, pl_module: L.LightningModule) -> dict[str, Any]:
         """How the penalty held during the task that ends; warns where it did nothing."""
         if not self.is_active:
             return {}
-        largest = max(self._shares, default=None)
+        largest = self._largest_share
         if self.apply == "gradient" and largest is not None and largest < _NOTHING and self.factor > 0:
             found = f"{type(self).__name__}: in {self.task} the penalty's gradient was"
             rank_zero_warn(
@@ -308,7 +324,7 @@ class QuadraticPenalty(ContinualCallback):
             "anchor": {name: full_cpu(t) for name, t in self.anchor.items()},
             "constant": self.constant,
             "diagnosis": list(self._diagnosis),
-            "shares": list(self._shares),
+            "largest_share": self._largest_share,
             "auto": self.auto.state() if self.auto is not None else None,
         }
 
@@ -318,8 +334,8 @@ class QuadraticPenalty(ContinualCallback):
         self.anchor = dict(state["anchor"])
         self.constant = state["constant"]
         self._diagnosis = list(state["diagnosis"])
-        self._shares = list(state.get("shares", []))
-        if self.auto is not None and state.get("auto") is not None:
+        self._largest_share = state["largest_share"]
+        if self.auto is not None and state["auto"] is not None:
             self.auto.load(state["auto"])
 
     @override

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.base import tensor_bytes, trainable_parameters
+from lightning_cl.callbacks.base import all_parameters, tensor_bytes, trainable_parameters
 from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.placement import fit_to, full_cpu
 from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
@@ -109,7 +109,7 @@ class RWalk(QuadraticPenalty):
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().place(trainer, pl_module)
-        parameters = trainable_parameters(pl_module)
+        parameters = all_parameters(pl_module)
         for name in _SUMS:
             kept: dict[str, Tensor] = getattr(self, name)
             placed = {n: fit_to(t, parameters[n], None) if n in parameters else t for n, t in kept.items()}
@@ -132,7 +132,7 @@ class RWalk(QuadraticPenalty):
             path_integral_step_(self._window_drop[name], gradient, step)
         self._window_steps += 1
         if self._window_steps == self.every:
-            self._close_window(parameters)
+            self._close_window(all_parameters(pl_module))
 
     def _close_window(self, parameters: dict[str, Tensor]) -> None:
         if self._window_steps == 0:
@@ -152,7 +152,7 @@ class RWalk(QuadraticPenalty):
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._watch.clear()
-        self._close_window(trainable_parameters(pl_module))
+        self._close_window(all_parameters(pl_module))
         for name, new in self._task_score.items():
             self.score[name] = new if name not in self.score else self.score[name].add_(new).mul_(0.5)
         fisher, score = to_unit_range(self.fisher), to_unit_range(self.score)
@@ -160,7 +160,7 @@ class RWalk(QuadraticPenalty):
         mean = normalize_importance(importance) if self.normalize else None
         self.diagnose(importance, "No step lowered the loss: was anything trained?", normalized_by=mean)
         self.importance.update({name: self._kept(value, self.state_dtype) for name, value in importance.items()})
-        self.set_anchor(pl_module)
+        self.set_anchor(pl_module, importance)
         self._task_score, self._window_squares, self._window_drop, self._window_start = {}, {}, {}, {}
 
     @override

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_cl.callbacks.passes import leaving_no_trace
-from lightning_cl.callbacks.task_samples import TaskSamples
+from lightning_cl.callbacks.passes import leaving_no_trace, non_reentrant_checkpoints
+from lightning_cl.callbacks.task_samples import TaskSamples, rows_of
 from lightning_cl.functional.layer_rules import Transform
 from lightning_cl.functional.sample_gradients import SampleGradients, UseSink, add_one_by_one_, only_trainable
 
@@ -19,6 +19,15 @@ LossesOf = Callable[[Any, list[int]], tuple[Iterable[Tensor], int]]
 """``losses_of(batch, numbers)``: scalars, each a sum over the batch's samples, and how many positions bear loss."""
 
 _PROBE = 3
+
+
+class SampleSums(NamedTuple):
+    """What a pass over a task's samples adds up to, over all ranks."""
+
+    total: dict[str, Tensor]
+    positions: int
+    loose: frozenset[str]
+    """Parameters that were measured one sample at a time."""
 
 
 def sum_over_samples(
@@ -29,7 +38,7 @@ def sum_over_samples(
     losses_of: LossesOf,
     transform: Transform = Tensor.square_,
     sink: UseSink | None = None,
-) -> tuple[dict[str, Tensor], int]:
+) -> SampleSums:
     """``Σ_x transform(∂L_x/∂θ)`` over a task's samples and all ranks, and the number of positions that bear loss.
 
     A batch at a time by :class:`~lightning_cl.functional.sample_gradients.SampleGradients`, after three samples have
@@ -46,16 +55,24 @@ def sum_over_samples(
         sink: see :class:`~lightning_cl.functional.sample_gradients.SampleGradients`.
     """
     positions = 0
-    with leaving_no_trace(pl_module), torch.enable_grad():
+    with leaving_no_trace(pl_module), non_reentrant_checkpoints(), torch.enable_grad():
         engine = SampleGradients(pl_module, parameters, transform)
         probe = samples.probe(_PROBE)
         if probe is not None:
             numbers, batch, singles = probe
-            engine.check(
-                len(numbers),
-                lambda: losses_of(batch, numbers)[0],
-                [_bound(losses_of, single, [number]) for number, single in zip(numbers, singles, strict=True)],
-            )
+            rows = [rows_of(batch, slice(row, row + 1)) for row in range(len(numbers))]
+            # Data that is augmented at random is another one at each look: then the batch's own rows decide.
+            for alone in (singles, rows):
+                engine.loose.intersection_update(engine.never)
+                bound = [_bound(losses_of, one, [number]) for number, one in zip(numbers, alone, strict=True)]
+                try:
+                    engine.check(len(numbers), lambda: losses_of(batch, numbers)[0], bound)
+                except (RuntimeError, ValueError, TypeError, IndexError):
+                    if alone is singles:
+                        raise
+                    engine.loose.update(parameters)  # a batch that has no rows to be looked at alone
+                if not engine.loose:
+                    break
         engine.sink = sink
         engine.loose = _of_all_ranks(trainer, engine.loose, list(parameters))
         if len(engine.loose) < len(parameters):
@@ -83,7 +100,16 @@ def sum_over_samples(
                     add_one_by_one_(engine.total, terms, loose, transform)
             if len(loose) == len(parameters):
                 positions = counted
-    return _over_ranks(trainer, engine.total, positions)
+    total, everywhere = _over_ranks(trainer, engine.total, positions)
+    return SampleSums(total, everywhere, frozenset(engine.loose))
+
+
+def look_at_one(trainer: L.Trainer, pl_module: L.LightningModule, losses_of: LossesOf) -> None:
+    """Computes the loss of one sample: what cannot work is to be found before a task is trained, and not behind it."""
+    with leaving_no_trace(pl_module), torch.no_grad():
+        batch = TaskSamples(trainer, 1, 0, "").one()
+        if batch is not None:
+            losses_of(batch, [0])
 
 
 def squared_batch_gradients(
@@ -92,7 +118,7 @@ def squared_batch_gradients(
     parameters: Mapping[str, Tensor],
     samples: TaskSamples,
     losses_of: LossesOf,
-) -> tuple[dict[str, Tensor], int]:
+) -> SampleSums:
     """``Σ_m (∂ Σ_{x in batch m} L_x / ∂θ)²``: what is not the Fisher, and often taken for it.
 
     Args:
@@ -104,12 +130,12 @@ def squared_batch_gradients(
     """
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     positions = 0
-    with leaving_no_trace(pl_module), torch.enable_grad():
+    with leaving_no_trace(pl_module), non_reentrant_checkpoints(), torch.enable_grad():
         for numbers, batch in samples.batches(like_length=False):
             terms, count = losses_of(batch, numbers)
             positions += count
             add_one_by_one_(total, terms, parameters, Tensor.square_)
-    return _over_ranks(trainer, total, positions)
+    return SampleSums(*_over_ranks(trainer, total, positions), frozenset())
 
 
 def _over_ranks(trainer: L.Trainer, total: Mapping[str, Tensor], positions: int) -> tuple[dict[str, Tensor], int]:

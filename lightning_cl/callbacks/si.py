@@ -81,7 +81,10 @@ class SI(QuadraticPenalty):
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().place(trainer, pl_module)
         parameters = trainable_parameters(pl_module)
-        self.omega = {name: fit_to(omega, parameters[name], None) for name, omega in self.omega.items()}
+        self.omega = {
+            name: fit_to(omega, parameters[name], None) if name in parameters else omega
+            for name, omega in self.omega.items()
+        }
 
     @property
     @override
@@ -108,7 +111,9 @@ class SI(QuadraticPenalty):
         self._watch.clear()
         parameters = trainable_parameters(pl_module)
         omega = {name: omega for name, omega in self.omega.items() if name in parameters}
-        displacement = {name: p.detach().float() - self.anchor[name].to(p.device) for name, p in parameters.items()}
+        displacement = {
+            name: parameters[name].detach().float() - self.anchor[name].to(parameters[name].device) for name in omega
+        }
         new = path_importance(omega, displacement, self.damping)
         mean = normalize_importance(new) if self.normalize else None
         self.diagnose(new, "No step lowered the loss: was anything trained?", normalized_by=mean)

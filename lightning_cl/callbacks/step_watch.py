@@ -26,6 +26,8 @@ class StepWatch:
             names: the parameters that are followed.
             scale: the factor that the gradients carry, divided out.
         """
+        for name in self._held.keys() - parameters.keys():
+            del self._held[name]  # frozen since
         for name, parameter in parameters.items():
             if parameter.grad is None or name not in names:
                 self._held.pop(name, None)

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from lightning_cl.callbacks.passes import LogitsReader, OutputsFunction, training_loss
+from lightning_cl.callbacks.passes import LogitsReader, OutputsFunction, leaving_no_trace, training_loss
 
 Head = Callable[[Tensor], Tensor]
 
@@ -28,6 +30,13 @@ class Call(NamedTuple):
     head: nn.Module | None = None
     bend: Callable[[Tensor], Tensor] | None = None
     classes: int | None = None
+
+    @property
+    def has_trained_inputs(self) -> bool:
+        """Whether something that is trained made the inputs: a projector, a soft prompt."""
+        found: list[Tensor] = []
+        apply_to_collection((self.args, self.kwargs), Tensor, found.append)
+        return any(tensor.requires_grad for tensor in found)
 
     def head_with(self, tensors: Mapping[str, Tensor]) -> Head:
         """The head with other tensors in the place of its own: hidden states to logits; the identity without a head."""
@@ -77,7 +86,8 @@ class Student:
         """
         reader = LogitsReader(self._trainer, self._module, self._outputs)
         if self._outputs is not None:
-            self._outputs(self._module, batch)
+            reader(batch)
+            self.shifted = reader.shifted
             return
         if self._find_decoder(batch):
             return
@@ -92,19 +102,19 @@ class Student:
     def _find_decoder(self, batch: Any) -> bool:
         from lightning_cl.models.heads import SplitHead  # transformers is wherever such a model is
 
+        calls: list[Any] = []
         for part in self._module.modules():
             if part is self._module or not (hasattr(part, "get_decoder") and hasattr(part, "get_output_embeddings")):
                 continue
             split = SplitHead(part, quiet=True)
             if split.exact:
                 self._part, self._split = split.decoder, split
-                self.watch()
+                handle = split.decoder.register_forward_hook(lambda *call: calls.append(None))
                 try:
                     training_loss(self._trainer, self._module, batch)
                 finally:
-                    self.release()
-                called, self._last = self._last is not None, None
-                if called:
+                    handle.remove()
+                if calls:
                     return True
             break  # its own parts are no models by themselves
         self._part = self._split = None
@@ -116,7 +126,7 @@ class Student:
             return
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._paused:
+            if not self._paused and torch.is_grad_enabled():  # not what a validation computes
                 self._last = (args, kwargs, output)
 
         self._handle = self._part.register_forward_hook(keep, with_kwargs=True)
@@ -139,7 +149,12 @@ class Student:
         if self._outputs is not None:
             function = self._outputs
             call = Call(self._module, lambda item: function(self._module, item), (batch,), {}, lambda logits: logits)
-            return function(self._module, batch), call
+            # Running statistics have seen this batch in `training_step`.
+            kept = {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
+            logits = function(self._module, batch)
+            for name, buffer in self._module.named_buffers():
+                buffer.data.copy_(kept[name])
+            return logits, call
         if self._last is None or self._part is None:
             raise MisconfigurationException(
                 f"{self._owner}: {type(self._module).__name__}.training_step did not call {type(self._part).__name__},"
@@ -161,8 +176,21 @@ class Student:
             call = Call(self._part, self._part, args, kwargs, _logits_of)
         return call.read(output), call
 
+    def again(self, batch: Any) -> Any:
+        """What the part returns in one more ``training_step``, for inputs that trained parts in front of it make."""
+        outputs: list[Any] = []
+        assert self._part is not None
+        handle = self._part.register_forward_hook(lambda part, args, output: outputs.append(output))
+        try:
+            with self.unwatched(), leaving_no_trace(self._module):
+                training_loss(self._trainer, self._module, batch)
+        finally:
+            handle.remove()
+        return outputs[-1]
+
     def release(self) -> None:
         """Stops watching."""
+        self._last = None
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

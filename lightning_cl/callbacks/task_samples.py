@@ -47,12 +47,13 @@ class TaskSamples:
         self.batch_size = batch_size
         self.is_stream = not (isinstance(self.loader, TaskLoader) or why_not_plannable(self.loader) is None)
         self._chosen: list[tuple[int, int]] = []
+        self._first: list[tuple[int, int]] = []
         if not self.is_stream:
             indices = task_indices(self.loader)
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
-            self._chosen = [(number, indices[place]) for number, place in enumerate(order[:count])][
-                trainer.global_rank :: trainer.world_size
-            ]
+            everywhere = [(number, indices[place]) for number, place in enumerate(order[:count])]
+            self._first = everywhere[:1]
+            self._chosen = everywhere[trainer.global_rank :: trainer.world_size]
 
     def singles(self) -> Iterator[tuple[int, Any]]:
         """Each sample's number, and the sample as a batch of one."""
@@ -79,6 +80,13 @@ class TaskSamples:
         groups = list(self._groups(like_length))
         for group in progress(self.trainer, groups, self.label, len(groups)):
             yield [number for number, _ in group], self._batch([index for _, index in group])
+
+    def one(self) -> Any:
+        """A batch of one sample, on every rank, whatever its share; None where there is none."""
+        if self.is_stream:
+            first = next(self._stream(1, 1), None)
+            return None if first is None else to_device(self.trainer, first[1])
+        return self._batch([self._first[0][1]]) if self._first else None
 
     def probe(self, count: int) -> tuple[list[int], Any, list[Any]] | None:
         """A few samples of different lengths, as a batch and one by one; None where there are none.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -38,6 +39,7 @@ class Teacher:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.copies: dict[str, Tensor] = {}
+        self._by_place: dict[tuple[nn.Module, str], Tensor] = {}
         if module is not None:
             self.copies = {name: full_cpu(tensor) for name, tensor in self._to_copy(module).items()}
 
@@ -59,14 +61,19 @@ class Teacher:
             MisconfigurationException: if the module has lost a tensor, or it has another shape.
         """
         present = {clean_name(n): t for n, t in [*module.named_parameters(), *module.named_buffers()]}
+        # What no checkpoint holds is computed, not learnt, and stays in its own type: rounded rotary frequencies would
+        # be wrong by radians some hundred tokens on.
+        saved = {clean_name(name) for name in module.state_dict()}
         for name, copy in self.copies.items():
-            if name not in present or present[name].shape != copy.shape:
+            now_is = present[name].shape if name in present else ()
+            if len(now_is) != copy.ndim or any(old > new for old, new in zip(copy.shape, now_is, strict=True)):
                 now = f"has {list(present[name].shape)} now" if name in present else "is gone"
                 raise MisconfigurationException(
                     f"{name!r} had the shape {list(copy.shape)} and {now}: the teacher cannot be put together again"
                 )
             device = self.device or present[name].device
-            dtype = self.dtype if self.dtype is not None and copy.is_floating_point() else copy.dtype
+            cast = self.dtype is not None and copy.is_floating_point() and name in saved
+            dtype = self.dtype if cast else copy.dtype
             self.copies[name] = copy.to(device, dtype)
 
     @contextmanager
@@ -87,20 +94,40 @@ class Teacher:
                 part.training = training
 
     def bind(self, module: nn.Module) -> None:
-        """Remembers which copy belongs to which tensor of the whole module; call it after :meth:`place`."""
-        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        by_name = {clean_name(name): tensor for name, tensor in tensors}
-        self._by_id = {id(by_name[name]): copy for name, copy in self.copies.items()}
+        """Remembers which copy belongs to which place in the module; call it after :meth:`place`."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        copy_of = {id(tensor): self.copies[clean_name(n)] for n, tensor in tensors if clean_name(n) in self.copies}
+        # By place and not by tensor: a module may put another buffer in the place of one. Tied weights have several.
+        self._by_place = {
+            (part, name): copy_of[id(tensor)]
+            for part in module.modules()
+            for name, tensor in [*part._parameters.items(), *part._buffers.items()]
+            if id(tensor) in copy_of
+        }
+
+    def complete(self, module: nn.Module) -> None:
+        """Copies what has become trainable since: until now it was frozen, and so it is as it was."""
+        missing = {n: p for n, p in module.named_parameters() if p.requires_grad and clean_name(n) not in self.copies}
+        if missing:
+            self.copies.update({clean_name(name): full_cpu(p) for name, p in missing.items()})
+            self.place(module)
+            self.bind(module)
 
     def tensors_of(self, part: nn.Module) -> dict[str, Tensor]:
         """A part's own names to the copies that stand for its tensors, tied ones under each of their names."""
-        tensors = [*part.named_parameters(remove_duplicate=False), *part.named_buffers(remove_duplicate=False)]
-        return {name: self._by_id[id(tensor)] for name, tensor in tensors if id(tensor) in self._by_id}
+        return {
+            f"{prefix}.{name}" if prefix else name: self._by_place[inner, name]
+            for prefix, inner in part.named_modules(remove_duplicate=False)
+            for name in [*inner._parameters, *inner._buffers]
+            if (inner, name) in self._by_place
+        }
 
     def to_its_device(self, data: Any) -> Any:
         """A batch or arguments where the teacher computes, in its type."""
         if self.device is not None:
             data = move_data_to_device(data, self.device)
+        if self.dtype is not None:
+            data = apply_to_collection(data, Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
         return data
 
     def state(self) -> dict[str, Tensor]:

@@ -191,7 +191,8 @@ class TaskLoader:
             self._position += 1
             self._count(rows)
             mixed = self._samples.mix is not None
-            self.kinds.append(kinds_of(rows, len(self.dataset), self._samples.lengths) if mixed else None)
+            if batch is not None:  # Lightning passes such a batch over
+                self.kinds.append(kinds_of(rows, len(self.dataset), self._samples.lengths) if mixed else None)
             yield batch
 
     def state_dict(self, in_flight: int = 0) -> dict[str, Any]:

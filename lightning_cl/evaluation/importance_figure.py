@@ -60,7 +60,9 @@ def _table(by_kind: dict[str, dict[str, float]]) -> tuple[list[str], list[str], 
 
 def _panel(figure: Any, axes: Any, title: str, kinds: list[str], layers: list[str], values: list[list[float]]) -> None:
     image = axes.imshow(values, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(kinds)), [_short(kind) for kind in kinds], fontsize=8)
+    short = [_short(kind) for kind in kinds]
+    names = [name if short.count(name) == 1 else kind for name, kind in zip(short, kinds, strict=True)]
+    axes.set_yticks(range(len(kinds)), names, fontsize=8)
     axes.set_xticks(range(len(layers)), [layer or "outside" for layer in layers], fontsize=8)
     axes.set_xlabel("layer", fontsize=8)
     axes.set_title(title, fontsize=10)
@@ -75,4 +77,5 @@ def _panel(figure: Any, axes: Any, title: str, kinds: list[str], layers: list[st
 def _short(kind: str) -> str:
     """The last parts of a name, without what every name ends with."""
     parts = [part for part in kind.split(".") if part not in ("weight", "default", "base_layer")]
-    return ".".join(parts[-3:]) if parts else kind
+    inside = parts[parts.index("*") + 1 :] if "*" in parts else parts
+    return ".".join((inside or parts)[-3:]) or kind

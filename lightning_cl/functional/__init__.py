@@ -18,6 +18,7 @@ from lightning_cl.functional.penalty import (
     normalize_importance,
     proximal_step_,
     quadratic_penalty,
+    zero_non_finite_,
 )
 from lightning_cl.functional.retention import (
     average_score,
@@ -45,4 +46,5 @@ __all__ = [
     "quadratic_penalty",
     "sampled_label_loss",
     "squared_gradients",
+    "zero_non_finite_",
 ]

@@ -89,7 +89,8 @@ def head_kl_divergence(
     def chunk(ours: Tensor, theirs: Tensor) -> Tensor:
         with torch.no_grad():
             p = teacher_head(ours).float() / temperature
-        return _sum(p, student_head(theirs).float() / temperature, top_k)
+        # A teacher with fewer classes (a head that has grown since) is asked about those that it knows.
+        return _sum(p, student_head(theirs)[..., : p.shape[-1]].float() / temperature, top_k)
 
     # `split` and not slices: the gradients of slices would each be as large as all logits.
     total = student.new_zeros((), dtype=torch.float32)

@@ -91,14 +91,15 @@ class RowsUse(Use):
     """The rows of an embedding.
 
     Args:
-        ids: ``[samples, positions]``.
-        gradients: ``[samples, positions, width]``.
+        ids: ``[samples, …]``.
+        gradients: ``[samples, …, width]``.
         padding: the id whose row has no gradient.
     """
 
     def __init__(self, ids: Tensor, gradients: Tensor, padding: int | None) -> None:
         self.samples = len(ids)
-        self.ids, self.gradients = ids, gradients.float()
+        ids = ids.reshape(len(ids), -1)
+        self.ids, self.gradients = ids, gradients.float().reshape(*ids.shape, gradients.shape[-1])
         if padding is not None:
             self.gradients = self.gradients.masked_fill((ids == padding)[..., None], 0.0)
 

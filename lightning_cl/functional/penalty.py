@@ -56,12 +56,12 @@ def add_penalty_gradient_(
         parameter = parameters[name]
         if parameter.grad is None:
             continue
-        difference = parameter.detach() - reference
-        if parameter.grad.dtype == difference.dtype == importance[name].dtype:
-            parameter.grad.addcmul_(importance[name], difference, value=scale * strength)
+        difference = parameter.detach().float() - reference  # in 16 bits the products below would underflow
+        weight = importance[name]
+        if parameter.grad.dtype == difference.dtype == weight.dtype:
+            parameter.grad.addcmul_(weight, difference, value=scale * strength)
         else:
-            difference.mul_(importance[name]).mul_(scale * strength)
-            parameter.grad.add_(difference.to(parameter.grad.dtype))
+            parameter.grad.add_(difference.mul_(weight).mul_(scale * strength).to(parameter.grad.dtype))
 
 
 @torch.no_grad()
@@ -144,6 +144,23 @@ def merge_quadratics(
     for name in importance.keys() - new_anchor.keys():
         merged_importance[name], merged_anchor[name] = importance[name].clone(), anchor[name].clone()
     return merged_importance, merged_anchor, constant
+
+
+@torch.no_grad()
+def zero_non_finite_(importance: Mapping[str, Tensor]) -> int:
+    """Sets what is NaN or infinite to 0 in place: one such weight would make the whole model NaN in the next task.
+
+    Returns:
+        how many weights that were.
+    """
+    count = 0
+    for f in importance.values():
+        wrong = ~f.isfinite()
+        found = int(_full(wrong.sum()))
+        if found:
+            f.masked_fill_(wrong, 0.0)
+        count += found
+    return count
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ class SplitHead:
                     made = self.logits(self.hidden_states({"input_ids": ids}))
                 except torch.OutOfMemoryError:
                     raise
-                except (TypeError, AttributeError, RuntimeError):
+                except (TypeError, ValueError, AttributeError, RuntimeError):
                     return False
                 finally:
                     handle.remove()

@@ -23,7 +23,7 @@ METHODS = {
     "SI": lambda **s: SI("auto", **s),
     "L2SP": lambda **s: L2SP("auto", **s),
 }
-DUE = (4, 8, 16)  # so many steps of a task are taken when the strength is chosen
+DUE = (4, 6, 9, 13)  # so many steps of a task are taken when the strength is chosen
 THREE = TASKS | {"c": classification(3)}
 
 
@@ -77,8 +77,8 @@ def spied(root, method, tasks=THREE, epochs=3, **settings):
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_mode_has_its_share_of_the_tasks_gradient_when_it_is_chosen(tmp_path, name, optimizer):
     method = METHODS[name](share=0.2)
-    module = spied(tmp_path, method, module={"optimizer": optimizer})
-    assert len(module.rows) == 3 * 18
+    module = spied(tmp_path, method, TASKS, module={"optimizer": optimizer})
+    assert len(module.rows) == 2 * 18
     for row in module.rows:
         assert row["moved"] == 0.0
         if row["task"] > 0 and row["step"] in DUE:
@@ -92,7 +92,7 @@ def test_gradient_mode_has_its_share_of_the_tasks_gradient_when_it_is_chosen(tmp
 def test_proximal_mode_moves_by_its_share_of_the_optimizers_step_when_it_is_chosen(tmp_path, name, optimizer):
     # An implicit step of a small share is shorter than the explicit one by about that share.
     method = METHODS[name](share=0.02, apply="proximal")
-    module = spied(tmp_path, method, module={"optimizer": optimizer})
+    module = spied(tmp_path, method, TASKS, module={"optimizer": optimizer})
     for row in module.rows:
         assert row["added"] == 0.0
         if row["task"] > 0 and row["step"] in DUE:
@@ -115,7 +115,7 @@ def test_proximal_mode_is_chosen_by_what_strength_one_wants(tmp_path):
 
 
 @pytest.mark.parametrize("apply", ["gradient", "proximal"])
-def test_it_is_chosen_after_4_8_16_steps_and_holds_until_the_next_choice(tmp_path, apply):
+def test_it_is_chosen_after_4_6_9_13_steps_and_holds_until_the_next_choice(tmp_path, apply):
     method = MAS("auto", outputs=logits_of, apply=apply)
     module = spied(tmp_path, method)
     rows = module.rows
@@ -213,8 +213,8 @@ def test_the_choice_survives_a_resume(tmp_path):
         return weights(module), method.report()["chosen"], method.factor
 
     reference = run(tmp_path / "1")
-    assert len(reference[1]) == 3
-    for step in (18 + 2, 18 + 6, 18 + 8):
+    assert len(reference[1]) == len(DUE)
+    for step in (18 + 2, 18 + 6, 18 + 9):
         (checkpoint,) = (tmp_path / "1").rglob(f"1-b/step={step}.ckpt")
         resumed = run(tmp_path / f"resumed{step}", checkpoint)
         assert_same(resumed[0], reference[0], rtol=0, atol=0)
@@ -233,7 +233,19 @@ def test_due_steps():
             if auto.is_due(steps):
                 due.append(steps)
                 auto.choose(1.0, 1.0, "a", steps)
-        assert due == [4, 8, 16, 32]
+        assert due == [4, 6, 9, 13, 19, 28]
+
+
+def test_after_an_overflow_the_next_step_chooses():
+    auto = AutoStrength(0.1)
+    auto.begin_task()
+    auto.choose(float("inf"), 1.0, "a", 4)
+    assert auto.value == 0
+    assert auto.is_due(5)
+    auto.choose(1.0, 1.0, "a", 5)
+    assert auto.value == pytest.approx(0.1)
+    assert not auto.is_due(6)
+    assert auto.is_due(7)
 
 
 def test_share_times_wanted_over_pull():

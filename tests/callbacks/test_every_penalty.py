@@ -40,6 +40,7 @@ METHODS = {
 }
 STRENGTH = {"KFACEWC": 0.1, "L2SP": 3.0, "L2SP from the start": 3.0}
 every_method = pytest.mark.parametrize("name", METHODS)
+new_method = pytest.mark.parametrize("name", [n for n in METHODS if n not in ("EWC", "SI")])  # they have their own
 both_modes = pytest.mark.parametrize("apply", ["gradient", "proximal"])
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -155,20 +156,20 @@ def test_the_penalty_is_zero_at_the_anchor_and_grows_with_the_strength(tmp_path,
     assert method.penalty(module) == pytest.approx(12 * one, rel=1e-4)
 
 
-@every_method
+@new_method
 @both_modes
 def test_strength_zero_is_plain_training_bit_for_bit(tmp_path, name, apply):
     settings = {"dropout": 0.3, "batch_norm": True, "optimizer": adamw}
     method = METHODS[name](strength=0.0, apply=apply)
-    watched = fit(tmp_path / "1", [method], seeded(**settings)).state_dict()
-    plain = fit(tmp_path / "2", [], seeded(**settings)).state_dict()
+    watched = fit(tmp_path / "1", [method], seeded(**settings), max_epochs=1).state_dict()
+    plain = fit(tmp_path / "2", [], seeded(**settings), max_epochs=1).state_dict()
     assert all(torch.equal(watched[n], plain[n]) for n in plain)
     importance = sum(f.sum() for f in method.importance.values())
     factors = sum(f.trace() for f in getattr(method, "factors", {}).values())
     assert importance + factors > 0  # and yet it was measured
 
 
-@every_method
+@new_method
 @both_modes
 def test_the_penalty_holds_weights_where_they_were(tmp_path, name, apply):
     def way(strength):
@@ -198,12 +199,12 @@ def test_the_order_of_callbacks_changes_nothing(tmp_path, name, apply):
         assert_same(left, right, rtol=0, atol=0)
 
 
-@every_method
+@new_method
 @both_modes
 def test_accumulated_batches_are_one_batch(tmp_path, name, apply):
     results = []
     for size, accumulate in ((8, 1), (2, 4)):
-        settings = {"estimator": "exact"} if "EWC" in name else {}
+        settings = {"estimator": "empirical"} if "EWC" in name else {}
         method, module = METHODS[name](strength=1.0, apply=apply, **settings), seeded(optimizer=momentum)
         for seed in (1, 2):
             plain_fit(tmp_path, [method], module, seed, size, accumulate_grad_batches=accumulate)
@@ -213,7 +214,29 @@ def test_accumulated_batches_are_one_batch(tmp_path, name, apply):
         assert_each(four, one, 2e-3)
 
 
-@every_method
+@pytest.mark.parametrize("name", ["MAS", "RWalk", "KFACEWC", "EWC", "SI"])
+def test_the_report_has_each_tasks_importance_in_numbers(tmp_path, name):
+    method = METHODS[name](strength=0.0)
+    fit(tmp_path, [method], max_epochs=1)
+    rows = method.report()["importance"]
+    assert [row["task"] for row in rows] == ["a", "b"]
+    for row in rows:
+        assert row["parameters"] == 195
+        assert row["total"] == pytest.approx(195, rel=1e-3)  # normalised to mean one
+
+
+@pytest.mark.parametrize("name", ["MAS", "KFACEWC", "EWC"])
+def test_an_importance_of_zero_warns_and_says_why(tmp_path, name):
+    class Indifferent(Classifier):
+        def forward(self, x):
+            return 0.0 * super().forward(x)
+
+    settings = {"estimator": "empirical"} if "EWC" in name else {}
+    with pytest.warns(UserWarning, match=rf"(?s){name}.*importance.*zero.*can do nothing"):
+        fit(tmp_path, [METHODS[name](**settings)], seeded(Indifferent), {"a": TASKS["a"]}, max_epochs=1)
+
+
+@new_method
 def test_frozen_parameters_cost_nothing(tmp_path, name):
     method, module = METHODS[name](), seeded()
     module.net[0].requires_grad_(False)

@@ -118,7 +118,8 @@ def test_samples_limits_the_pass(tmp_path):
     calls = []
     ewc = EWC(estimator="exact", samples=5, outputs=lambda m, b: (calls.append(len(b[0])), m(b[0]))[1])
     fit(tmp_path, ewc, {"a": data})
-    assert calls == [3, 1, 1, 1, 5]  # three samples in both ways, then all five at once
+    # One sample before the task; behind it three in both ways, then all five at once.
+    assert calls == [1, 3, 1, 1, 1, 5]
 
 
 def test_sampling_without_logits_says_what_to_do(tmp_path):

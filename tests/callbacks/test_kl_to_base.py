@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_cl import CausalLM, KLToBase, Replay, Task, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
 from lightning_cl.callbacks.checks import named
-from lightning_cl.callbacks.task_samples import single_samples
 from lightning_cl.callbacks.starting_weights import StartingWeights
+from lightning_cl.callbacks.task_samples import single_samples
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.evaluation import build_report, format_report
 

@@ -128,12 +128,65 @@ def test_a_teacher_of_shared_and_parametrised_weights(tmp_path):
     assert_gradients(recorder.steps[1], classifier_reference(module, strength=2.0), recorder.ends[0])
 
 
-def test_a_head_that_has_grown_is_an_error_that_names_it(tmp_path):
-    method, module = LwF(outputs=logits_of), seeded(Growing)
+class Noting(LwF):
+    """Keeps what it added to the loss in each step."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.added = []
+
+    def extra_loss(self, trainer, pl_module, batch):
+        extra = super().extra_loss(trainer, pl_module, batch)
+        self.added.append(None if extra is None else float(extra.detach()))
+        return extra
+
+
+def test_a_head_that_has_grown_is_asked_about_the_classes_that_the_teacher_knows(tmp_path):
+    method, module = Noting(outputs=logits_of), seeded(Growing)
     plain_fit(tmp_path, [method], module, 1)
     module.widen_head()
-    with pytest.raises(MisconfigurationException, match=r"net\.4\."):
-        plain_fit(tmp_path, [method], module, 2)
+    method.added.clear()
+    plain_fit(tmp_path, [method], module, 2)
+    # In the first step the student is its teacher in the old classes, whatever the new rows say.
+    assert method.added[0] == pytest.approx(0.0, abs=1e-6)
+    assert method.added[-1] > 1e-6
+    assert [len(copy) for name, copy in method.teacher.copies.items() if name == "net.4.weight"] == [
+        len(module.net[4].weight)
+    ]
+
+
+def test_a_part_that_is_unfrozen_inside_the_sequence_has_a_teacher_too(tmp_path):
+    method, module = Noting(outputs=logits_of), seeded(lr=0.3)
+    module.net[0].requires_grad_(False)
+    plain_fit(tmp_path, [method], module, 1)
+    module.net[0].requires_grad_(True)
+    frozen = module.net[0].weight.detach().clone()
+    method.added.clear()
+    plain_fit(tmp_path, [method], module, 2)
+    assert method.added[0] == pytest.approx(0.0, abs=1e-6)
+    assert not torch.equal(module.net[0].weight, frozen)
+    # The next teacher knows the layer; this one knew it as it was while it was frozen.
+    assert "net.0.weight" in method.teacher.copies
+
+
+def test_no_hook_is_left_behind_an_exception(tmp_path):
+    class Falls(SomebodysLM):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 3:
+                raise RuntimeError("somebody's own")
+            return super().training_step(batch, batch_idx)
+
+    module = seeded(Falls)
+    with pytest.raises(RuntimeError, match="own"):
+        lm_run(tmp_path, [LwF(teacher="base")], module)
+    assert not [part for part in module.modules() if part._forward_hooks]
+
+
+def test_a_device_that_is_not_there_is_found_before_anything_is_trained(tmp_path):
+    module = seeded()
+    with pytest.raises(MisconfigurationException, match=r"teacher_device='cuda:7'"):
+        plain_fit(tmp_path, [LwF(outputs=logits_of, teacher_device="cuda:7")], module, 1)
+    assert module.trainer.global_step == 0
 
 
 class Watching:

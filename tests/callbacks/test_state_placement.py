@@ -55,9 +55,8 @@ def test_importance_in_bf16_trains_the_same_up_to_rounding(tmp_path, name, apply
     if name != "separate EWC":
         assert_same(half.anchor, other_ends.weights[1], rtol=0, atol=0)  # exact, in the parameters' own type
     assert {v.dtype for v in half.anchor.values()} == {torch.float32}
-    free = fit(tmp_path / "3", [], seeded(optimizer=adamw))
-    gap = max((a - b).abs().max().item() for a, b in zip(weights(module).values(), weights(free).values(), strict=True))
-    assert gap > 1e-2  # and the penalty was no small matter
+    way = max((ends.weights[1][n] - ends.weights[0][n]).abs().max().item() for n in ends.weights[0])
+    assert way > 1e-2  # and there was something to hold
 
 
 @pytest.mark.parametrize("name", METHODS)

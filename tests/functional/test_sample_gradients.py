@@ -220,6 +220,111 @@ def test_conv_net():
     assert_exact(classifier(moved(seeded(conv_net)), randn(5, 2, 8, 8)))
 
 
+class Named(nn.Module):
+    """Layers that are called with keyword arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.last(input=self.norm(input=torch.tanh(self.first(input=x))))
+
+
+def test_layers_that_are_called_with_keyword_arguments():
+    assert_exact_or_loose(classifier(moved(seeded(Named)), randn(6, 4)), exact=[])
+
+
+class Odd(nn.Module):
+    """A layer with several inputs or outputs between two ordinary ones."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        kinds = {
+            "LSTM": lambda: nn.LSTM(4, 8, batch_first=True),
+            "GRU with samples second": lambda: nn.GRU(4, 8),
+            "attention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+            "encoder layer": lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True),
+            "bilinear": lambda: nn.Bilinear(4, 4, 8),
+        }
+        self.kind, self.odd = kind, kinds[kind]()
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        if self.kind == "LSTM":
+            x = self.odd(x.unflatten(1, (2, 4)))[0][:, -1]
+        elif self.kind == "GRU with samples second":
+            x = self.odd(x.unflatten(1, (2, 4)).transpose(0, 1))[0][-1]
+        elif self.kind == "attention":
+            rows = torch.stack([x, x.roll(1, 1), x**2], 1)
+            x = self.odd(rows, rows, rows, need_weights=False)[0].mean(1)
+        elif self.kind == "encoder layer":
+            x = self.odd(torch.stack([x, x.roll(1, 1), x**2], 1)).mean(1)
+        else:
+            x = self.odd(x[:, :4], x[:, 4:])
+        return self.last(x)
+
+
+def assert_exact_or_loose(problem, exact):
+    """Whatever is not loose is exact; `exact` is not loose."""
+    engine = problem.engine()
+    engine.check(problem.samples, problem.whole, problem.singles())
+    assert not engine.loose & set(exact)
+    expected, loose = problem.loop(), set(engine.loose)
+    assert {n for n, e in expected.items() if not e.any()} <= {"odd.in_proj_bias", "odd.self_attn.in_proj_bias"}
+    engine = problem.engine()
+    engine.add(problem.samples, problem.whole)
+    assert_close(engine, expected, but=loose)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU with samples second", "attention", "encoder layer", "bilinear"])
+def test_layers_with_several_inputs_or_outputs(kind):
+    ordinary = ["first.weight", "first.bias", "last.weight", "last.bias"]
+    assert_exact_or_loose(classifier(seeded(Odd, kind), randn(6, 4)), exact=ordinary)
+
+
+class Positions(nn.Module):
+    """Learnt positions that are looked up once for all samples: they have no axis of samples at all."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.first, self.places, self.last = nn.Linear(4, 5), nn.Embedding(length, 5), nn.Linear(5, 3)
+        self.length = length
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x) + self.places(torch.arange(self.length))).mean(1))
+
+
+@pytest.mark.parametrize("length", [3, 6], ids=["fewer positions than samples", "as many positions as samples"])
+def test_positions_without_an_axis_of_samples(length):
+    problem = classifier(seeded(Positions, length), randn(6, length, 4))
+    assert_exact_or_loose(problem, exact=["first.weight", "first.bias", "last.weight", "last.bias"])
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "tied"])
+@pytest.mark.parametrize("transform", [torch.Tensor.square_, torch.Tensor.abs_])
+def test_a_weight_that_is_larger_than_a_block(kind, transform):
+    from transformers.pytorch_utils import Conv1D
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.head = nn.Embedding(1100, 700), nn.Linear(700, 1100, bias=False)
+            self.head.weight = self.rows.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.rows((x[..., :3] * 100).long().abs()))) / 30
+
+    torch.manual_seed(0)
+    first = {"linear": lambda: nn.Linear(1100, 700), "Conv1D": lambda: Conv1D(700, 1100), "tied": Tied}[kind]()
+    module, x = first if kind == "tied" else nn.Sequential(first, nn.Tanh(), nn.Linear(700, 3)), randn(2, 3, 1100)
+    problem = Problem(module, lambda rows: [module(x[rows]).square().sum()], 2)
+    engine = problem.engine(transform=transform)
+    engine.add(2, problem.whole)
+    assert_close(engine, problem.loop(torch.Tensor.abs if transform is torch.Tensor.abs_ else torch.Tensor.square))
+
+
 class Plus(nn.Module):
     """A norm of Gemma's kind: x̂ · (1 + w)."""
 
