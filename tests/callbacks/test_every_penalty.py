@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from regularized import (
     MASKED,
     TASKS,
@@ -214,7 +215,21 @@ def test_accumulated_batches_are_one_batch(tmp_path, name, apply):
         assert_each(four, one, 2e-3)
 
 
-@pytest.mark.parametrize("name", ["MAS", "RWalk", "KFACEWC", "EWC", "SI"])
+@new_method
+def test_the_penalty_carries_the_scale_that_the_gradients_carry(tmp_path, name):
+    # A fused optimizer unscales by itself: the penalty is added to gradients that are 1024 times as long.
+    ends = []
+    for strength, scale in ((0.0, None), (STRENGTH.get(name, 1.0), None), (STRENGTH.get(name, 1.0), 1024.0)):
+        method = METHODS[name](strength=strength)
+        module = seeded(optimizer=lambda p, lr: torch.optim.AdamW(p, lr=lr / 5, fused=True))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)] if scale else []
+        ends.append(weights(fit(tmp_path, [method], module, plugins=plugins)))
+    free, held, scaled = (torch.cat([p.flatten() for p in end.values()]) for end in ends)
+    assert (scaled - held).norm() < 0.2 * (free - held).norm()
+
+
+@every_method
 def test_the_report_has_each_tasks_importance_in_numbers(tmp_path, name):
     method = METHODS[name](strength=0.0)
     fit(tmp_path, [method], max_epochs=1)
@@ -278,6 +293,7 @@ def test_a_grown_head_keeps_its_rows_and_new_rows_are_free(tmp_path, name):
 
     def look(m):
         seen["importance"], seen["anchor"] = method.importance["net.4.weight"].clone(), method.anchor["net.4.weight"]
+        seen["gap"] = (m.net[4].weight - method.anchor["net.4.weight"])[3:].abs().max().item()
         start = method.penalty(m)
         with torch.no_grad():
             m.net[4].weight[3:] += 7.0
@@ -289,6 +305,7 @@ def test_a_grown_head_keeps_its_rows_and_new_rows_are_free(tmp_path, name):
     torch.testing.assert_close(seen["importance"][:3], before, rtol=0, atol=0)
     assert seen["importance"].shape == (5, 16)
     torch.testing.assert_close(seen["anchor"][:3], anchor, rtol=0, atol=0)
+    assert seen["gap"] == 0.0  # new rows are their own anchor
     if not name.startswith("L2SP"):
         assert not seen["importance"][3:].any()
         assert seen["moved"] == 0.0
