@@ -18,7 +18,19 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from toys import Classifier, classification, trainer  # noqa: E402
 
-from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, fit_tasks  # noqa: E402
+from lightning_cl import (  # noqa: E402
+    EWC,
+    KFACEWC,
+    L2SP,
+    MAS,
+    SI,
+    LwF,
+    Replay,
+    RWalk,
+    TaskDataModule,
+    TaskMatrix,
+    fit_tasks,
+)
 from lightning_cl.callbacks.placement import full_cpu  # noqa: E402
 
 
@@ -42,6 +54,35 @@ class Seen(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.samples.append(batch[0][:, 0].clone())
+
+
+def penalties(out: str, ranks: int) -> None:
+    """Three tasks with all penalties and a teacher; some measure fewer samples than there are ranks."""
+    L.seed_everything(1, verbose=False)
+
+    def logits(module, batch):
+        return module(batch[0])
+
+    methods = {
+        "ewc": EWC("auto", samples=15, outputs=logits),
+        "mas": MAS(0.1, samples=1, outputs=logits),
+        "kfac": KFACEWC(0.1, samples=1, outputs=logits),
+        "rwalk": RWalk(0.1, every=2),
+        "l2sp": L2SP(0.1, anchor="start"),
+        "lwf": LwF(1.0, outputs=logits),
+    }
+    strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+    run = trainer(out, list(methods.values()), max_epochs=2, **strategy)
+    module = Classifier(lr=0.05)
+    fit_tasks(
+        run, module, TaskDataModule({n: classification(i, 40) for i, n in enumerate("abc")}, batch_size=8 // ranks)
+    )
+    found = {name: method.importance for name, method in methods.items() if hasattr(method, "importance")}
+    found["factors"] = {f"{n}.{i}": side for n, f in methods["kfac"].factors.items() for i, side in enumerate(f)}
+    found["teacher"] = methods["lwf"].teacher.copies
+    found["weights"] = dict(module.state_dict())
+    chosen = torch.tensor([choice["strength"] for choice in methods["ewc"].auto.chosen])
+    torch.save(found | {"chosen": {"strengths": chosen}}, f"{out}/rank{run.global_rank}.pt")
 
 
 def main(out: str, ranks: int, kind: str, ckpt_path: str | None) -> None:
@@ -83,4 +124,7 @@ def main(out: str, ranks: int, kind: str, ckpt_path: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else None)
+    if sys.argv[3] == "penalties":
+        penalties(sys.argv[1], int(sys.argv[2]))
+    else:
+        main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else None)

@@ -99,3 +99,16 @@ def test_sharded_parameters_give_what_whole_ones_give_and_resume(tmp_path):
             torch.testing.assert_close(sharded[0][what][name], value, rtol=1e-5, atol=1e-6)
             assert torch.equal(resumed[0][what][name], sharded[0][what][name])
     assert any(value.count_nonzero() for value in whole[0]["si"].values())
+
+
+def test_penalties_and_teachers_on_two_ranks_are_those_of_one_process(tmp_path):
+    """Samples are shared, also where there are fewer than ranks; sums are the same, and so is what they lead to."""
+    (one,), (first, second) = run(tmp_path / "one", 1, "penalties"), run(tmp_path / "two", 2, "penalties")
+    assert one["factors"]
+    for what, values in one.items():
+        assert values.keys() == first[what].keys() == second[what].keys()
+        for name, value in values.items():
+            assert torch.equal(first[what][name], second[what][name]), (what, name)
+            torch.testing.assert_close(
+                first[what][name], value, rtol=2e-2, atol=1e-3, msg=lambda m, w=what: f"{w}: {m}"
+            )
