@@ -238,12 +238,13 @@ def test_what_a_sampler_leaves_out_is_neither_replayed_nor_measured(tmp_path):
     fit_tasks(trainer(tmp_path, [replay, batches, EWC(samples=50, outputs=outputs)], max_epochs=1), Classifier(), data)
     first = dataset.tensors[0][:, 0].tolist()
     assert sorted(sample[0][0].item() for sample in replay.buffer.items) == sorted(first[:40])
-    # Of each task: three samples in a batch and one by one, and then all of them.
-    for task, start in ((first[:20], 0), (first[20:40], 26)):
+    # One sample before the first task; of each task three in a batch and one by one, and then all of them.
+    assert seen[0] in first[:20]
+    for task, start in ((first[:20], 1), (first[20:40], 27)):
         assert set(seen[start : start + 6]) <= set(task)
         assert seen[start + 6 : start + 26] != task
         assert sorted(seen[start + 6 : start + 26]) == sorted(task)
-    assert len(seen) == 52
+    assert len(seen) == 53
     assert set(torch.cat(batches.tasks[1])[:, 0].tolist()) <= set(first[:40])
 
 
