@@ -43,7 +43,7 @@ class KFACEWC(EWC):
     GPT-2's ``Conv1D`` have EWC's diagonal.
 
     Of several tasks one pair of factors is kept per layer: the nearest to ``decay · (A ⊗ G + A_new ⊗ G_new)``. With two
-    tasks that is exact; beyond, an approximation. With ``apply="proximal"`` other proximal penalties act one after the
+    tasks the penalty is exact; beyond, it is near. With ``apply="proximal"`` other proximal penalties act one after the
     other on these layers.
 
     Memory: ``4 (in² + out²)`` bytes per linear layer and its anchor, 8 bytes per other parameter; ``proximal`` keeps

@@ -103,7 +103,6 @@ class LwF(ContinualCallback):
                 "LwF(where='replayed'): nothing is replayed; add lightning_cl.Replay to Trainer(callbacks=[…]), or give"
                 " where='new'"
             )
-
         if self._device is not None:
             try:
                 torch.empty(0, device=self._device)

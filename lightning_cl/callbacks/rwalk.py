@@ -34,7 +34,8 @@ class RWalk(QuadraticPenalty):
     is ``strength / 2 · Σ_i (F̄_i + s̄_i)(θ_i − θ*_i)²`` with both brought to [0, 1] (8): the paper's λ is strength / 2.
 
     ``g²`` are squares of whole batches' gradients, which is no Fisher information but what the paper's online
-    average needs; F goes on over the tasks. The authors' code leaves out the ½ and adds the averaged score to the old
+    average needs; F goes on over the tasks. Its first average is taken whole, and a task's last interval may be
+    shorter. The authors' code leaves out the ½ and adds the averaged score to the old
     one; this is the paper's.
 
     Memory: 16 bytes per trainable parameter kept (F, s, importance, anchor), and 24 more while a task is trained (four

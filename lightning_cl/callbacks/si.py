@@ -29,7 +29,7 @@ class SI(QuadraticPenalty):
     really taken, and so of ω. The clamp at zero is per task; the authors' code clamps the running sum over tasks. The
     anchor is where the weights are when a task starts: a head that was reset between tasks is held at its new values.
 
-    Memory: 12 bytes per trainable parameter kept (ω, Ω, anchor), and 8 more while a task is trained (the gradient and
+    Memory: 8 bytes per trainable parameter kept (Ω, anchor), and 12 more (ω too) while one is trained (the gradient and
     the weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
 
     Args:
