@@ -1,0 +1,156 @@
+"""Dark experience: the logits that a model once gave, kept in few bytes, and how far another model is from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_cl.functional.cross_entropy import CHUNK_BYTES
+
+Head = Callable[[Tensor], Tensor]
+
+UNKNOWN = -torch.inf
+"""A stored value that nothing is compared with."""
+
+
+def index_type(classes: int) -> torch.dtype:
+    """The narrowest type that holds the number of every class: two bytes up to 65,536 classes, four beyond."""
+    return torch.uint16 if classes <= 2**16 else torch.int32
+
+
+def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each position, as they are stored: ``2k`` bytes of values, ``2k`` or ``4k`` of indices.
+
+    Values are mean-centred over the k (:func:`dark_loss` does not see the mean), so that fp16 holds them to a relative
+    error of 2⁻¹¹ whatever was added to all logits; beyond ±65,504 they are cut off. A logit of −∞ stays −∞, and takes
+    no part in the mean.
+
+    Args:
+        logits: ``[…, classes]`` in any floating-point type.
+        k: how many; with at least `classes`, all of them in their own order.
+
+    Returns:
+        values, fp16 ``[…, min(k, classes)]``, and their classes in the type of :func:`index_type`.
+
+    Raises:
+        ValueError: if k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: expected at least one logit of a position")
+    logits = logits.detach()
+    classes = logits.shape[-1]
+    if k < classes:
+        values, indices = logits.topk(k, -1)
+    else:
+        values, indices = logits, torch.arange(classes, device=logits.device).expand(logits.shape)
+    values = values.float()
+    ruled_out = values == UNKNOWN
+    mean = values.masked_fill(ruled_out, 0.0).sum(-1, keepdim=True) / (~ruled_out).sum(-1, keepdim=True)
+    largest = torch.finfo(torch.float16).max
+    centred = (values - mean).clamp(-largest, largest).masked_fill(ruled_out, UNKNOWN)
+    return centred.half(), indices.to(index_type(classes))
+
+
+def head_top_logits(
+    hidden: Tensor, head: Head, classes: int, k: int, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
+    """:func:`top_logits` of hidden states, on the CPU: logits exist for one chunk of positions at a time.
+
+    Args:
+        hidden: ``[positions, width]``.
+        head: gives logits ``[m, classes]`` of ``[m, width]``.
+        classes: the number of logits of a position.
+        k: how many to keep.
+        chunk_bytes: size of a chunk's fp32 logits; at least one position.
+
+    Returns:
+        values and indices, ``[positions, min(k, classes)]``.
+    """
+    rows = max(1, chunk_bytes // (4 * classes))
+    with torch.no_grad():
+        parts = [top_logits(head(part), k) for part in hidden.detach().split(rows)]
+    return torch.cat([values.cpu() for values, _ in parts]), torch.cat([indices.cpu() for _, indices in parts])
+
+
+def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """The squared distance to stored logits (Buzzega et al. 2020, eqs. 5 and 6), each side mean-centred, in fp32.
+
+    ::
+
+        1/k Σ_i ((z_i − mean z) − (v_i − mean v))²
+
+    of a position, over its k stored classes: the variance of ``z − v``, and the least that the mean square of
+    ``z − v`` can be made by adding a constant to all logits, which no softmax sees. The paper writes the sum over all
+    classes, its authors' code takes the mean, as here: so a factor has the same effect for every k, and theirs (0.1 to
+    0.5) keep their size. Its gradient is ``2/k · (d_i − mean d)`` with ``d = z − v``, and exactly 0 in all other
+    classes.
+
+    Classes of which nothing is known (a value of −∞) are left out of both means. No gradient flows to the values.
+    Memory beyond the logits: a few times ``4k`` bytes per position; never an fp32 copy of the logits.
+
+    Args:
+        logits: ``[…, classes]`` in any floating-point type.
+        values: ``[…, k]``, as :func:`top_logits` gives them.
+        indices: ``[…, k]``, their classes; integers of any type.
+        reduction: ``mean`` over the positions (all axes but the last; 0 if there are none) or their ``sum``.
+
+    Returns:
+        An fp32 scalar, with a graph to the logits.
+
+    Raises:
+        ValueError: if the shapes do not fit each other or the reduction is unknown.
+    """
+    if values.shape != indices.shape or values.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"logits of shape {list(logits.shape)}, values of shape {list(values.shape)}, indices of shape"
+            f" {list(indices.shape)}: expected the same positions, and an index for each value"
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
+    total = _sum(logits, values, indices)
+    return total / max(values[..., 0].numel(), 1) if reduction == "mean" else total
+
+
+def head_dark_loss(
+    hidden: Tensor, values: Tensor, indices: Tensor, head: Head, classes: int, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """The sum of :func:`dark_loss` over positions, from hidden states: logits exist for one chunk at a time.
+
+    With a gradient and several chunks, the backward pass computes each chunk's logits again.
+
+    Args:
+        hidden: ``[positions, width]``.
+        values: ``[positions, k]``.
+        indices: ``[positions, k]``.
+        head: gives logits ``[m, classes]`` of ``[m, width]``.
+        classes: the number of logits of a position.
+        chunk_bytes: size of a chunk's fp32 logits; at least one position.
+
+    Returns:
+        An fp32 scalar, with a graph to the hidden states and to what the head is made of.
+    """
+    rows = max(1, chunk_bytes // (4 * classes))
+    again = torch.is_grad_enabled() and len(hidden) > rows
+
+    def chunk(states: Tensor, kept: Tensor, places: Tensor) -> Tensor:
+        return _sum(head(states), kept, places)
+
+    # `split` and not slices: the gradients of slices would each be as large as all hidden states.
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part in zip(hidden.split(rows), values.split(rows), indices.split(rows), strict=True):
+        total = total + (checkpoint(chunk, *part, use_reentrant=False) if again else chunk(*part))
+    return total
+
+
+def _sum(logits: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    # The k columns first: an fp32 copy of all logits would be the largest tensor of the step.
+    student = logits.gather(-1, indices.to(torch.int64)).float()
+    known = values != UNKNOWN
+    difference = (student - values.detach().float()).masked_fill(~known, 0.0)
+    count = known.sum(-1, keepdim=True).clamp(min=1)
+    mean = difference.sum(-1, keepdim=True) / count
+    return ((difference - mean).masked_fill(~known, 0.0).square() / count).sum()
