@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,12 +88,13 @@ def project_(
 
 
 def _pairs(gradients: Gradients, reference: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
+    both: list[tuple[Any, Any, Any]]
     if isinstance(gradients, Mapping) and isinstance(reference, Mapping):
         both = [(name, g, reference.get(name)) for name, g in gradients.items()]
     else:
         if len(gradients) != len(reference):
             raise ValueError(f"reference: {len(reference)} gradients, expected {len(gradients)} as in `gradients`")
-        both = [(str(i), g, r) for i, (g, r) in enumerate(zip(gradients, reference, strict=True))]
+        both = [(i, g, r) for i, (g, r) in enumerate(zip(gradients, reference, strict=True))]
     for name, g, r in both:
         if g is None or r is None:
             continue
