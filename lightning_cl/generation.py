@@ -1,4 +1,4 @@
-"""Text that a model continues, greedily, several prompts at once."""
+"""Text that a model writes behind several prompts at once: the most probable one, or drawn from its distribution."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from lightning_cl.data.rehearsal import Written
 from lightning_cl.data.tokenizer import end_tokens, pad_token_id, start_tokens
 
 
-@torch.no_grad()
+def generator_of(module: nn.Module) -> Any:
+    """The outermost submodule of a module that generates text: a ``transformers`` model; None if there is none."""
+    for part in module.modules():
+        if part is not module and callable(getattr(part, "generate", None)) and hasattr(part, "config"):
+            return part
+    return None
+
+
 def continue_tokens(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int, end_ids: Sequence[int] = ()
 ) -> list[list[int]]:
@@ -28,12 +37,102 @@ def continue_tokens(
     Returns:
         for each prompt the new tokens, up to and without the one that ends the answer.
     """
+    ends = _ends(model, end_ids)
+    rows = _generate(model, prompts, max_new_tokens, pad_id, ends)
+    return [row[: _end(row, ends)] for row in rows]
+
+
+def sample_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    pad_id: int,
+    seeds: Sequence[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    end_ids: Sequence[int] = (),
+) -> list[Written]:
+    """What a ``transformers`` model writes after each prompt, drawn from its distribution.
+
+    Each prompt has random numbers of its own, one for each place: what is written behind it depends neither on the
+    prompts beside it nor on the global random states, and moves none of them.
+
+    Args:
+        model: with ``generate``.
+        prompts: token ids, none empty.
+        max_new_tokens: the longest answer.
+        pad_id: what to pad with.
+        seeds: one for each prompt.
+        temperature: above 0; what the logits are divided by.
+        top_p: draw among the fewest most probable tokens that have this probability together (Holtzman et al. 2020).
+        end_ids: tokens that end an answer, beside those of the model's own ``generation_config``.
+    """
+    ends = _ends(model, end_ids)
+    drawing = _Drawing(seeds, max_new_tokens, temperature, top_p)
+    rows = _generate(model, prompts, max_new_tokens, pad_id, ends, [drawing])
+    written = []
+    for row, surprises in zip(rows, torch.stack(drawing.surprises, 1).tolist(), strict=True):
+        length = min(_end(row, ends) + 1, len(row))
+        written.append(Written(row[:length], row[length - 1] in ends, sum(surprises[:length]) / length))
+    return written
+
+
+class _Drawing:
+    """A logits processor that draws: it leaves one token possible, which a greedy search then takes."""
+
+    def __init__(self, seeds: Sequence[int], steps: int, temperature: float, top_p: float) -> None:
+        numbers = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.numbers = torch.stack(numbers)
+        self.temperature, self.top_p = temperature, top_p
+        self.surprises: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Sums along a row have no deterministic kernel on CUDA.
+        where = "cpu" if torch.are_deterministic_algorithms_enabled() else scores.device
+        numbers = self.numbers[:, len(self.surprises)].to(where)
+        tokens = draw(scores.to(where), numbers, self.temperature, self.top_p).to(scores.device)
+        self.surprises.append(-scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu())
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+def draw(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """One token for each row of logits, by inverting the distribution function.
+
+    Args:
+        logits: ``[rows, vocabulary]``.
+        numbers: ``[rows]``, uniform in [0, 1).
+        temperature: above 0.
+        top_p: the probability of what is drawn from; 1: all tokens.
+
+    Returns:
+        int64 ``[rows]``.
+    """
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        sorted_p, order = p.sort(stable=True, dim=-1, descending=True)
+        behind = sorted_p.cumsum(-1) - sorted_p >= top_p  # the more probable ones have enough already
+        p = p.masked_fill(behind.gather(-1, order.argsort(-1)), 0.0)
+    # In the order of the vocabulary: that of nearly equal probabilities is a matter of rounding.
+    reached = p.cumsum(-1)
+    total = reached[:, -1:]
+    target = torch.minimum(numbers[:, None].to(reached) * total, total * (1 - 1e-6))  # never behind the last possible
+    return torch.searchsorted(reached, target, right=True)[:, 0]
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    pad_id: int,
+    ends: set[int],
+    processors: Sequence[Any] = (),
+) -> list[list[int]]:
+    """The new tokens of all rows, the most probable ones after `processors`, with what comes behind an end token."""
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {*end_ids, *(configured if isinstance(configured, (list, tuple)) else [configured])} - {None}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -51,15 +150,24 @@ def continue_tokens(
             top_k=None,
             pad_token_id=pad_id,
             eos_token_id=sorted(ends) or None,
+            logits_processor=list(processors),
         )
     finally:
         for module, training in modes.items():
             module.training = training
-    continued = []
-    for row in written[:, longest:].tolist():
-        stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-        continued.append(row[:stop])
-    return continued
+    rows: list[list[int]] = written[:, longest:].tolist()
+    return rows
+
+
+def _ends(model: Any, end_ids: Sequence[int]) -> set[int]:
+    """The tokens that end an answer."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {*end_ids, *(configured if isinstance(configured, (list, tuple)) else [configured])} - {None}
+
+
+def _end(row: list[int], ends: set[int]) -> int:
+    """The place of the first end token; the length where there is none."""
+    return next((place for place, token in enumerate(row) if token in ends), len(row))
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:

@@ -1,4 +1,4 @@
-"""Greedy continuations of several prompts at once."""
+"""Continuations of several prompts at once: the most probable ones, and drawn ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from toys import TINY_LLAMA, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_cl import CausalLM, PromptSamples, TrainedBPE
-from lightning_cl.generation import continue_tokens, pad_token_id, prompt_tokens
+from lightning_cl.generation import continue_tokens, draw, generator_of, pad_token_id, prompt_tokens, sample_tokens
 
 VOCABULARY = 60
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13], [59, 58, 57, 3]]
@@ -135,6 +135,108 @@ def test_with_gradient_checkpointing_while_it_trains():
     lm.train()
     assert continue_tokens(lm, PROMPTS, 5, 0) == expected
     assert lm.is_gradient_checkpointing
+
+
+# ---------------------------------------------------------------------- drawn
+
+
+def counts_of_draws(logits, **settings):
+    """How often each token is drawn by 10,000 evenly spread numbers: its probability, and no chance in it."""
+    numbers = (torch.arange(10_000) + 0.5) / 10_000
+    return torch.bincount(draw(logits.expand(10_000, -1), numbers, **settings), minlength=logits.shape[-1])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_tokens_are_drawn_with_their_probability(temperature):
+    logits = torch.tensor([2.0, -1.0, 0.5, 0.5, -30.0, 1.0])
+    expected = 10_000 * (logits.double() / temperature).softmax(-1)
+    assert (counts_of_draws(logits, temperature=temperature) - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1.0, [0, 1, 2, 3]), (0.95, [0, 1, 3]), (0.7, [1, 3]), (0.6, [1]), (1e-9, [1])]
+)
+def test_top_p_draws_among_the_fewest_most_probable_tokens(top_p, kept):
+    p = torch.tensor([0.1, 0.6, 0.04, 0.26])
+    expected = torch.zeros(4)
+    expected[kept] = 10_000 * p[kept] / p[kept].sum()
+    assert (counts_of_draws(p.log(), top_p=top_p) - expected).abs().max() <= 1
+    # The probability is that at the temperature.
+    assert (counts_of_draws(2 * p.log(), temperature=2.0, top_p=top_p) - expected).abs().max() <= 1
+
+
+def test_the_ends_of_the_interval_draw_tokens_that_are_possible():
+    logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf]] * 2)
+    numbers = torch.tensor([0.0, 1 - 2**-24])
+    assert draw(logits, numbers).tolist() == [1, 2]
+    assert draw(logits, numbers, top_p=0.5).tolist() == [1, 1]
+
+
+@torch.no_grad()
+def drawn_by_hand(model, prompt, count, seed, temperature, top_p, ends=()):
+    """One prompt, token by token, without cache and padding: the tokens and −log p of each."""
+    ids, numbers = list(prompt), torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    surprises = []
+    for number in numbers:
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
+        ids.append(int(draw(logits, number[None], temperature, top_p)))
+        surprises.append(-float(logits.log_softmax(-1)[0, ids[-1]]))
+        if ids[-1] in ends:
+            break
+    return ids[len(prompt) :], surprises
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_drawn_texts_are_those_of_each_prompt_alone(name):
+    lm = model(name)
+    seeds = [5, 6, 7, 8]
+    by_itself = [drawn_by_hand(lm, p, 9, seed, 2.0, 0.9) for p, seed in zip(PROMPTS, seeds, strict=True)]
+    assert len({token for ids, _ in by_itself for token in ids}) > 15
+    end = by_itself[1][0][4]
+    expected = [drawn_by_hand(lm, p, 9, seed, 2.0, 0.9, {end}) for p, seed in zip(PROMPTS, seeds, strict=True)]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1], [2, 1]):
+        texts = sample_tokens(lm, [PROMPTS[i] for i in order], 9, 0, [seeds[i] for i in order], 2.0, 0.9, [end])
+        assert [text.ids for text in texts] == [expected[i][0] for i in order]
+        assert [text.ended for text in texts] == [expected[i][0][-1] == end for i in order]
+        # Under the model itself: not at that temperature, and not among the most probable ones alone.
+        for i, text in zip(order, texts, strict=True):
+            assert text.surprise == pytest.approx(sum(expected[i][1]) / len(expected[i][1]), rel=1e-4)
+    assert expected[1][0][-1] == end
+
+
+def test_drawing_has_random_numbers_of_its_own():
+    lm = model()
+    torch.manual_seed(1)
+    one = sample_tokens(lm, PROMPTS, 9, 0, [1, 2, 3, 4])
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), after)  # nothing was taken from the global ones
+    torch.manual_seed(2)
+    assert sample_tokens(lm, PROMPTS, 9, 0, [1, 2, 3, 4]) == one
+    same_prompt = sample_tokens(lm, [[3]] * 8, 9, 0, range(8))
+    assert len({tuple(text.ids) for text in same_prompt}) == 8
+
+
+def test_drawing_whatever_the_models_configuration_says():
+    lm = model()
+    expected = sample_tokens(lm, PROMPTS, 12, 0, [1, 2, 3, 4])
+    lm.generation_config.do_sample, lm.generation_config.top_k, lm.generation_config.temperature = True, 1, 0.1
+    lm.generation_config.repetition_penalty = 3.0
+    assert sample_tokens(lm, PROMPTS, 12, 0, [1, 2, 3, 4]) == expected
+
+
+def test_what_in_a_module_generates_text():
+    class Holder(torch.nn.Module):
+        def __init__(self, lm):
+            super().__init__()
+            self.layer, self.lm = torch.nn.Linear(2, 2), lm
+
+        def generate(self):
+            raise AssertionError("the module's own is no model's")
+
+    lm = model()
+    assert generator_of(Holder(lm)) is lm
+    assert generator_of(torch.nn.Linear(2, 2)) is None
 
 
 # ---------------------------------------------------------------------- texts
