@@ -41,3 +41,12 @@ def untouched_random_state() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers, without the collisions of a sum."""
+    seed = 0x9E3779B97F4A7C15
+    for part in parts:
+        seed = (seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9 % 2**64
+        seed ^= seed >> 31
+    return seed % 2**63

@@ -1,6 +1,7 @@
-"""What is kept of earlier tasks: selection policies and the buffer that holds what they select."""
+"""What is kept of earlier tasks: how samples are chosen, and where they lie."""
 
-from lightning_cl.buffers.buffer import ReplayBuffer
-from lightning_cl.buffers.policies import Reservoir, TaskBalanced
+from lightning_cl.buffers.buffer import ReplayBuffer, Stored, read_folder, remove_from_folder
+from lightning_cl.buffers.disk import DiskStore
+from lightning_cl.buffers.memory import MemoryStore
 
-__all__ = ["ReplayBuffer", "Reservoir", "TaskBalanced"]
+__all__ = ["DiskStore", "MemoryStore", "ReplayBuffer", "Stored", "read_folder", "remove_from_folder"]

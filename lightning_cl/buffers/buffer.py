@@ -1,116 +1,564 @@
-"""The buffer: samples in memory, chosen by a policy."""
+"""The buffer: samples of earlier tasks within a budget, chosen by a policy, in memory or on disk."""
 
 from __future__ import annotations
 
+import json
+import math
+import pickle
 import random
+from array import array
 from collections import Counter
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from lightning_cl.buffers import samples as storage
-from lightning_cl.buffers.policies import Policy, Reservoir, TaskBalanced
+import torch
+from torch import Tensor
 
-POLICIES: dict[str, type[Reservoir] | type[TaskBalanced]] = {"reservoir": Reservoir, "task_balanced": TaskBalanced}
+from lightning_cl.buffers.disk import DiskStore
+from lightning_cl.buffers.encoding import encode
+from lightning_cl.buffers.heap import LargestFirst
+from lightning_cl.buffers.labels import label_of
+from lightning_cl.buffers.layout import DamagedFileError
+from lightning_cl.buffers.memory import MemoryStore
+from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
+from lightning_cl.buffers.segment import RemovedError
+from lightning_cl.buffers.store import Info, Store
+from lightning_cl.buffers.tokens import token_count
+from lightning_cl.files import replace_file
+from lightning_cl.random_state import seed_of
+
+Unit = Literal["samples", "tokens", "bytes"]
+_EMPTY, _WAITING = -1, -2
+_STATE = "buffer.pt"
+_RECORD_BYTES = 64  # what a record takes beside its content
+
+
+class Stored(NamedTuple):
+    """A stored sample, as a predicate of :meth:`ReplayBuffer.remove` sees it.
+
+    Attributes:
+        sample: the sample.
+        task: the name of its task.
+        position: its place in its task's training data; −1: unknown.
+        label: its class; −1: none.
+    """
+
+    sample: Any
+    task: str
+    position: int
+    label: int
 
 
 class ReplayBuffer:
-    """Samples of earlier tasks, as many as `capacity`, each with the name of its task.
+    """Samples of earlier tasks, each with the name of its task.
 
     A sample is anything that a data set returns, as long as it is made of tensors, arrays, numbers, texts and plain
-    containers. Insertion is O(1). With the same seed and the same stream the content is the same in every process.
+    containers. A token sequence takes 4 bytes and a bit per token, and 64 bytes. Insertion takes O(log n), a rejection
+    O(1). With the same seed and the same stream the content is the same in every process.
 
     Args:
-        capacity: the largest number of samples.
-        policy: ``reservoir`` (uniform over everything seen) or ``task_balanced`` (equal shares for the tasks).
+        capacity: the budget.
+        policy: ``reservoir``: uniform over everything seen. ``task_balanced``, ``class_balanced``: equal shares for the
+            tasks or classes, uniform within each; what a small one does not need, the others get. ``fifo``: the newest.
+            ``surprise``: in proportion to a weight. ``herding``, ``k_center``: by a rank within the task, equal shares
+            for the tasks.
         seed: seed of the random choices.
+        unit: what the budget counts: ``samples``, ``tokens``, or ``bytes`` on disk.
+        store: where samples lie: by default, in memory; :class:`~lightning_cl.buffers.disk.DiskStore` for files.
 
     Attributes:
-        items: the samples.
-        tasks: for each sample the name of its task.
         seen: how many samples were offered so far.
+        seen_of: the same for each task.
 
     Raises:
-        ValueError: if capacity or policy is not one of the above.
+        ValueError: if capacity, policy or unit is not one of the above.
     """
 
     def __init__(
-        self, capacity: int, policy: Literal["reservoir", "task_balanced"] = "reservoir", seed: int = 0
+        self,
+        capacity: int,
+        policy: PolicyName = "reservoir",
+        seed: int = 0,
+        *,
+        unit: Unit = "samples",
+        store: Store | None = None,
     ) -> None:
+        if unit not in ("samples", "tokens", "bytes"):
+            raise ValueError(f"unit={unit!r}: expected 'samples', 'tokens' or 'bytes'")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"buffer_size={capacity!r}: expected a positive number of samples")
+            raise ValueError(f"buffer_size={capacity!r}: expected a positive number of {unit}")
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r}: expected one of {sorted(POLICIES)}")
-        self.capacity = capacity
-        self.policy_name = policy
-        self._policy: Policy = POLICIES[policy]()
+        self.capacity, self.policy_name, self.unit = capacity, policy, unit
+        self.policy = POLICIES[policy]
+        self.store: Store = MemoryStore() if store is None else store
         self._rng = random.Random(seed)
-        self.items: list[Any] = []
-        self.tasks: list[str] = []
-        self.seen = 0
+        self.seen_of: Counter[str] = Counter()
+        self._clear()
+
+    def _clear(self) -> None:
+        # One entry per slot: the record's number, or one of the marks; its key, cost and group.
+        self._numbers, self._keys = array("q"), array("d")
+        self._costs, self._groups, self._tasks = array("q"), array("i"), array("i")
+        self._task_names: list[str] = []
+        self._free: list[int] = []
+        self._names: list[str] = []
+        self._heaps: list[LargestFirst] = []
+        self._used: list[int] = []  # of each group: its cost
+        self._limits: list[float] = []  # of each group: no key from here on is taken in
+        self._total = self._count = 0
+        self._per_task: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------ looking
 
     def __len__(self) -> int:
-        return len(self.items)
+        return self._count
 
     def __getitem__(self, index: int) -> Any:
-        return self.items[index]
+        return self.store.get(self.numbers[index])
 
-    def add(self, sample: Any, task: str) -> None:
-        """Offers one sample of the stream."""
-        slot = self.choose_slot(task)
-        if slot is not None:
-            self.put(slot, sample, task)
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The record numbers of the stored samples."""
+        if self._count == len(self._numbers):
+            return self._numbers
+        return array("q", (number for number in self._numbers if number >= 0))
 
-    def choose_slot(self, task: str) -> int | None:
-        """Decides on the next sample of the stream before it is loaded: its slot, or None."""
-        self.seen += 1
-        return self._policy.place(self.capacity, task, self._rng)
+    @property
+    def items(self) -> list[Any]:
+        """The stored samples, all of them in memory."""
+        return [self.store.get(number) for number in self.numbers]
 
-    def put(self, slot: int, sample: Any, task: str) -> None:
-        """Writes a copy of a sample to the slot that :meth:`choose_slot` gave.
+    @property
+    def tasks(self) -> list[str]:
+        """For each stored sample the name of its task."""
+        return [self._task_names[self._tasks[slot]] for slot in self._slots()]
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks of all samples that ever were in the buffer, in order."""
+        return list(self._task_names)
+
+    def pick(self, value: int, task: str | None = None) -> int | None:
+        """The record that a large random number stands for, in O(1); of a task, as many tries as it is rare.
+
+        Args:
+            value: equally likely numbers give equally likely records.
+            task: only of this task.
+        """
+        wanted = None if task is None else self._task_names.index(task)
+        slots = len(self._numbers)
+        for place in chain((seed_of(value, i) % slots for i in range(256)), range(slots)):
+            if self._numbers[place] >= 0 and wanted in (None, self._tasks[place]):
+                return self._numbers[place]
+        return None
+
+    @property
+    def seen(self) -> int:
+        """How many samples were offered so far."""
+        return sum(self.seen_of.values())
+
+    def get(self, number: int) -> Any:
+        """The sample of a record.
+
+        Raises:
+            RemovedError: if it was removed.
+        """
+        return self.store.get(number)
+
+    def extra(self, number: int) -> dict[str, Tensor]:
+        """The tensors that were stored beside a record."""
+        return self.store.extra(number)
+
+    def info(self, number: int) -> Info:
+        """What is known of a record without reading it."""
+        return self.store.info(number)
+
+    def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
+        """Of records in the buffer: ``length``, ``loss_tokens`` and ``task`` (a number, see :meth:`task_name`)."""
+        tasks = array("i", (self._tasks[slot] for slot in self._slots()))
+        if len(numbers) != len(tasks):
+            raise ValueError(f"numbers: {len(numbers)} of {len(tasks)} records; expected `buffer.numbers`")
+        return {**self.store.columns(numbers), "task": tasks}
+
+    def task_name(self, task: int) -> str:
+        """The name of a task in :meth:`columns`; tasks have rising numbers in their order."""
+        return self._task_names[task]
+
+    def counts(self) -> dict[str, int]:
+        """How many samples of each task are stored."""
+        return {task: count for task, count in self._per_task.items() if count}
+
+    def size_in_bytes(self) -> int:
+        """The bytes of the stored samples."""
+        return sum(self.store.info(number).size for number in self.numbers)
+
+    # ------------------------------------------------------------------ filling
+
+    def add(
+        self,
+        sample: Any,
+        task: str,
+        *,
+        weight: float = 1.0,
+        rank: int | None = None,
+        position: int = -1,
+        extra: dict[str, Tensor] | None = None,
+    ) -> int | None:
+        """Offers one sample of the stream.
+
+        Args:
+            sample: the sample.
+            task: the name of its task.
+            weight: for ``surprise``.
+            rank: for ``herding`` and ``k_center``.
+            position: its place in the task's data.
+            extra: tensors to be stored beside it.
+
+        Returns:
+            the number of its record; None if it was left out.
+        """
+        label = label_of(sample) if self.policy.group == "class" else None
+        slot = self.choose_slot(task, self.cost(sample), label, weight, rank)
+        return None if slot is None else self.put(slot, sample, task, position=position, extra=extra)
+
+    def cost(self, sample: Any) -> int:
+        """What a sample takes of the budget."""
+        if self.unit == "samples":
+            return 1
+        if self.unit == "tokens":
+            tokens = token_count(sample)
+            if tokens == 0:
+                raise ValueError("unit='tokens': a sample is no token sequence; give unit='samples' or 'bytes'")
+            return tokens
+        return encode(sample).size + _RECORD_BYTES
+
+    def cost_of_tokens(self, length: int) -> int:
+        """What a token sequence of this length takes of the budget."""
+        return {"samples": 1, "tokens": length, "bytes": 4 * length + -(-length // 8) + _RECORD_BYTES}[self.unit]
+
+    def choose_slot(
+        self, task: str, cost: int = 1, label: int | None = None, weight: float = 1.0, rank: int | None = None
+    ) -> int | None:
+        """Decides on the next sample of the stream before it is loaded: its slot, or None.
+
+        Args:
+            task: the name of its task.
+            cost: what it takes of the budget.
+            label: its class, for ``class_balanced``.
+            weight: for ``surprise``.
+            rank: for ``herding`` and ``k_center``.
+
+        Raises:
+            ValueError: if it is larger than the whole budget, or has no label where one is needed.
+        """
+        if cost > self.capacity:
+            raise ValueError(
+                f"buffer_size={self.capacity}: a sample of task {task!r} takes {cost} {self.unit}, more than the whole"
+                f" budget; give at least {cost}"
+            )
+        key = draw_key(self.policy, self._rng, self.seen, weight, rank)
+        self.seen_of[task] += 1
+        group = self._group(task, label)
+        if key >= self._limits[group]:
+            return None
+        self._used[group] += cost
+        self._total += cost
+        while self._total > self.capacity:
+            largest = max(range(len(self._used)), key=self._used.__getitem__)
+            heap = self._heaps[largest]
+            if largest == group and key >= heap.largest():  # the newcomer itself has to go
+                self._limits[group] = min(self._limits[group], key)
+                self._used[group] -= cost
+                self._total -= cost
+                return None
+            gone = heap.pop()
+            self._limits[largest] = min(self._limits[largest], self._keys[gone])
+            self._release(gone)
+        return self._insert(group, key, cost, task)
+
+    def put(
+        self,
+        slot: int,
+        sample: Any,
+        task: str,
+        *,
+        position: int = -1,
+        extra: dict[str, Tensor] | None = None,
+    ) -> int:
+        """Stores a sample under the slot that :meth:`choose_slot` gave.
+
+        Returns:
+            the number of its record.
 
         Raises:
             TypeError: if the sample cannot be stored without pickle.
         """
-        sample = storage.own(sample)
-        if slot == len(self.items):
-            self.items.append(sample)
-            self.tasks.append(task)
+        label = label_of(sample) if self.policy.group == "class" else None
+        number = self.store.append(sample, task, position, -1 if label is None else label, extra)
+        self.put_number(slot, number)
+        return number
+
+    def put_number(self, slot: int, number: int) -> None:
+        """Says which record another rank has stored, or stores, for a slot."""
+        self._numbers[slot] = number
+        self._count += 1
+        self._per_task[self._task_names[self._tasks[slot]]] += 1
+
+    def is_waiting(self, slot: int) -> bool:
+        """Whether a slot of :meth:`choose_slot` is still to be filled: a later sample may have taken its place."""
+        return self._numbers[slot] == _WAITING
+
+    def give_back(self, slot: int) -> None:
+        """Leaves a slot of :meth:`choose_slot` empty after all."""
+        self._heaps[self._groups[slot]].remove({slot})
+        self._release(slot)
+
+    def limit(self, group: str) -> float:
+        """No key from here on is taken into a group."""
+        return self._limits[self._names.index(group)] if group in self._names else math.inf
+
+    def _group(self, task: str, label: int | None) -> int:
+        kind = self.policy.group
+        if kind == "class" and label is None:
+            raise ValueError(
+                f"policy='class_balanced': a sample of task {task!r} has no class; expected (input, class) or a"
+                " dictionary with `label` or `labels`, a whole number"
+            )
+        name = {"all": "", "task": task, "class": str(label)}[kind]
+        if name not in self._names:
+            self._names.append(name)
+            self._heaps.append(LargestFirst(self._keys))
+            self._used.append(0)
+            self._limits.append(math.inf)
+            return len(self._names) - 1
+        return self._names.index(name)
+
+    def _insert(self, group: int, key: float, cost: int, task: str) -> int:
+        columns: tuple[array[Any], ...] = (self._numbers, self._keys, self._costs, self._groups, self._tasks)
+        if task not in self._task_names:
+            self._task_names.append(task)
+        row = (_WAITING, key, cost, group, self._task_names.index(task))
+        if self._free:
+            slot = self._free.pop()
+            for column, value in zip(columns, row, strict=True):
+                column[slot] = value
         else:
-            self.items[slot], self.tasks[slot] = sample, task
+            slot = len(self._numbers)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+        self._heaps[group].push(slot)
+        return slot
 
-    def counts(self) -> dict[str, int]:
-        """How many samples of each task are stored."""
-        return dict(Counter(self.tasks))
+    def _release(self, slot: int) -> None:
+        number = self._numbers[slot]
+        if number >= 0:
+            self._count -= 1
+            self._per_task[self._task_names[self._tasks[slot]]] -= 1
+            self.store.evict(number)
+        self._numbers[slot] = _EMPTY
+        self._free.append(slot)
+        self._used[self._groups[slot]] -= self._costs[slot]
+        self._total -= self._costs[slot]
 
-    def size_in_bytes(self) -> int:
-        """The bytes of the stored samples."""
-        return sum(storage.size_in_bytes(sample) for sample in self.items)
+    # ------------------------------------------------------------------ removing
 
-    def state_dict(self) -> dict[str, Any]:
-        """Samples, tasks, count and random state, as tensors and plain containers."""
-        return {
-            "capacity": self.capacity,
-            "policy_name": self.policy_name,
-            "policy": self._policy.state_dict(),
-            "rng": self._rng.getstate(),
-            "seen": self.seen,
-            "tasks": list(self.tasks),
-            "samples": storage.pack(self.items),
-        }
+    def remove(self, predicate: Callable[[Stored], bool]) -> int:
+        """Removes samples for good: from now on they are not drawn, and their content is overwritten on the disk.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`.
+        They are not stored again, also not by a run that goes on from an older checkpoint. What no buffer can reach:
+        the data sets, their cache of tokens, batches that are already on their way, and for a buffer in memory the
+        checkpoints that were written before.
+
+        Args:
+            predicate: gets a :class:`Stored`, says whether it shall go.
+
+        Returns:
+            how many were removed.
+        """
+        # Everything that is on the disk, and not only what may still be drawn.
+        gone = {number for number, stored in stored_in(self.store) if predicate(stored)}
+        self.store.erase(sorted(gone))
+        self._drop([slot for slot in self._slots() if self._numbers[slot] in gone])
+        self.write_index()
+        return len(gone)
+
+    def _slots(self) -> Iterator[int]:
+        return (slot for slot, number in enumerate(self._numbers) if number >= 0)
+
+    def _drop(self, slots: Sequence[int]) -> None:
+        for group, heap in enumerate(self._heaps):
+            mine = {slot for slot in slots if self._groups[slot] == group}
+            if mine:
+                heap.remove(mine)
+        for slot in slots:
+            self._release(slot)
+
+    def clear(self) -> None:
+        """Lets all samples go; what was seen is forgotten too."""
+        for slot in list(self._slots()):
+            self.store.evict(self._numbers[slot])
+        self.seen_of.clear()
+        self._clear()
+
+    # ------------------------------------------------------------------ keeping
+
+    def move_to(self, store: Store) -> None:
+        """Keeps samples in another store from now on; what is there goes along."""
+        old, self.store = self.store, store
+        slots = list(self._slots())
+        if not store.writes:
+            for slot, expected in zip(slots, store.expect(len(slots)), strict=True):
+                self._numbers[slot] = expected
+            return
+        for slot in slots:
+            number = self._numbers[slot]
+            info = old.info(number)
+            self._numbers[slot] = store.append(old.get(number), info.task, info.position, info.label, old.extra(number))
+        store.commit()
+
+    def adopt(self) -> None:
+        """Goes on with what an earlier run has left in the folder, if anything.
 
         Raises:
-            ValueError: if the state is of a buffer with another capacity or policy.
+            ValueError: if it was of another budget, policy or tokenizer.
+            DamagedFileError: if a file is damaged; it is named.
         """
-        for name, ours in (("capacity", self.capacity), ("policy_name", self.policy_name)):
+        if isinstance(self.store, DiskStore) and (self.store.folder / _STATE).is_file():
+            path = self.store.folder / _STATE
+            try:
+                state = torch.load(path, weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise DamagedFileError(f"{path}: damaged ({error})") from error
+            try:
+                self.load_state_dict(state)
+            except ValueError as error:
+                raise type(error)(f"folder={str(self.store.folder)!r}: {error}") from error
+
+    def commit(self) -> None:
+        """Makes what was stored outlive a crash."""
+        self.store.commit()
+
+    def compact(self) -> None:
+        """Gives room on the disk back, if much is taken by samples that were let go; between tasks."""
+        slots = list(self._slots())
+        numbers = self.store.compact([self._numbers[slot] for slot in slots])
+        if numbers is not None:
+            for slot, number in zip(slots, numbers, strict=True):
+                self._numbers[slot] = number
+            self.write_index()
+
+    def write_index(self) -> None:
+        """Writes beside the segments which records are in the buffer: ``live.json``, and what :meth:`adopt` reads."""
+        store = self.store
+        if not isinstance(store, DiskStore) or not store.writes or not store.has_folder:
+            return
+        content = json.dumps(store.describe(self.numbers))
+        replace_file(store.folder / "live.json", lambda path: path.write_text(content, encoding="utf-8"))
+        state = self.state_dict()
+        replace_file(store.folder / _STATE, lambda path: torch.save(state, path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain containers; of a buffer on disk, which records are in it."""
+        slots = list(self._slots())
+
+        def column(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+            return torch.tensor([values[slot] for slot in slots], dtype=dtype)
+
+        return {
+            "capacity": self.capacity,
+            "unit": self.unit,
+            "policy_name": self.policy_name,
+            "rng": self._rng.getstate(),
+            "seen_of": dict(self.seen_of),
+            "keys": column(self._keys, torch.float64),
+            "costs": column(self._costs, torch.int64),
+            "groups": column(self._groups, torch.int32),
+            "tasks": column(self._tasks, torch.int32),
+            "task_names": list(self._task_names),
+            "names": list(self._names),
+            "limits": list(self._limits),
+            "store": self.store.state_dict([self._numbers[slot] for slot in slots]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
+        """Restores :meth:`state_dict`. What was removed since stays removed.
+
+        Args:
+            state: of a buffer with this budget and policy.
+            folder: where the files are looked for that are not where they were.
+
+        Raises:
+            ValueError: if the state is of a buffer with another budget, policy, storage or tokenizer.
+            FileNotFoundError: if a file of the buffer is missing.
+            DamagedFileError: if one is damaged; it is named.
+        """
+        for name, ours in (("capacity", self.capacity), ("unit", self.unit), ("policy_name", self.policy_name)):
             if state[name] != ours:
-                argument = {"capacity": "buffer_size", "policy_name": "policy"}[name]
+                argument = {"capacity": "buffer_size", "policy_name": "policy"}.get(name, name)
                 raise ValueError(
                     f"{argument}={ours!r} does not fit the checkpoint, which was written with {state[name]!r}"
                 )
-        self._policy.load_state_dict(state["policy"])
+        numbers = self.store.load_state_dict(state["store"], folder)
+        self._clear()
         self._rng.setstate(state["rng"])
-        self.seen = state["seen"]
-        self.tasks = list(state["tasks"])
-        self.items = storage.unpack(state["samples"])
+        self.seen_of = Counter(state["seen_of"])
+        self._names, self._limits = list(state["names"]), list(state["limits"])
+        self._numbers, self._keys = array("q", numbers.tolist()), array("d", state["keys"].tolist())
+        self._costs, self._groups = array("q", state["costs"].tolist()), array("i", state["groups"].tolist())
+        self._tasks, self._task_names = array("i", state["tasks"].tolist()), list(state["task_names"])
+        members: list[list[int]] = [[] for _ in self._names]
+        self._used = [0] * len(self._names)
+        for slot, (group, cost) in enumerate(zip(self._groups, self._costs, strict=True)):
+            members[group].append(slot)
+            self._used[group] += cost
+        self._heaps = [LargestFirst(self._keys, slots) for slots in members]
+        self._total, self._count = sum(self._costs), len(self._numbers)
+        self._per_task = Counter(self.tasks)
+        # What was removed after the checkpoint was written.
+        self._drop([slot for slot in self._slots() if self.store.is_erased(self._numbers[slot])])
+
+
+def stored_in(store: Store) -> Iterator[tuple[int, Stored]]:
+    """Every record that a store still holds, with its number; also those that no buffer draws any more."""
+    for number in store.every():
+        info = store.info(number)
+        try:
+            yield number, Stored(store.get(number), info.task, info.position, info.label)
+        except RemovedError:
+            continue
+
+
+def remove_from_folder(folder: str | Path, predicate: Callable[[Stored], bool]) -> int:
+    """Removes samples for good from the folder of a buffer on disk, without a run.
+
+    A run that goes on from a checkpoint, whichever, does not find them (:meth:`ReplayBuffer.remove`).
+
+    Args:
+        folder: with the buffer's segments, as ``<run>/buffers/Replay``.
+        predicate: gets a :class:`Stored`, says whether it shall go.
+
+    Returns:
+        how many were removed.
+
+    Raises:
+        FileNotFoundError: if there is no buffer in the folder.
+    """
+    store = DiskStore(Path(folder))
+    store.attach()
+    gone = [number for number, stored in stored_in(store) if predicate(stored)]
+    store.erase(gone)
+    return len(gone)
+
+
+def read_folder(folder: str | Path) -> Iterator[Stored]:
+    """The samples of a buffer's folder, also those that were let go and still lie there.
+
+    Raises:
+        FileNotFoundError: if there is no buffer in the folder.
+    """
+    store = DiskStore(Path(folder))
+    store.attach()
+    return (stored for _, stored in stored_in(store))

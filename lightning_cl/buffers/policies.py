@@ -1,95 +1,74 @@
 """Which samples of a stream stay in a buffer of fixed size.
 
-A policy answers one question, in O(1): into which slot does the next sample of the stream go? A slot number equal to
-the current size means "append", a smaller one "overwrite", ``None`` "leave it out".
+One mechanism serves all policies. Every sample has a *group* and a *key*. While the buffer holds more than its budget,
+the largest group loses the sample of its largest key. A group never takes in a key above one that it has lost. So what
+a group holds are all its samples below a threshold that only falls:
+
+* With random keys each sample of a group is in the buffer with the same probability: reservoir sampling in the form of
+  bottom-k sampling (Vitter 1985; Cohen & Kaplan 2007). It stays so for budgets in tokens, and after samples were
+  removed: the places are filled again by later samples of the stream, below the same threshold.
+* With keys ``−log(u) / w`` it is weighted sampling without replacement (Efraimidis & Spirakis 2006).
+* With the time of arrival, negative, it is a queue; with a place in a ranking, the best of the ranking stay.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from typing import Any, Protocol
+from typing import Literal, NamedTuple
+
+PolicyName = Literal["reservoir", "task_balanced", "class_balanced", "fifo", "herding", "k_center", "surprise"]
 
 
-class Policy(Protocol):
-    """What :class:`~lightning_cl.buffers.ReplayBuffer` asks of a selection policy."""
+class Policy(NamedTuple):
+    """How a policy chooses.
 
-    def place(self, capacity: int, task: str, rng: random.Random) -> int | None:
-        """The slot for the next sample of `task`, or None to leave it out."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers, enough to continue the stream."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
-
-
-class Reservoir:
-    """Every sample of the stream so far is in the buffer with the same probability (Vitter 1985, algorithm R).
-
-    Large tasks get many slots, small ones few.
+    Attributes:
+        group: what competes for room among itself: ``all``, the ``task`` or the ``class``.
+        key: ``random``, ``weighted``, ``newest`` or a ``rank`` that is given with the sample.
+        looks: what has to be known of a sample: ``nothing``, its ``loss`` or its hidden ``states``.
+        words: for reports.
     """
 
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def place(self, capacity: int, task: str, rng: random.Random) -> int | None:
-        """See :class:`Policy`."""
-        self.seen += 1
-        if self.seen <= capacity:
-            return self.seen - 1
-        slot = rng.randrange(self.seen)  # uniform over 0 … seen − 1: the new sample counts too
-        return slot if slot < capacity else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`Policy`."""
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`Policy`."""
-        self.seen = state["seen"]
+    group: Literal["all", "task", "class"]
+    key: Literal["random", "weighted", "newest", "rank"]
+    looks: Literal["nothing", "loss", "states"]
+    words: str
 
 
-class TaskBalanced:
-    """Every task gets an equal share of the buffer, uniform within the task.
+POLICIES: dict[str, Policy] = {
+    "reservoir": Policy("all", "random", "nothing", "uniform over all samples seen (reservoir)"),
+    "task_balanced": Policy("task", "random", "nothing", "equal shares of the tasks, uniform within each"),
+    "class_balanced": Policy("class", "random", "nothing", "equal shares of the classes, uniform within each"),
+    "fifo": Policy("all", "newest", "nothing", "the newest samples (first in, first out)"),
+    "herding": Policy("task", "rank", "states", "equal shares of the tasks, nearest to each one's mean (herding)"),
+    "k_center": Policy("task", "rank", "states", "equal shares of the tasks, spread over each one (k-centre)"),
+    "surprise": Policy("all", "weighted", "loss", "in proportion to the loss at the end of the task (surprise)"),
+}
 
-    Reservoir sampling balanced over tasks (Chrysakis & Moens 2020, algorithm 1, with the task as the class): as long as
-    a task is not the largest in the buffer, its new sample takes the place of a random one of the largest task. What a
-    small task does not need, the others keep.
+
+def draw_key(policy: Policy, rng: random.Random, seen: int, weight: float, rank: int | None) -> float:
+    """The key of the next sample.
+
+    Args:
+        policy: how it is made.
+        rng: where random numbers come from.
+        seen: how many samples came before.
+        weight: of a weighted policy: in proportion to what the sample shall be kept.
+        rank: of a ranked policy: the sample's place in its group's ranking, from 0.
+
+    Raises:
+        ValueError: if a ranked policy gets no rank, or a weight is negative or not finite.
     """
-
-    def __init__(self) -> None:
-        self.seen: dict[str, int] = {}
-        self._slots: dict[str, list[int]] = {}
-        self._size = 0
-
-    def place(self, capacity: int, task: str, rng: random.Random) -> int | None:
-        """See :class:`Policy`."""
-        self.seen[task] = self.seen.get(task, 0) + 1
-        own = self._slots.setdefault(task, [])
-        if self._size < capacity:
-            own.append(self._size)
-            self._size += 1
-            return self._size - 1
-        largest = max(self._slots, key=lambda name: len(self._slots[name]))
-        # A task that has lost samples goes on as a reservoir: a sure place would favour its late samples.
-        complete = len(own) == self.seen[task] - 1
-        if complete and len(own) < len(self._slots[largest]):
-            slots = self._slots[largest]
-            position = rng.randrange(len(slots))
-            slot = slots[position]
-            slots[position] = slots[-1]
-            slots.pop()
-            own.append(slot)
-            return slot
-        position = rng.randrange(self.seen[task])  # a reservoir within the task
-        return own[position] if position < len(own) else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`Policy`."""
-        return {"seen": dict(self.seen), "slots": {name: list(slots) for name, slots in self._slots.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`Policy`."""
-        self.seen = dict(state["seen"])
-        self._slots = {name: list(slots) for name, slots in state["slots"].items()}
-        self._size = sum(len(slots) for slots in self._slots.values())
+    if policy.key == "random":
+        return rng.random()
+    if policy.key == "newest":
+        return -float(seen)
+    if policy.key == "rank":
+        if rank is None:
+            raise ValueError("rank=None: this policy needs the sample's place in a ranking")
+        return float(rank)
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight={weight!r}: expected a finite number of at least 0")
+    # 1 − u is in (0, 1]; a weight of 0 comes last of all.
+    return -math.log(1.0 - rng.random()) / weight if weight > 0 else math.inf

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
+
+from lightning_cl.data.ratio import Curve, mean_odds, odds_at
+from lightning_cl.random_state import seed_of as seed_of
 
 MixMode = Literal["replace", "add"]
 T = TypeVar("T")
@@ -18,23 +21,53 @@ def plan_batches(order: Sequence[T], batch_size: int, drop_last: bool = False) -
     return batches
 
 
+class Source(NamedTuple):
+    """Where replayed samples come from.
+
+    Attributes:
+        draw: an endless stream of samples, by index (any number that the weight function knows), best one in which
+            every stretch has nearly the mean weight (:func:`balanced_order`).
+        mean_weight: of what it gives, in the long run.
+        curve: its share of the total weight, over the task.
+    """
+
+    draw: Iterator[int]
+    mean_weight: float
+    curve: Curve
+
+
+class Span(NamedTuple):
+    """Which part of a task an epoch is.
+
+    Attributes:
+        epoch: how many epochs of this task came before: what they owe is carried over, so that a ratio below one
+            sample per epoch is kept too.
+        epochs: how many the task has (any positive number).
+    """
+
+    epoch: int = 0
+    epochs: float = 1.0
+
+    def progress(self, share: float) -> float:
+        """Of the task, at a share of this epoch."""
+        return min((self.epoch + share) / self.epochs, 1.0)
+
+
 def plan_mixed_batches(
     order: Sequence[int],
-    draw: Iterator[int],
+    sources: Sequence[Source],
     weight: Callable[[int], int],
-    mean_replay_weight: float,
-    ratio: float,
     batch_size: int,
     mode: MixMode,
-    epoch: int = 0,
+    span: Span = Span(),  # noqa: B008
     drop_last: bool = False,
     length: int | None = None,
     multiple: int = 1,
 ) -> list[list[int]]:
-    """One epoch of batches in which replayed samples carry the share ``ratio`` of the total weight.
+    """One epoch of batches in which each source's samples carry its share of the total weight.
 
     The share is kept by error diffusion: a replayed sample comes next whenever that brings the running share nearer to
-    ``ratio``. So over any window the share is off by about one sample.
+    its goal. So over any window the share is off by about one sample.
 
     ``replace`` keeps the batch size: a pass over the new samples takes ``1 / (1 − ratio)`` times the batches, and their
     number is the same in every epoch (:func:`mixed_length`). ``add`` puts the replayed samples on top of full batches
@@ -42,87 +75,125 @@ def plan_mixed_batches(
 
     Args:
         order: the new samples of this epoch, by index.
-        draw: an endless stream of replayed samples, by index (any number that `weight` knows), best one in which every
-            stretch has nearly the mean weight (:func:`balanced_order`).
+        sources: of replayed samples.
         weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
-        mean_replay_weight: mean of `weight` over what `draw` can give.
-        ratio: the share of the replayed samples in the weight, in ``[0, 1)``.
         batch_size: samples in a batch (in ``add`` mode, new samples in a batch).
         mode: ``replace`` or ``add``.
-        epoch: how many epochs of this task came before: what they owe is carried over, so that a ratio below one
-            sample per epoch is kept too.
+        span: which epoch it is.
         drop_last: leave out a last batch that is not full.
         length: in ``replace`` mode, the number of batches; by default, from the weights of `order`.
         multiple: in ``add`` mode, replayed samples come in multiples of this many, so that ranks can share them.
     """
     if mode == "add":
-        odds = ratio / (1.0 - ratio)
-        new_weights = [weight(i) for i in order]
-        owed = _owed(sum(new_weights), mean_replay_weight, ratio, epoch)
-        pending = next(draw)
-        mixed = []
-        for positions in plan_batches(range(len(order)), batch_size, drop_last):
-            batch = [order[p] for p in positions]
-            owed += odds * sum(new_weights[p] for p in positions)
-            while owed >= multiple * weight(pending) / 2:
-                for _ in range(multiple):
-                    batch.append(pending)
-                    owed -= weight(pending)
-                    pending = next(draw)
-            mixed.append(batch)
-        return mixed
-
+        return _added(order, sources, weight, batch_size, span, drop_last, multiple)
     if length is None:
         new_weight = sum(weight(i) for i in order)
-        length = mixed_length(len(order), new_weight, mean_replay_weight, ratio, batch_size, drop_last)
+        length = mixed_length(len(order), new_weight, sources, batch_size, drop_last)
     most = max(length * batch_size - len(order), 0)
-    groups = interleave(order, draw, weight, mean_replay_weight, ratio, epoch, most)
-    slots = [index for group in groups for index in group]
+    slots = [index for group in interleave(order, sources, weight, span, most) for index in group]
     if drop_last:
-        slots += [next(draw) for _ in range(length * batch_size - len(slots))]
+        slots += [next(sources[0].draw) for _ in range(length * batch_size - len(slots))]
         return plan_batches(slots, batch_size, drop_last)[:length]
     return [slots[start:end] for start, end in cuts(len(slots), length, batch_size)]
 
 
+def _added(
+    order: Sequence[int],
+    sources: Sequence[Source],
+    weight: Callable[[int], int],
+    batch_size: int,
+    span: Span,
+    drop_last: bool,
+    multiple: int,
+) -> list[list[int]]:
+    new_weights = [weight(i) for i in order]
+    debts = [
+        Debt(source, weight, owed) for source, owed in zip(sources, _owed(sum(new_weights), sources, span), strict=True)
+    ]
+    curves = [source.curve for source in sources]
+    mixed = []
+    for positions in plan_batches(range(len(order)), batch_size, drop_last):
+        batch = [order[p] for p in positions]
+        odds = odds_at(curves, span.progress((positions[0] + 0.5 * len(positions)) / len(order)))
+        for debt, factor in zip(debts, odds, strict=True):
+            debt.owed += factor * sum(new_weights[p] for p in positions)
+            while debt.owed >= multiple * debt.next_weight / 2:
+                batch += [debt.pay() for _ in range(multiple)]
+        mixed.append(batch)
+    return mixed
+
+
+class Debt:
+    """What is owed of one source, in weight, and the sample that comes next.
+
+    Args:
+        source: of replayed samples.
+        weight: of a sample.
+        owed: at first.
+    """
+
+    def __init__(self, source: Source, weight: Callable[[int], int], owed: float = 0.0) -> None:
+        self._draw, self._weight, self.owed = source.draw, weight, owed
+        self.next = next(source.draw)
+        self.next_weight = weight(self.next)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the running share is nearer to its goal with the next sample than without."""
+        return self.owed >= self.next_weight / 2
+
+    def pay(self) -> int:
+        """The next sample."""
+        paid = self.next
+        self.owed -= self.next_weight
+        self.next = next(self._draw)
+        self.next_weight = self._weight(self.next)
+        return paid
+
+
 def interleave(
     order: Sequence[int],
-    draw: Iterator[int],
+    sources: Sequence[Source],
     weight: Callable[[int], int],
-    mean_replay_weight: float,
-    ratio: float,
-    epoch: int = 0,
+    span: Span = Span(),  # noqa: B008
     most: int | None = None,
 ) -> Iterator[list[int]]:
     """Each new sample with the replayed ones that follow it, by error diffusion.
 
     Args:
         order: the new samples of this epoch, by index.
-        draw: an endless stream of replayed samples, by index.
+        sources: of replayed samples.
         weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
-        mean_replay_weight: mean of `weight` over what `draw` can give.
-        ratio: the share of the replayed samples in the weight, in ``[0, 1)``.
-        epoch: how many epochs of this task came before.
+        span: which epoch it is.
         most: the most replayed samples; as many as are due, by default.
     """
-    odds = ratio / (1.0 - ratio)
     new_weights = [weight(i) for i in order]
-    owed = _owed(sum(new_weights), mean_replay_weight, ratio, epoch)
-    pending = next(draw)
+    debts = [
+        Debt(source, weight, owed) for source, owed in zip(sources, _owed(sum(new_weights), sources, span), strict=True)
+    ]
+    curves = [source.curve for source in sources]
+    constant = odds_at(curves, 0.0) if all(curve.is_constant for curve in curves) else None
     count = 0
-    for index, new_weight in zip(order, new_weights, strict=True):
+    for place, (index, new_weight) in enumerate(zip(order, new_weights, strict=True)):
         group = [index]
-        owed += odds * new_weight
-        while (most is None or count < most) and owed >= weight(pending) / 2:
-            group.append(pending)
-            owed -= weight(pending)
-            count, pending = count + 1, next(draw)
+        odds = constant or odds_at(curves, span.progress((place + 0.5) / len(order)))
+        for debt, factor in zip(debts, odds, strict=True):
+            debt.owed += factor * new_weight
+            while (most is None or count < most) and debt.is_due:
+                group.append(debt.pay())
+                count += 1
         yield group
 
 
-def _owed(new_weight: float, mean_replay_weight: float, ratio: float, epoch: int) -> float:
+def _owed(new_weight: float, sources: Sequence[Source], span: Span) -> list[float]:
     """Weight of replayed samples still to come. Error diffusion over the earlier epochs left about this much."""
-    expected = ratio / (1.0 - ratio) * new_weight / mean_replay_weight  # replayed samples per epoch, a real number
-    return (epoch * expected - math.floor(epoch * expected + 0.5)) * mean_replay_weight
+    curves = [source.curve for source in sources]
+    odds = mean_odds(curves, 0.0, span.progress(0.0))
+    owed = []
+    for source, factor in zip(sources, odds, strict=True):
+        expected = factor * new_weight / source.mean_weight * span.epoch  # replayed samples so far, a real number
+        owed.append((expected - math.floor(expected + 0.5)) * source.mean_weight)
+    return owed
 
 
 def cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]:
@@ -165,13 +236,22 @@ def balanced_order(order: Sequence[T], weight: Callable[[T], float], pending: in
 
 
 def mixed_length(
-    samples: int, new_weight: float, mean_replay_weight: float, ratio: float, batch_size: int, drop_last: bool = False
+    samples: int, new_weight: float, sources: Sequence[Source], batch_size: int, drop_last: bool = False
 ) -> int:
-    """The number of batches of an epoch in ``replace`` mode, the same for every epoch."""
-    expected = ratio / (1.0 - ratio) * new_weight / mean_replay_weight
+    """The number of batches of an epoch in ``replace`` mode, the same for every epoch.
+
+    Args:
+        samples: new ones.
+        new_weight: their weight.
+        sources: of replayed samples.
+        batch_size: samples in a batch.
+        drop_last: leave out a last batch that is not full.
+    """
+    odds = mean_odds([source.curve for source in sources], 0.0, 1.0)
+    expected = [f * new_weight / source.mean_weight for f, source in zip(odds, sources, strict=True)]
     if drop_last:
-        return (samples + math.floor(expected)) // batch_size
-    return math.ceil((samples + math.ceil(expected)) / batch_size)
+        return (samples + math.floor(sum(expected))) // batch_size
+    return math.ceil((samples + sum(map(math.ceil, expected))) / batch_size)
 
 
 def share_of_rank(batch: Sequence[T], rank: int, world_size: int) -> list[T]:
@@ -181,12 +261,3 @@ def share_of_rank(batch: Sequence[T], rank: int, world_size: int) -> list[T]:
     """
     size = math.ceil(len(batch) / world_size)
     return [batch[(rank + i * world_size) % len(batch)] for i in range(size)]
-
-
-def seed_of(*parts: int) -> int:
-    """One seed from several numbers, without the collisions of a sum."""
-    seed = 0x9E3779B97F4A7C15
-    for part in parts:
-        seed = (seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9 % 2**64
-        seed ^= seed >> 31
-    return seed % 2**63

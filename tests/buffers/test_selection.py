@@ -201,8 +201,8 @@ def test_wrong_capacity_is_named_as_buffer_size(capacity):
 
 
 def test_unknown_policy_is_named_with_the_right_ones():
-    with pytest.raises(ValueError, match=r"policy='fifo'.*reservoir.*task_balanced"):
-        ReplayBuffer(4, "fifo")
+    with pytest.raises(ValueError, match=r"policy='lifo'.*reservoir.*task_balanced"):
+        ReplayBuffer(4, "lifo")
 
 
 def test_state_of_another_capacity_is_refused():

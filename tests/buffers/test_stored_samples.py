@@ -131,11 +131,12 @@ def test_stored_tensor_needs_no_graph():
     assert not buffer[0].requires_grad
 
 
-def test_size_in_bytes_counts_arrays_and_texts():
+def test_a_token_sample_takes_four_bytes_and_a_bit_per_token():
     buffer = ReplayBuffer(2)
-    buffer.add({"ids": torch.zeros(10, dtype=torch.int32), "mask": torch.ones(10, dtype=torch.bool)}, "a")
-    buffer.add(("abc", np.zeros(2)), "a")
-    assert buffer.size_in_bytes() == 50 + 3 + 16
+    buffer.add({"input_ids": torch.zeros(10, dtype=torch.int32), "loss_mask": torch.ones(10, dtype=torch.bool)}, "a")
+    assert buffer.size_in_bytes() == 40 + 2
+    buffer.add({"input_ids": [1] * 17, "labels": [-100] * 3 + [1] * 14, "attention_mask": [1] * 17}, "a")
+    assert buffer.size_in_bytes() == 42 + 68 + 3
 
 
 class Record:

@@ -1,0 +1,340 @@
+"""Records on disk: segments, each written by one process; the checkpoint holds which records are wanted."""
+
+from __future__ import annotations
+
+import shutil
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_cl.buffers.encoding import decode, decode_extra, encode
+from lightning_cl.buffers.layout import DamagedFileError
+from lightning_cl.buffers.segment import RemovedError, Segment, naming
+from lightning_cl.buffers.store import Info, as_numbers, digest
+
+_BITS = 32  # of a record's number within its segment
+_LEAST_TO_COMPACT = 1 << 20  # bytes
+
+
+class DiskStore:
+    """Samples in memory-mapped files (:mod:`~lightning_cl.buffers.layout`).
+
+    Records are immutable, and files only grow, so that every checkpoint finds its own. Each process that writes begins
+    a segment of its own: two runs that go on from one checkpoint never write to one file. What was evicted takes room
+    until :meth:`compact`, at a task's boundary; files that it replaces are deleted at the boundary after that.
+
+    A removed sample's content is overwritten in every segment that this store knows, and 16 bytes that stand for it are
+    kept in ``removed.bin`` beside them: it is not stored again, also not after a resume from an older checkpoint.
+
+    Args:
+        folder: where new segments go; made when the first record is written. None: not known yet (:meth:`place`).
+        info: what is written into new segments and must fit old ones: ``{"tokenizer": hash}``.
+        writes: False on the ranks for which another one writes.
+    """
+
+    def __init__(self, folder: Path | None, info: dict[str, Any] | None = None, writes: bool = True) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self.info_of_new, self.writes = dict(info or {}), writes
+        self._next = None if folder is None else self.first_free(Path(folder))
+        self._segments: list[Segment] = []
+        self._writer: int | None = None
+        self._expected = 0  # records that another rank has in the newest segment
+        self._expected_folder = Path()
+        self._outdated: list[Path] = []
+        self._removed: set[bytes] = set()
+        self._read_removed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For worker processes, which only read.
+        return {"folder": self._folder, "info": self.info_of_new, "segments": [s.folder for s in self._segments]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"], state["info"], writes=False)  # type: ignore[misc]
+        self._segments = [Segment(folder) for folder in state["segments"]]
+
+    @property
+    def folder(self) -> Path:
+        """Where new segments go."""
+        if self._folder is None:
+            raise RuntimeError("the buffer's folder is not known yet")
+        return self._folder
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether anything was written into its folder."""
+        return self._folder is not None and self._folder.is_dir()
+
+    def place(self, folder: Path, first: int, writes: bool) -> None:
+        """Says where new segments go.
+
+        Args:
+            folder: of this run.
+            first: number of the first new segment, :meth:`first_free` as one rank saw it.
+            writes: whether this rank writes.
+        """
+        self._folder, self._next, self.writes = Path(folder), first, writes
+        self._read_removed()
+
+    @staticmethod
+    def first_free(folder: Path) -> int:
+        """The number of the next segment in a folder."""
+        taken = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
+        return max(taken, default=-1) + 1
+
+    # ------------------------------------------------------------------ writing
+
+    def append(
+        self, sample: Any, task: str, position: int = -1, label: int = -1, extra: dict[str, Tensor] | None = None
+    ) -> int:
+        """Stores a sample.
+
+        Raises:
+            TypeError: if it cannot be stored without pickle.
+            OSError: if the disk is full; what was stored before is whole.
+        """
+        place = self._begin()
+        return place << _BITS | self._segments[place].append(encode(sample, extra), task, position, label)
+
+    def expect(self, count: int) -> range:
+        """The numbers of records that another rank, which writes for all, is about to append."""
+        if self._writer is None:
+            self._writer = len(self._segments)
+            self._expected_folder = self._new_folder()
+        start = self._writer << _BITS | self._expected
+        self._expected += count
+        return range(start, start + count)
+
+    def commit(self) -> None:
+        """Makes what was appended outlive a crash."""
+        if self.writes and self._writer is not None:
+            self._segments[self._writer].commit()
+
+    def erase(self, numbers: Iterable[int]) -> None:
+        """Overwrites the content of records on the disk, and never stores the same content again."""
+        for number in numbers:
+            segment, local = self._find(number)
+            try:
+                content = segment.read(local)
+            except RemovedError:
+                continue
+            plain = encode(decode(*content))  # without what was stored beside it
+            key = digest(plain)
+            if key not in self._removed:
+                self._removed.add(key)
+                if self.writes:
+                    for folder in {segment.folder.parent, *([] if self._folder is None else [self._folder])}:
+                        with naming(folder):
+                            folder.mkdir(parents=True, exist_ok=True)
+                            with (folder / "removed.bin").open("ab") as file:
+                                file.write(key)
+            if self.writes:
+                segment.erase(local)
+
+    def evict(self, number: int) -> None:
+        """Nothing: older checkpoints may want it."""
+
+    @property
+    def remembers_removed(self) -> bool:
+        """Whether anything was ever erased."""
+        return bool(self._removed)
+
+    def knows_removed(self, sample: Any) -> bool:
+        """Whether a sample of this content was erased."""
+        return bool(self._removed) and digest(encode(sample)) in self._removed
+
+    def compact(self, numbers: Sequence[int]) -> Sequence[int] | None:
+        """Copies the records into a new segment, if more than half of the room is not theirs.
+
+        Only with files of this store's own folder: what another run has written stays as it is.
+        """
+        if self.writes:
+            for folder in self._outdated:  # the checkpoint that did not need them any more is written
+                shutil.rmtree(folder, ignore_errors=True)
+        self._outdated = []
+        wanted = sum(self.info(number).size for number in numbers)
+        total = sum(segment.size() for segment in self._segments)
+        if total < _LEAST_TO_COMPACT or total <= 2 * wanted:
+            return None
+        old = list(self._segments)
+        name = self._new_folder()
+        fresh = None
+        if self.writes:
+            fresh = Segment.create(name, self.info_of_new)
+            for number in numbers:
+                segment, local = self._find(number)
+                fresh.copy(segment, local)
+            fresh.commit()
+        self._expected_folder = name  # of the other ranks, on its first use
+        self._outdated = [segment.folder for segment in old if segment.folder.parent.resolve() == self.folder.resolve()]
+        self._segments = [fresh] if fresh is not None else []
+        self._writer, self._expected = 0, len(numbers)
+        return range(len(numbers))
+
+    def free_bytes(self) -> int:
+        """Room that is left on the disk."""
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        return shutil.disk_usage(existing).free
+
+    def expect_tokenizer(self, fingerprint: str) -> None:
+        """Says which tokenizer the samples are of.
+
+        Raises:
+            ValueError: if those that are there are of another.
+        """
+        self.info_of_new["tokenizer"] = fingerprint
+        for segment in self._segments:
+            self._check_tokenizer(segment)
+
+    def _check_tokenizer(self, segment: Segment) -> None:
+        ours, theirs = self.info_of_new.get("tokenizer"), segment.info.get("tokenizer")
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                f"{segment.folder}: the buffer was written with another tokenizer; the model would read its samples as"
+                " noise. Give the same tokenizer, or an empty folder"
+            )
+
+    def _begin(self) -> int:
+        """The place of this process's own segment."""
+        if self._writer is None:
+            self._segments.append(Segment.create(self._new_folder(), self.info_of_new))
+            self._writer = len(self._segments) - 1
+        return self._writer
+
+    def _new_folder(self) -> Path:
+        assert self._next is not None
+        self._next += 1
+        return self.folder / f"{self._next - 1:04d}"
+
+    # ------------------------------------------------------------------ reading
+
+    def get(self, number: int) -> Any:
+        """The sample of a record."""
+        segment, local = self._find(number)
+        return decode(*segment.read(local))
+
+    def extra(self, number: int) -> dict[str, Tensor]:
+        """The tensors that were stored beside it."""
+        segment, local = self._find(number)
+        return decode_extra(segment.read(local).blob)
+
+    def info(self, number: int) -> Info:
+        """What is known of a record."""
+        segment, local = self._find(number)
+        record = segment.record(local)
+        size = 4 * record.length + -(-record.length // 8) + record.blob_size
+        return Info(segment.task_of(record), record.length, record.loss_tokens, size, record.position, record.label)
+
+    def is_erased(self, number: int) -> bool:
+        """Whether its content is gone."""
+        segment, local = self._find(number)
+        return segment.record(local).erased
+
+    def _find(self, number: int) -> tuple[Segment, int]:
+        place, local = number >> _BITS, number & (1 << _BITS) - 1
+        if place == len(self._segments) and place == self._writer:
+            self._segments.append(Segment(self._expected_folder))
+        return self._segments[place], local
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The folders of the segments, and which records of them are wanted."""
+        self.commit()
+        folders = [str(segment.folder.resolve()) for segment in self._segments]
+        if self._writer is not None and self._writer == len(folders):
+            folders.append(str(self._expected_folder.resolve()))
+        return {"kind": "disk", "segments": folders, "numbers": as_numbers(numbers)}
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
+        """Finds the records again, and reads each once to see that it is whole.
+
+        Args:
+            state: of :meth:`state_dict`.
+            folder: where segments are looked for that are not where they were: another run folder's place.
+
+        Raises:
+            ValueError: if the checkpoint's buffer is not on disk, or is of another tokenizer.
+            FileNotFoundError: if a file is missing.
+            DamagedFileError: if a file is damaged.
+        """
+        if state["kind"] != "disk":
+            raise ValueError(
+                "storage='disk' does not fit the checkpoint, which holds the samples itself; give 'memory'"
+            )
+        self._segments, self._writer, self._expected = [], None, 0
+        for path in map(Path, state["segments"]):
+            self._segments.append(self._open(path, folder))
+        wanted = defaultdict(list)
+        for number in state["numbers"].tolist():
+            wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
+        for place, numbers in wanted.items():
+            self._segments[place].check(iter(numbers))
+        self._read_removed()
+        return state["numbers"]
+
+    def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
+        """``length`` and ``loss_tokens`` of many records, as arrays."""
+        wanted = np.array(numbers, dtype=np.int64)
+        found = {name: np.zeros(len(wanted), dtype=np.int32) for name in ("length", "loss_tokens")}
+        for place in np.unique(wanted >> _BITS).tolist():
+            mine = np.flatnonzero(wanted >> _BITS == place)
+            local = wanted[mine] & (1 << _BITS) - 1
+            segment, _ = self._find(int(wanted[mine[0]]))
+            table = segment.table(int(local.max()) + 1)
+            for name, column in found.items():
+                column[mine] = table[name][local]
+        return {name: array("i", column.tobytes()) for name, column in found.items()}
+
+    def attach(self) -> None:
+        """Opens all segments of the folder, without a checkpoint.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        found = sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+        if not found:
+            raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
+        self._segments = [self._open(path, None) for path in found]
+        self._read_removed()
+
+    def every(self) -> Iterator[int]:
+        """The numbers of all records that are whole and not erased, also of those that were evicted."""
+        for place, segment in enumerate(self._segments):
+            for local in range(segment.count):
+                try:
+                    segment.read(local)
+                except (RemovedError, DamagedFileError):
+                    continue  # what a killed writer left is in nobody's buffer
+                yield place << _BITS | local
+
+    def describe(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Which records are wanted, in plain containers: segments by folder, records by segment."""
+        wanted: dict[int, list[int]] = defaultdict(list)
+        for number in numbers:
+            wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
+        return {str(self._segments[place].folder.resolve()): records for place, records in sorted(wanted.items())}
+
+    def _open(self, path: Path, folder: Path | None) -> Segment:
+        candidates = [path, *(place / path.name for place in (self._folder, folder) if place is not None)]
+        found = next((candidate for candidate in candidates if candidate.is_dir()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"{path}: this folder of the buffer is missing; a checkpoint holds which samples are wanted, and the"
+                " folder holds the samples: bring it back"
+            )
+        segment = Segment(found)
+        self._check_tokenizer(segment)
+        return segment
+
+    def _read_removed(self) -> None:
+        known = {segment.folder.parent for segment in self._segments}
+        for folder in known if self._folder is None else {*known, self._folder}:
+            path = folder / "removed.bin"
+            if path.is_file():
+                content = path.read_bytes()
+                self._removed |= {content[i : i + 16] for i in range(0, len(content) - 15, 16)}

@@ -1,0 +1,125 @@
+"""How a buffer lies on disk: four flat files, each with a checked header, that other programs can map.
+
+A segment is a folder. Numbers are little-endian; each file begins with a header of 64 bytes:
+
+===============  =======================================================================================
+``records.bin``  one :data:`RECORD` of 64 bytes per sample, in the order of storing
+``tokens.bin``   token ids, int32; a record's begin at token ``start`` (a multiple of 8), ``length`` of them
+``mask.bin``     one bit per token of ``tokens.bin``, lowest bit first: which tokens are learnt
+``blobs.bin``    for samples that are no token sequences, and for what is kept beside one: ``safetensors``
+                 bytes, ``blob_size`` of them from byte ``blob`` on (behind the header)
+``names.jsonl``  what the numbers in ``task`` and ``form`` mean, one JSON object per line
+===============  =======================================================================================
+
+In numpy, without this library::
+
+    records = np.memmap("records.bin", RECORD, "r", 64)     # RECORD: the fields below, in this order
+    tokens = np.memmap("tokens.bin", "<i4", "r", 64)
+    ids = tokens[records["start"][7] :][: records["length"][7]]       # of record 7
+    bits = np.unpackbits(np.memmap("mask.bin", "u1", "r", 64), bitorder="little")
+    learnt = bits[records["start"][7] :][: len(ids)]
+
+Records are written once and never moved. One whose ``flags`` has bit 0 set is erased: its content is zeros.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RECORD = np.dtype(
+    [
+        ("start", "<u8"),
+        ("length", "<u4"),
+        ("loss_tokens", "<i4"),  # −1: no token sequence
+        ("blob", "<u8"),
+        ("blob_size", "<u4"),
+        ("task", "<u4"),
+        ("form", "<u4"),
+        ("position", "<i8"),  # the sample's place in its task's data; −1: unknown
+        ("label", "<i8"),  # class; −1: none
+        ("flags", "<u4"),
+        ("data_crc", "<u4"),  # of the ids, the bits and the blob
+        ("crc", "<u4"),  # of the 60 bytes before
+    ]
+)
+HEADER_SIZE = 64
+ALIGNMENT = 8  # tokens: a record's mask begins with a whole byte
+ERASED = 1
+_FIELDS = struct.Struct("<QIiQIIIqqII")
+_CRC = struct.Struct("<I")
+_HEADER = struct.Struct("<8sI12s")
+_MAGIC = b"LCLBUFFR"
+_VERSION = 1
+
+
+class DamagedFileError(ValueError):
+    """A file of a buffer is not what was written to it."""
+
+
+class Record(NamedTuple):
+    """One entry of ``records.bin``, without its checksum."""
+
+    start: int
+    length: int
+    loss_tokens: int
+    blob: int
+    blob_size: int
+    task: int
+    form: int
+    position: int
+    label: int
+    flags: int
+    data_crc: int
+
+    @property
+    def erased(self) -> bool:
+        """Whether the content is gone."""
+        return bool(self.flags & ERASED)
+
+    def to_bytes(self) -> bytes:
+        """64 bytes, the last four of them a checksum."""
+        fields = _FIELDS.pack(*self)
+        return fields + _CRC.pack(zlib.crc32(fields))
+
+
+def read_record(content: bytes, number: int, path: Path) -> Record:
+    """A record from its 64 bytes.
+
+    Raises:
+        DamagedFileError: if its checksum does not fit.
+    """
+    fields = content[:-4]
+    if _CRC.unpack(content[-4:])[0] != zlib.crc32(fields):
+        raise DamagedFileError(f"{path}: record {number} is damaged (its checksum does not fit)")
+    return Record(*_FIELDS.unpack(fields))
+
+
+def header(kind: str) -> bytes:
+    """The first 64 bytes of a file.
+
+    Args:
+        kind: ``records``, ``tokens``, ``mask`` or ``blobs``.
+    """
+    content = _HEADER.pack(_MAGIC, _VERSION, kind.encode()).ljust(HEADER_SIZE - 4, b"\0")
+    return content + _CRC.pack(zlib.crc32(content))
+
+
+def check_header(path: Path, kind: str) -> None:
+    """Whether a file is a part of a buffer.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        DamagedFileError: if it is something else, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this file of a buffer is missing")
+    with path.open("rb") as file:
+        found = file.read(HEADER_SIZE)
+    if found != header(kind):
+        reason = "it is of another version" if found[:8] == _MAGIC and found[8:12] != header(kind)[8:12] else "damaged"
+        raise DamagedFileError(f"{path}: no header of a buffer's {kind} file ({reason})")

@@ -1,0 +1,380 @@
+"""One folder of records: written by one process, once, from its first record to its last; read by anybody."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightning_cl.buffers.encoding import Encoded
+from lightning_cl.buffers.layout import (
+    ALIGNMENT,
+    ERASED,
+    HEADER_SIZE,
+    RECORD,
+    DamagedFileError,
+    Record,
+    check_header,
+    header,
+    read_record,
+)
+
+KINDS = ("records", "tokens", "mask", "blobs")
+_WRITE_BEHIND = 1 << 20  # bytes that wait to be written together
+_RESIDENT = 8 << 20  # bytes read from the maps until their pages are given back
+_PATIENCE = 60.0  # seconds that a reader waits for what another rank is about to write
+
+
+class RemovedError(LookupError):
+    """A record that was erased."""
+
+
+class Content(NamedTuple):
+    """What a record holds, as bytes."""
+
+    form: str
+    ids: bytes
+    mask: bytes
+    blob: bytes
+
+
+class Segment:
+    """A folder of the files in :mod:`~lightning_cl.buffers.layout`.
+
+    Writing: data first, then the record that points to it; :meth:`commit` brings both to the disk in that order. So a
+    record that was committed is whole, and what a killed writer left behind it is never looked at. Reading maps the
+    files, copies a record out, and gives the pages back now and then: the resident memory does not grow with the file.
+
+    Args:
+        folder: of an existing segment.
+        writable: whether this process is its writer.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        DamagedFileError: if a file is no part of a buffer.
+    """
+
+    def __init__(self, folder: Path, writable: bool = False) -> None:
+        self.folder, self.writable = Path(folder), writable
+        for kind in KINDS:
+            check_header(self.path(kind), kind)
+        self._maps: dict[str, mmap.mmap] = {}
+        self._touched = 0
+        self.tasks: list[str] = []
+        self.forms: list[str] = []
+        self.info: dict[str, Any] = {}
+        self._names_read = 0
+        self._read_names()
+        self._waiting: dict[str, bytearray] = {kind: bytearray() for kind in (*KINDS, "names")}
+        self._ends = {kind: os.path.getsize(self.path(kind)) - HEADER_SIZE for kind in KINDS}
+        self._ends["records"] -= self._ends["records"] % RECORD.itemsize
+        self._written = self._ends["records"] // RECORD.itemsize
+        self.count = self._written
+
+    @classmethod
+    def create(cls, folder: Path, info: dict[str, Any]) -> Segment:
+        """A new one, with what readers should know about it (the tokenizer's hash).
+
+        Raises:
+            OSError: if the folder cannot be written; the message names it.
+        """
+        with naming(folder):
+            folder.mkdir(parents=True)
+            for kind in KINDS:
+                (folder / f"{kind}.bin").write_bytes(header(kind))
+            (folder / "names.jsonl").write_text(json.dumps({"info": info}) + "\n", encoding="utf-8")
+        return cls(folder, writable=True)
+
+    def path(self, kind: str) -> Path:
+        """The file of a kind."""
+        return self.folder / ("names.jsonl" if kind == "names" else f"{kind}.bin")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]
+
+    # ------------------------------------------------------------------ writing
+
+    def append(self, sample: Encoded, task: str, position: int = -1, label: int = -1) -> int:
+        """Stores a sample; it is on the disk after :meth:`commit`.
+
+        Returns:
+            its number in this segment.
+        """
+        assert self.writable
+        start = self._ends["tokens"] // 4
+        crc = zlib.crc32(sample.blob, zlib.crc32(sample.mask, zlib.crc32(sample.ids)))
+        record = Record(
+            start,
+            sample.length,
+            sample.loss_tokens,
+            self._ends["blobs"],
+            len(sample.blob),
+            self._name("task", self.tasks, task),
+            self._name("form", self.forms, sample.form),
+            position,
+            label,
+            0,
+            crc,
+        )
+        padding = -sample.length % ALIGNMENT
+        self._add("tokens", sample.ids + bytes(4 * padding) if padding else sample.ids)
+        self._add("mask", sample.mask)
+        self._add("blobs", sample.blob)
+        self._add("records", record.to_bytes())
+        self.count += 1
+        if len(self._waiting["tokens"]) + len(self._waiting["blobs"]) > _WRITE_BEHIND:
+            self.flush()
+        return self.count - 1
+
+    def copy(self, other: Segment, number: int) -> int:
+        """Stores a record of another segment; an erased one as it is, so that numbers keep their order."""
+        record = other.record(number)
+        try:
+            content = other.read(number)
+        except RemovedError:
+            empty = Encoded(b"", b"", b"", "{}", 0, record.loss_tokens)
+            copied = self.append(empty, other.task_of(record), record.position, record.label)
+            self.erase(copied)
+            return copied
+        sample = Encoded(content.ids, content.mask, content.blob, content.form, record.length, record.loss_tokens)
+        return self.append(sample, other.task_of(record), record.position, record.label)
+
+    def flush(self) -> None:
+        """Writes what waits, so that other processes see it.
+
+        Raises:
+            OSError: if the disk is full; the records before stay as they are.
+        """
+        if not any(self._waiting.values()):
+            return
+        for kind in ("names", "tokens", "mask", "blobs", "records"):  # the records last: they point to the others
+            data = self._waiting[kind]
+            if not data:
+                continue
+            with naming(self.path(kind)), self.path(kind).open("r+b") as file:
+                # Where the last whole write ended, and not the end of the file: a failed write may have left a part.
+                place = self._names_read if kind == "names" else HEADER_SIZE + self._ends[kind] - len(data)
+                file.seek(place)
+                file.write(data)
+                file.flush()
+            if kind == "names":
+                self._names_read += len(data)
+            self._waiting[kind] = bytearray()
+        self._written = self.count
+
+    def commit(self) -> None:
+        """Writes what waits and has the disk keep it."""
+        if not self.writable:
+            return
+        self.flush()
+        for kind in ("names", "tokens", "mask", "blobs", "records"):
+            with naming(self.path(kind)):
+                _sync(self.path(kind))
+        _sync(self.folder)
+        _sync(self.folder.parent)
+
+    def erase(self, number: int) -> None:
+        """Overwrites a record's content with zeros, on the disk, and marks it."""
+        self.flush()
+        record = self.record(number)
+        if record.erased:
+            return
+        gone = record._replace(flags=record.flags | ERASED, data_crc=0)
+        spans = {
+            "tokens": (4 * record.start, 4 * record.length),
+            "mask": (record.start // 8, -(-record.length // 8)),
+            "blobs": (record.blob, record.blob_size),
+        }
+        # First the mark: should the writer be killed in between, the record is known to be gone.
+        content = [("records", number * RECORD.itemsize, gone.to_bytes())]
+        content += [(kind, start, bytes(size)) for kind, (start, size) in spans.items()]
+        for kind, start, data in content:
+            with naming(self.path(kind)), self.path(kind).open("r+b") as file:
+                file.seek(HEADER_SIZE + start)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _add(self, kind: str, data: bytes) -> None:
+        self._waiting[kind] += data
+        self._ends[kind] += len(data)
+
+    def _name(self, kind: str, known: list[str], name: str) -> int:
+        if known and known[-1] == name:
+            return len(known) - 1
+        if name not in known:
+            known.append(name)
+            line = json.dumps({kind: len(known) - 1, "name": name}) + "\n"
+            self._waiting["names"] += line.encode()
+        return known.index(name)
+
+    # ------------------------------------------------------------------ reading
+
+    def record(self, number: int) -> Record:
+        """The fields of a record.
+
+        Raises:
+            DamagedFileError: if it is damaged or missing.
+        """
+        if number >= self._written:
+            self._find(number)
+        return read_record(
+            self._bytes("records", number * RECORD.itemsize, RECORD.itemsize), number, self.path("records")
+        )
+
+    def read(self, number: int) -> Content:
+        """The content of a record.
+
+        Raises:
+            RemovedError: if it was erased.
+            DamagedFileError: if it is damaged.
+        """
+        record = self.record(number)
+        if record.erased:
+            raise RemovedError(f"{self.folder}: record {number} was removed")
+        ids = self._bytes("tokens", 4 * record.start, 4 * record.length)
+        mask = self._bytes("mask", record.start // 8, -(-record.length // 8))
+        blob = self._bytes("blobs", record.blob, record.blob_size)
+        if zlib.crc32(blob, zlib.crc32(mask, zlib.crc32(ids))) != record.data_crc:
+            if self.record(number).erased:  # just now, by another process
+                raise RemovedError(f"{self.folder}: record {number} was removed")
+            raise DamagedFileError(f"{self._damaged(record)}: the content of record {number} is damaged")
+        return Content(self._form(record.form), ids, mask, blob)
+
+    def task_of(self, record: Record) -> str:
+        """The name of a record's task."""
+        if record.task >= len(self.tasks):
+            self._read_names()
+        if record.task >= len(self.tasks):
+            raise DamagedFileError(f"{self.path('names')}: it does not name task {record.task}")
+        return self.tasks[record.task]
+
+    def table(self, count: int) -> np.ndarray[Any, np.dtype[np.void]]:
+        """The first records, mapped; see :data:`~lightning_cl.buffers.layout.RECORD`."""
+        self.record(count - 1)  # written, if it was waiting
+        return np.memmap(self.path("records"), RECORD, "r", HEADER_SIZE, (count,))
+
+    def size(self) -> int:
+        """Bytes of all records' content."""
+        return sum(self._ends[kind] for kind in ("tokens", "mask", "blobs"))
+
+    def check(self, numbers: Iterator[int]) -> None:
+        """Reads records, and finds what is damaged.
+
+        Raises:
+            DamagedFileError: naming the file.
+        """
+        for number in numbers:
+            with suppress(RemovedError):
+                self.read(number)
+
+    def close(self) -> None:
+        """Gives files and memory back."""
+        for mapped in self._maps.values():
+            mapped.close()
+        self._maps.clear()
+
+    def _form(self, form: int) -> str:
+        if form >= len(self.forms):
+            self._read_names()
+        if form >= len(self.forms):
+            raise DamagedFileError(f"{self.path('names')}: it does not name form {form}")
+        return self.forms[form]
+
+    def _damaged(self, record: Record) -> Path:
+        return self.path("blobs" if record.length == 0 else "tokens")
+
+    def _find(self, number: int) -> None:
+        """A record that is not known to be in the file yet: our own that waits, or another process's."""
+        if self.writable:
+            if number < self.count:
+                self.flush()
+                return
+            raise IndexError(f"{self.folder}: record {number} of {self.count}")
+        end = time.monotonic() + _PATIENCE
+        while True:
+            self._written = (os.path.getsize(self.path("records")) - HEADER_SIZE) // RECORD.itemsize
+            self.count = self._written
+            if number < self._written:
+                return
+            if time.monotonic() > end:
+                raise DamagedFileError(f"{self.path('records')}: it has {self._written} records, and no {number}")
+            time.sleep(0.01)
+
+    def _map(self, kind: str, end: int) -> mmap.mmap:
+        mapped = self._maps.get(kind)
+        if mapped is None or len(mapped) < end:
+            if mapped is not None:
+                mapped.close()
+            with self.path(kind).open("rb") as file:
+                mapped = self._maps[kind] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(mapped) < end:
+                raise DamagedFileError(f"{self.path(kind)}: it ends at byte {len(mapped)}, before a record's content")
+        return mapped
+
+    def _bytes(self, kind: str, start: int, size: int) -> bytes:
+        if size == 0:
+            return b""
+        mapped = self._map(kind, HEADER_SIZE + start + size)
+        self._touched += max(size, mmap.PAGESIZE)
+        data = mapped[HEADER_SIZE + start : HEADER_SIZE + start + size]
+        if self._touched > _RESIDENT:
+            self._touched = 0
+            for each in self._maps.values():
+                if hasattr(each, "madvise"):  # not on Windows
+                    each.madvise(mmap.MADV_DONTNEED)
+        return data
+
+    def _read_names(self) -> None:
+        with self.path("names").open("rb") as file:
+            file.seek(self._names_read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # being written, or cut off: no record that was committed needs it
+                try:
+                    entry = json.loads(line)
+                except ValueError as error:
+                    raise DamagedFileError(f"{self.path('names')}: line {line[:40]!r} is damaged") from error
+                self._names_read += len(line)
+                if "info" in entry:
+                    self.info = entry["info"]
+                else:
+                    (self.tasks if "task" in entry else self.forms).append(entry["name"])
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the operating system say which file, and what can be done about a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with suppress(OSError):
+                free = shutil.disk_usage(path.parent if path.parent.exists() else ".").free
+                raise OSError(
+                    error.errno,
+                    f"{path}: the disk is full ({free} bytes are left). What was stored before is whole: make room and"
+                    " resume from the last checkpoint, or give a smaller buffer_size or another folder",
+                ) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

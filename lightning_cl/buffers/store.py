@@ -1,0 +1,108 @@
+"""Where a buffer's samples lie: what the buffer asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_cl.buffers.encoding import Encoded
+
+
+class Info(NamedTuple):
+    """What is known of a record without reading its content.
+
+    Attributes:
+        task: the name of its task.
+        length: tokens; 0 for a sample that is no token sequence.
+        loss_tokens: those that bear loss; −1 for a sample that is no token sequence.
+        size: bytes of its content.
+        position: its place in its task's data; −1: unknown.
+        label: its class; −1: none.
+    """
+
+    task: str
+    length: int
+    loss_tokens: int
+    size: int
+    position: int
+    label: int
+
+
+class Store(Protocol):
+    """Immutable records under growing numbers.
+
+    Attributes:
+        writes: False on ranks for which another one writes.
+    """
+
+    writes: bool
+
+    def append(
+        self, sample: Any, task: str, position: int = -1, label: int = -1, extra: dict[str, Tensor] | None = None
+    ) -> int:
+        """Stores a sample and gives its number."""
+
+    def expect(self, count: int) -> range:
+        """The numbers of records that another rank, which writes for all, is about to append."""
+
+    def get(self, number: int) -> Any:
+        """The sample of a record; RemovedError if it was erased."""
+
+    def extra(self, number: int) -> dict[str, Tensor]:
+        """The tensors that were stored beside it."""
+
+    def info(self, number: int) -> Info:
+        """What is known of a record."""
+
+    def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
+        """``length`` and ``loss_tokens`` of many records."""
+
+    def every(self) -> Iterator[int]:
+        """The numbers of all records that are not erased."""
+
+    def is_erased(self, number: int) -> bool:
+        """Whether its content is gone."""
+
+    def erase(self, numbers: Iterable[int]) -> None:
+        """Overwrites the content of records, and never stores the same content again."""
+
+    def evict(self, number: int) -> None:
+        """The buffer has let a record go."""
+
+    @property
+    def remembers_removed(self) -> bool:
+        """Whether anything was ever erased."""
+
+    def knows_removed(self, sample: Any) -> bool:
+        """Whether a sample of this content was erased."""
+
+    def commit(self) -> None:
+        """Makes what was appended outlive a crash."""
+
+    def compact(self, numbers: Sequence[int]) -> Sequence[int] | None:
+        """Gives room of evicted records back, if there is much: the new numbers of the others, or None."""
+
+    def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """What a checkpoint needs to find these records again."""
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
+        """Restores :meth:`state_dict`; gives the numbers of its records."""
+
+
+def digest(sample: Encoded) -> bytes:
+    """16 bytes that stand for a sample's content."""
+    content = hashlib.blake2b(digest_size=16)
+    for part in (sample.form.encode(), sample.ids, sample.mask, sample.blob):
+        content.update(len(part).to_bytes(8, "little"))
+        content.update(part)
+    return content.digest()
+
+
+def as_numbers(numbers: Sequence[int]) -> Tensor:
+    """Record numbers as a tensor."""
+    return torch.tensor(list(numbers), dtype=torch.int64)

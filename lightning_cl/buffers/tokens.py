@@ -1,0 +1,28 @@
+"""What a sample has of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def loss_tokens(sample: Any) -> int | None:
+    """How many tokens of a sample bear loss under next-token prediction; None for a sample that is no token sequence.
+
+    Known are the records of this library (``loss_mask``) and Hugging Face's (``labels`` with −100 where there is no
+    loss), both as dictionaries with one-dimensional fields. The first token is predicted by nothing.
+    """
+    if not isinstance(sample, dict):
+        return None
+    for key, bears_loss in (("loss_mask", lambda t: t != 0), ("labels", lambda t: t != -100)):
+        if key in sample and "input_ids" in sample:
+            values = torch.as_tensor(sample[key])
+            if values.ndim == 1 and not values.is_floating_point():
+                return int(bears_loss(values[1:]).sum())
+    return None
+
+
+def token_count(sample: Any) -> int:
+    """Tokens of a sample; 0 for one that is no token sequence."""
+    return len(sample["input_ids"]) if loss_tokens(sample) is not None else 0
