@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
+from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task
 
@@ -164,7 +165,7 @@ class _MixingSource(_DataLoaderSource):
         methods = [method for method in self.methods if method.mixes]
         if not methods:
             return loader
-        if not isinstance(loader, TaskLoader):
+        if not isinstance(loader, (TaskLoader, StreamLoader)):
             ranks = _shards_of_lightning(self._trainer)
             if not ranks and self._trainer.world_size > 1:
                 raise MisconfigurationException(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -34,6 +35,8 @@ class BlockPlan:
     - In ``replace`` mode, the number of batches is that of the first epoch, with room for two blocks more. An epoch
       whose replayed samples need still more leaves the last of them out, and its share is below the goal by so much.
       New samples are never left out. Where an epoch has fewer blocks, its last batches are smaller.
+    - Where the share changes over the task, it does so in steps of some blocks (`WINDOW`); epochs are as long as the
+      longest of them needs.
     - Should batches be of one block, and blocks of one sample, an epoch's number of replayed samples is fixed: one
       sample too many or too few is not made up for in the next.
 
@@ -71,40 +74,55 @@ class BlockPlan:
         self.windows = windows_of(order, self.lengths, WINDOW * block_length)
         self.new_blocks = pack(self.windows, self.lengths, block_length)
         self.length = self._full(len(self.new_blocks))
-        if samples.mix is not None and samples.mix.mode == "replace" and order:
-            first = self._mixed(0)
-            divisible = sum(map(len, first)) - len(first)
-            spare = 0 if drop_last else min(SPARE, divisible)
-            self.length = max(self.length, self._full(len(first) + spare))
+        if samples.replays and samples.mode == "replace" and order:
+            needed = 0
+            for epoch in range(1 if samples.is_constant else max(math.ceil(samples.epochs), 1)):
+                blocks = self._mixed(epoch)
+                divisible = sum(map(len, blocks)) - len(blocks)
+                needed = max(needed, len(blocks) + (0 if drop_last else min(SPARE, divisible)))
+            self.length = max(self.length, self._full(needed))
 
     def __len__(self) -> int:
         return self.length
 
     def batches(self, epoch: int) -> list[list[Block]]:
         """The batches of one epoch, each a list of blocks."""
-        mix = self.samples.mix
-        if mix is None or self.length == 0:
+        samples = self.samples
+        if not samples.replays or self.length == 0:
             return plan_batches(self._shuffled(self.new_blocks, epoch), self.batch_size, self.drop_last)
         room = self.length * self.batch_size
-        if mix.mode == "add":
+        if samples.mode == "add":
             blocks = self._mixed(epoch, least=len(self.new_blocks))
         elif self.drop_last:
             blocks = self._mixed(epoch, least=room)
         else:
             blocks = self._mixed(epoch, least=self.length, most=room)
-        start, ratio = len(self.samples.new), mix.ratio
-
-        def surplus(block: Block) -> float:
-            return sum(self.samples.weight(i) * ((i >= start) - ratio) for i in block)
-
-        blocks = evenly(self._shuffled(blocks, epoch), surplus)
-        if mix.mode == "replace":
+        blocks = self._in_order(blocks, epoch)
+        if samples.mode == "replace":
             return [blocks[begin:end] for begin, end in cuts(min(len(blocks), room), self.length, self.batch_size)]
         # With drop_last, the share of the blocks that the full batches of new ones would be.
         end = len(blocks) * room // len(self.new_blocks) if self.drop_last else len(blocks)
         share = self.length * self.multiple
         ends = [-(-end * i // share) * self.multiple for i in range(self.length)] + [end]  # rounded up: none is empty
         return [blocks[begin:end] for begin, end in pairwise(ends)]
+
+    def _in_order(self, blocks: list[Block], epoch: int) -> list[Block]:
+        """Shuffled, and so that the running share of what is replayed stays near its goal."""
+        samples, start = self.samples, len(self.samples.new)
+        weights = {block: sum(map(samples.weight, block)) for block in blocks}
+        replayed = {block: sum(samples.weight(i) for i in block if i >= start) for block in blocks}
+        if samples.is_constant:
+            goal = samples.ratio_at(0.0)
+            return evenly(self._shuffled(blocks, epoch), lambda block: replayed[block] - goal * weights[block])
+        # The share changes over the epoch: blocks of like share are shuffled among themselves, and each stretch of
+        # them keeps its place.
+        stretches = [blocks[i : i + WINDOW] for i in range(0, len(blocks), WINDOW)]
+        ordered: list[Block] = []
+        for stretch in stretches:
+            goal = sum(replayed[block] for block in stretch) / max(sum(weights[block] for block in stretch), 1)
+            shuffled = self._shuffled(stretch, epoch)
+            ordered += evenly(shuffled, lambda block, goal=goal: replayed[block] - goal * weights[block])  # type: ignore[misc]
+        return ordered
 
     def _full(self, blocks: int) -> int:
         return blocks // self.batch_size if self.drop_last else math.ceil(blocks / self.batch_size)
@@ -115,22 +133,17 @@ class BlockPlan:
         return [blocks[i] for i in torch.randperm(len(blocks), generator=self._generator(epoch)).tolist()]
 
     def _mixed(self, epoch: int, least: int = 0, most: int | None = None) -> list[Block]:
-        samples, mix = self.samples, self.samples.mix
-        assert mix is not None
-        replayed = samples.replayed_indices
-        mean = samples.mean_weight(replayed)
+        samples = self.samples
         # By loss-bearing tokens draws are exact as they come. In other tokens they must not differ between epochs.
-        tokens_per_weight = sum(self.lengths[i] for i in replayed) / (mean * len(replayed))
-        draws = samples.draws(epoch, lambda i: round(self.lengths[i] - tokens_per_weight * samples.weight(i), 6))
-        return pack_mixed(
-            self.windows, draws, samples.weight, mean, mix.ratio, self.lengths, self.block_length, epoch, least, most
-        )
+        sources = samples.sources(epoch, balance_tokens=True)
+        span = samples.span(epoch)
+        return pack_mixed(self.windows, sources, samples.weight, self.lengths, self.block_length, span, least, most)
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, epoch))
 
 
-def _checked_lengths(samples: Samples, block_length: int) -> list[int]:
+def _checked_lengths(samples: Samples, block_length: int) -> Sequence[int]:
     if isinstance(block_length, bool) or not isinstance(block_length, int) or block_length < 2:
         raise ValueError(f"block_length={block_length!r}: expected an integer of at least 2")
     if not hasattr(samples.new, "length"):

@@ -14,13 +14,22 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_cl.data.adoption import taken_over
 from lightning_cl.data.block_plan import BlockPlan
 from lightning_cl.data.buckets import bucketed_order
-from lightning_cl.data.mixing import mixed_length, plan_batches, plan_mixed_batches, seed_of, share_of_rank
+from lightning_cl.data.mixing import (
+    cuts,
+    interleave,
+    mixed_length,
+    plan_batches,
+    plan_mixed_batches,
+    seed_of,
+    share_of_rank,
+)
 from lightning_cl.data.packing import fill
 from lightning_cl.data.plannable import task_indices
 from lightning_cl.data.replayed import Mix as Mix
 from lightning_cl.data.replayed import NewThenReplayed, Samples
 from lightning_cl.data.replayed import loss_tokens as loss_tokens
 from lightning_cl.data.row_kinds import Kinds, kinds_of
+from lightning_cl.data.trained import Trained
 
 
 class TaskLoader:
@@ -93,7 +102,8 @@ class TaskLoader:
         self._resume: dict[str, Any] | None = None
         self._on_resumed: Callable[[], None] | None = None
         self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
-        self.kinds: deque[Kinds | None] = deque()  # of the batches given out, until somebody takes them
+        # Of the batches given out, until somebody takes them: what is replayed, and all ranks' new samples.
+        self.given: deque[tuple[Kinds | None, Trained]] = deque()
         self._draws_random = like is not None or sampler is not None
         self._generator = like.generator if like is not None else None
         if block_length is not None and sampler is not None:
@@ -121,10 +131,19 @@ class TaskLoader:
         """
         return cls(**taken_over(loader, for_training, placement))
 
-    def mix_in(self, mix: Mix) -> None:
-        """Lets the samples of a buffer take part in the batches from now on."""
-        self._samples = Samples(self.dataset, mix if len(mix.buffer) > 0 and mix.ratio > 0 else None)
-        self._blocks = self._block_plan()
+    def mix_in(self, mix: Mix, epochs: float = 1.0) -> None:
+        """Lets the samples of a buffer take part in the batches from now on, beside those of other buffers.
+
+        Args:
+            mix: what, and how much of it.
+            epochs: how many the task has; for a share that changes over it.
+
+        Raises:
+            ValueError: if there is no room for it beside what is mixed in already.
+        """
+        if len(mix.buffer) > 0 and mix.curve.largest > 0:
+            self._samples = Samples(self.dataset, [*self._samples.mixes, mix], epochs)
+            self._blocks = self._block_plan()
 
     def padding_share(self) -> float | None:
         """The share of padding among the places of the epoch's batches, in [0, 1).
@@ -135,7 +154,8 @@ class TaskLoader:
         lengths = self._samples.lengths
         if lengths is None or self.order_sampler is not None:
             return None
-        return 1.0 - fill(self._plan(self._epoch), lengths, self.block_length)
+        own = (share_of_rank(batch, self.rank, self.world_size) for batch in self._plan(self._epoch))
+        return 1.0 - fill(own, lengths, self.block_length)
 
     @property
     def sampler(self) -> TaskLoader:
@@ -151,13 +171,12 @@ class TaskLoader:
     def __len__(self) -> int:
         if self._blocks is not None:
             return len(self._blocks)
-        size, mix = self.batch_size * self.world_size, self._samples.mix
+        size = self.batch_size * self.world_size
         samples = len(self.order_sampler) if self.order_sampler is not None else len(self.dataset)
-        if mix is not None and mix.mode == "replace":
+        if self._samples.replays and self._samples.mode == "replace":
             # What a sampler leaves out or repeats is not known here: the mean weight, then.
             weight = samples * self._samples.mean_weight(task_indices(self))
-            replayed = self._samples.mean_weight(self._samples.replayed_indices)
-            return mixed_length(samples, weight, replayed, mix.ratio, size, self.drop_last)
+            return mixed_length(samples, weight, self._samples.sources(0), size, self.drop_last)
         return samples // size if self.drop_last else math.ceil(samples / size)
 
     def __iter__(self) -> Iterator[Any]:
@@ -176,24 +195,30 @@ class TaskLoader:
         if self._draws_random:
             # What DataLoader's own iterator draws, so that everything after it is what the user's loader would give.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-        batches = self._plan(self._epoch)
+        everywhere = self._plan(self._epoch)
+        batches = [share_of_rank(batch, self.rank, self.world_size) for batch in everywhere]
         self._finish_resume()
         self._position = start
-        self.kinds.clear()
+        self.given.clear()
         fetched = DataLoader(
-            NewThenReplayed(self.dataset, self._samples.replayed),
+            NewThenReplayed(self.dataset, self._samples.parts),
             batch_sampler=batches[start:],
             collate_fn=self.collate_fn,
             generator=generator,
             **self._settings,
         )
-        for rows, batch in zip(batches[start:], fetched, strict=True):
+        for rows, all_rows, batch in zip(batches[start:], everywhere[start:], fetched, strict=True):
             self._position += 1
             self._count(rows)
-            mixed = self._samples.mix is not None
             if batch is not None:  # Lightning passes such a batch over
-                self.kinds.append(kinds_of(rows, len(self.dataset), self._samples.lengths) if mixed else None)
+                kinds = kinds_of(rows, self._samples) if self._samples.replays else None
+                self.given.append((kinds, self._trained(all_rows)))
             yield batch
+
+    def _trained(self, rows: Iterable[Any]) -> Trained:
+        indices = [index for row in rows for index in (row if isinstance(row, tuple) else (row,))]
+        new = [index for index in indices if index < len(self.dataset)]
+        return Trained(self._epoch, self._position, new, self.dataset.__getitem__)
 
     def state_dict(self, in_flight: int = 0) -> dict[str, Any]:
         """Where the loader stands, and what it has given out in this task.
@@ -239,28 +264,45 @@ class TaskLoader:
         )
 
     def _plan(self, epoch: int) -> list[list[Any]]:
-        """The epoch's batches on this rank: lists of indices, or of blocks (tuples of indices)."""
-        size, mix = self.batch_size * self.world_size, self._samples.mix
+        """The epoch's batches on all ranks together: lists of indices, or of blocks (tuples of indices)."""
+        size, samples = self.batch_size * self.world_size, self._samples
         batches: list[Any]
         if self._blocks is not None:
             batches = self._blocks.batches(epoch)
-        elif mix is None:
+        elif not samples.replays:
             batches = plan_batches(self._order(epoch), size, self.drop_last)
+        elif samples.mode == "replace" and not samples.is_constant and samples.epochs > 1:
+            batches = self._part_of_task(epoch)
         else:
             batches = plan_mixed_batches(
                 self._order(epoch),
-                self._samples.draws(epoch),
-                self._samples.weight,
-                self._samples.mean_weight(self._samples.replayed_indices),
-                mix.ratio,
+                samples.sources(epoch),
+                samples.weight,
                 size,
-                mix.mode,
-                epoch,
+                samples.mode,
+                samples.span(epoch),
                 self.drop_last,
-                length=len(self) if mix.mode == "replace" else None,
+                length=len(self) if samples.mode == "replace" else None,
                 multiple=self.world_size,
             )
-        return [share_of_rank(batch, self.rank, self.world_size) for batch in batches]
+        return batches
+
+    def _part_of_task(self, epoch: int) -> list[list[int]]:
+        """An epoch of a task in which the replayed share changes.
+
+        Epochs have equally many batches, and passes over the new samples do not: so all passes are laid out one behind
+        the other, and each epoch is a part of that.
+        """
+        samples, length, size = self._samples, len(self), self.batch_size * self.world_size
+        epochs = max(math.ceil(samples.epochs), epoch + 1)
+        slots: list[int] = []
+        for number in range(epochs):
+            order = self._order(number)
+            room = (epochs * length * size - len(slots) - len(order)) if number == epochs - 1 else None
+            groups = interleave(order, samples.sources(number), samples.weight, samples.span(number), room)
+            slots += [index for group in groups for index in group]
+        ends = list(cuts(len(slots), epochs * length, size))[epoch * length : (epoch + 1) * length]
+        return [slots[begin:end] for begin, end in ends]
 
     def _order(self, epoch: int) -> list[int]:
         if self.order_sampler is not None:

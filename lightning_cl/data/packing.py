@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, islice
 from typing import Any
 
-from lightning_cl.data.mixing import interleave
+from lightning_cl.data.mixing import Source, Span, interleave
 
 Block = tuple[int, ...]
 """Samples that share a row of a batch, by index."""
@@ -64,41 +64,37 @@ def _best_fit(window: Sequence[int], lengths: Sequence[int], block_length: int) 
 
 def pack_mixed(
     windows: Sequence[Sequence[int]],
-    draw: Iterator[int],
+    sources: Sequence[Source],
     weight: Callable[[int], int],
-    mean_replay_weight: float,
-    ratio: float,
     lengths: Sequence[int],
     block_length: int,
-    epoch: int = 0,
+    span: Span = Span(),  # noqa: B008
     least: int = 0,
     most: int | None = None,
 ) -> list[Block]:
-    """One epoch of blocks in which replayed samples carry the share ``ratio`` of the total weight.
+    """One epoch of blocks in which each source's samples carry its share of the total weight.
 
     Replayed samples are interleaved with new ones by error diffusion (:func:`~lightning_cl.data.mixing.interleave`),
     and both are packed together.
 
     Args:
         windows: the new samples, by index, as :func:`windows_of` cuts them.
-        draw: an endless stream of replayed samples, by index.
+        sources: of replayed samples.
         weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
-        mean_replay_weight: mean of `weight` over what `draw` can give.
-        ratio: the share of the replayed samples in the weight, in ``[0, 1)``.
         lengths: tokens of each sample.
         block_length: the most tokens in a block.
-        epoch: how many epochs of this task came before.
+        span: which epoch it is.
         least: at least so many blocks: where there are fewer, blocks are divided.
         most: at most so many blocks (not fewer than the new samples need alone): where there are more, the last
             replayed samples are left out.
     """
-    stream = interleave(list(chain(*windows)), draw, weight, mean_replay_weight, ratio, epoch)
+    stream = interleave(list(chain(*windows)), sources, weight, span)
     groups = [list(islice(stream, len(window))) for window in windows]
     while True:
         blocks = pack([list(chain(*window)) for window in groups], lengths, block_length)
         excess = 0 if most is None else (len(blocks) - most) * block_length
         if excess <= 0 or not _leave_out(groups, lengths, excess):
-            return _divided(blocks, least, draw)
+            return _divided(blocks, least, sources[0].draw)
 
 
 def _leave_out(groups: Sequence[Sequence[list[int]]], lengths: Sequence[int], tokens: int) -> bool:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
 from lightning_cl.buffers import ReplayBuffer
-from lightning_cl.data.mixing import MixMode, balanced_order, seed_of
-
-
-def loss_tokens(sample: Any) -> int | None:
-    """How many tokens of a sample bear loss under next-token prediction; None for a sample that is no token sequence.
-
-    Known are the records of this library (``loss_mask``) and Hugging Face's (``labels`` with −100 where there is no
-    loss), both as dictionaries with one-dimensional fields. The first token is predicted by nothing.
-    """
-    if not isinstance(sample, dict):
-        return None
-    for key, bears_loss in (("loss_mask", lambda t: t != 0), ("labels", lambda t: t != -100)):
-        if key in sample and "input_ids" in sample:
-            values = torch.as_tensor(sample[key])
-            if values.ndim == 1 and not values.is_floating_point():
-                return int(bears_loss(values[1:]).sum())
-    return None
+from lightning_cl.buffers.segment import RemovedError
+from lightning_cl.buffers.store import Store
+from lightning_cl.buffers.tokens import loss_tokens as loss_tokens
+from lightning_cl.data.drawing import Draw, Group, draws_of, groups_of
+from lightning_cl.data.mixing import MixMode, Source, Span, seed_of
+from lightning_cl.data.ratio import Curve, check_sum
 
 
 @dataclass
@@ -36,27 +26,66 @@ class Mix:
 
     Args:
         buffer: the samples of earlier tasks.
-        ratio: their share of the loss-bearing tokens (of the samples, where there are no tokens).
+        curve: their share of the loss-bearing tokens (of the samples, where there are no tokens), over the task.
         mode: ``replace`` keeps the batch size, ``add`` puts them on top.
         seed: seed of the draws.
+        draw: which samples are drawn how often (:mod:`~lightning_cl.data.drawing`).
     """
 
     buffer: ReplayBuffer
-    ratio: float
+    curve: Curve
     mode: MixMode
     seed: int
+    draw: Draw = "uniform"
+
+    @classmethod
+    def constant(cls, buffer: ReplayBuffer, ratio: float, mode: MixMode = "replace", seed: int = 0) -> Mix:
+        """The same share from beginning to end of the task."""
+        return cls(buffer, Curve.constant(ratio), mode, seed)
 
 
 class NewThenReplayed(Dataset):
-    """New samples under their index, replayed ones behind them; under a tuple of indices, the samples of a block."""
+    """New samples under their index, replayed ones behind them; under a tuple of indices, the samples of a block.
 
-    def __init__(self, new: Any, replayed: Sequence[Any]) -> None:
-        self.new, self.replayed, self.start = new, replayed, len(new)
+    A replayed sample that was removed since the epoch was planned is left out of its block; as a row of its own it is
+    replaced by the next one that is there, and if there is none, by a new one.
+    """
+
+    def __init__(self, new: Any, parts: Sequence[tuple[ReplayBuffer, Sequence[int]]]) -> None:
+        self.new, self.size = new, len(new)
+        # Not the buffers: worker processes need what reads, and no more.
+        self.parts = [(buffer.store, numbers) for buffer, numbers in parts]
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Any:
         if isinstance(index, tuple):
-            return [self[i] for i in index]
-        return self.new[index] if index < self.start else self.replayed[index - self.start]
+            found = [self._sample(i, others=False) for i in index]
+            kept = [sample for sample in found if sample is not None]
+            return kept or [self.new[index[0] % self.size]]
+        sample = self._sample(index, others=True)
+        return self.new[index % self.size] if sample is None else sample
+
+    def _sample(self, index: int, others: bool) -> Any:
+        if index < self.size:
+            return self.new[index]
+        place = index - self.size
+        for store, numbers in self.parts:
+            if place < len(numbers):
+                for number in there(store, numbers, place, others):
+                    try:
+                        return store.get(number)
+                    except RemovedError:
+                        continue  # just now, by another process
+                return None
+            place -= len(numbers)
+        raise IndexError(index)
+
+
+def there(store: Store, numbers: Sequence[int], place: int, others: bool = True) -> Iterator[int]:
+    """The record at a place if it was not removed; with `others`, then those behind it, around the end."""
+    for i in range(len(numbers) if others else 1):
+        number = numbers[(place + i) % len(numbers)]
+        if not store.is_erased(number):
+            yield number
 
 
 class Samples:
@@ -64,22 +93,32 @@ class Samples:
 
     Args:
         new: the task's data set, map-style.
-        mix: what is mixed in, if anything.
+        mixes: what is mixed in, if anything.
+        epochs: how many the task has; for shares that change over it.
 
     Attributes:
-        replayed: the buffer's samples as they are now: it takes in this task's samples at its end.
+        parts: for each mix its buffer, and the numbers of the records that are in it now: it takes in this task's
+            samples at its end.
         weights: loss-bearing tokens of all samples; None where shares are of samples, not of tokens.
     """
 
-    def __init__(self, new: Any, mix: Mix | None = None) -> None:
-        self.new, self.mix = new, mix
-        self.replayed: list[Any] = [] if mix is None else list(mix.buffer.items)
-        self.weights = None if mix is None else self._weights()
+    def __init__(self, new: Any, mixes: Sequence[Mix] = (), epochs: float = 1.0) -> None:
+        self.new, self.mixes, self.epochs = new, list(mixes), epochs
+        self.parts = [(mix.buffer, array("q", mix.buffer.numbers)) for mix in self.mixes]
+        self._ends = [len(new)]
+        for _, numbers in self.parts:
+            self._ends.append(self._ends[-1] + len(numbers))
+        self._columns = [buffer.columns(numbers) for buffer, numbers in self.parts]
+        self.weights = self._weights() if self.mixes else None
+        check_sum([mix.curve for mix in self.mixes])
+        modes = sorted({mix.mode for mix in self.mixes})
+        if len(modes) > 1:
+            raise ValueError(f"mode: the callbacks that replay want {modes}; give all of them the same")
 
-    def _weights(self) -> list[int] | None:
+    def _weights(self) -> array[int] | None:
         # Shares are of tokens where both sides have tokens, else of samples.
-        replayed = [loss_tokens(sample) for sample in self.replayed]
-        if any(count is None for count in replayed) or sum(replayed) == 0 or len(self.new) == 0:  # type: ignore[arg-type]
+        loss = [columns["loss_tokens"] for columns in self._columns]
+        if any(len(part) == 0 or min(part) < 0 or max(part) == 0 for part in loss) or len(self.new) == 0:
             return None
         count_of = getattr(self.new, "loss_tokens", None)
         if count_of is None and loss_tokens(self.new[0]) is not None:
@@ -89,12 +128,47 @@ class Samples:
 
         if count_of is None:
             return None
-        return [*(count_of(i) for i in range(len(self.new))), *replayed]
+        weights = array("i", (count_of(i) for i in range(len(self.new))))
+        for part in loss:
+            weights.extend(part)
+        return weights
+
+    def record_of(self, index: int, others: bool = True) -> tuple[ReplayBuffer, int] | None:
+        """The buffer and the record's number of a replayed sample; None for a new one.
+
+        Args:
+            index: of the sample.
+            others: whether one that was removed is replaced (:class:`NewThenReplayed`).
+        """
+        if index < len(self.new):
+            return None
+        place = bisect_right(self._ends, index) - 1
+        buffer, numbers = self.parts[place]
+        number = next(there(buffer.store, numbers, index - self._ends[place], others), None)
+        return None if number is None else (buffer, number)
 
     @property
-    def replayed_indices(self) -> Sequence[int]:
-        """The indices of the replayed samples."""
-        return range(len(self.new), len(self.new) + len(self.replayed))
+    def mode(self) -> MixMode:
+        """Of all mixes."""
+        return self.mixes[0].mode if self.mixes else "replace"
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether no share changes over the task."""
+        return all(mix.curve.is_constant for mix in self.mixes)
+
+    def ratio_at(self, progress: float) -> float:
+        """The share of everything that is replayed."""
+        return sum(mix.curve.at(progress) for mix in self.mixes)
+
+    def span(self, epoch: int) -> Span:
+        """Which part of the task an epoch is."""
+        return Span(epoch, self.epochs)
+
+    @property
+    def replays(self) -> bool:
+        """Whether anything is mixed in."""
+        return bool(self.mixes)
 
     @property
     def counts_tokens(self) -> bool:
@@ -117,7 +191,8 @@ class Samples:
             return self.weights[index]
         if index < len(self.new):
             return self.new.loss_tokens(index)
-        return loss_tokens(self.replayed[index - len(self.new)]) or 0
+        place = bisect_right(self._ends, index) - 1
+        return max(self._columns[place]["loss_tokens"][index - self._ends[place]], 0)
 
     @cached_property
     def lengths_of_new(self) -> list[int]:
@@ -125,32 +200,44 @@ class Samples:
         return [self.new.length(i) for i in range(len(self.new))]
 
     @cached_property
-    def lengths(self) -> list[int] | None:
+    def lengths(self) -> array[int] | None:
         """Tokens of all samples; None without the data set's ``length``, or if a replayed sample has no tokens."""
         if not hasattr(self.new, "length"):
             return None
-        replayed = [_length(sample) for sample in self.replayed]
-        known = [length for length in replayed if length is not None]
-        return [*self.lengths_of_new, *known] if len(known) == len(replayed) else None
+        lengths = array("i", self.lengths_of_new)
+        for columns in self._columns:
+            if len(columns["length"]) and min(columns["length"]) == 0:
+                return None
+            lengths.extend(columns["length"])
+        return lengths
 
-    def draws(self, epoch: int, balance: Callable[[int], float] | None = None) -> Iterator[int]:
-        """Replayed samples, behind the new ones in index: pass after pass over the buffer, from a random start.
+    def sources(self, epoch: int, balance_tokens: bool = False) -> list[Source]:
+        """Replayed samples, behind the new ones in index, as each mix draws them.
 
         Args:
             epoch: of this task.
-            balance: every stretch of the draws has nearly the mean of this; by default, of :meth:`weight`.
+            balance_tokens: every stretch of the draws has nearly as many tokens in proportion to those that bear loss,
+                instead of nearly as many that bear loss.
         """
-        assert self.mix is not None
-        count = len(self.replayed)
-        generator = torch.Generator().manual_seed(seed_of(self.mix.seed, epoch))
-        shuffled = (len(self.new) + torch.randperm(count, generator=generator)).tolist()
-        cycle = balanced_order(shuffled, balance or self.weight)
-        start = int(torch.randint(count, (), generator=generator))
-        while True:
-            yield from cycle[start:]
-            yield from cycle[:start]
+        found = []
+        for place, mix in enumerate(self.mixes):
+            groups = self._groups(place)
+            balance: Callable[[int], float] = self.weight
+            if balance_tokens and self.lengths is not None:
+                lengths = self.lengths
+                members = [index for group in groups for index in group.members]
+                ratio = sum(lengths[i] for i in members) / max(sum(self.weight(i) for i in members), 1)
 
+                def balance(index: int, lengths: Any = lengths, ratio: float = ratio) -> float:
+                    return round(lengths[index] - ratio * self.weight(index), 6)
 
-def _length(sample: Any) -> int | None:
-    known = isinstance(sample, dict) and "input_ids" in sample and loss_tokens(sample) is not None
-    return len(sample["input_ids"]) if known else None
+            draw = draws_of(groups, self.weight, balance, seed_of(mix.seed, epoch))
+            rate = sum(group.share / self.mean_weight(group.members) for group in groups)
+            found.append(Source(draw, 1.0 / rate, mix.curve))
+        return found
+
+    def _groups(self, place: int) -> list[Group]:
+        """What is drawn from, at which share of the weight."""
+        mix, start = self.mixes[place], self._ends[place]
+        tasks = self._columns[place]["task"]
+        return groups_of(mix.draw, mix.buffer, tasks, start, lambda members: self.mean_weight(members) * len(members))

@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Kinds = list[list[tuple[bool, int | None]]]
-"""Of each row of a batch its samples in order: whether it is replayed, and its length (None: the whole row)."""
+if TYPE_CHECKING:
+    from lightning_cl.buffers import ReplayBuffer
+    from lightning_cl.data.replayed import Samples
 
 
-def kinds_of(rows: Sequence[Any], new: int, lengths: Sequence[int] | None) -> Kinds:
+class Part(NamedTuple):
+    """A sample in a row of a batch.
+
+    Attributes:
+        replayed: whether it is.
+        length: its tokens; None: the whole row.
+        owner: the buffer that a replayed sample comes from.
+        number: the number of its record there.
+    """
+
+    replayed: bool
+    length: int | None
+    owner: ReplayBuffer | None = None
+    number: int = -1
+
+
+Kinds = list[list[Part]]
+"""Of each row of a batch its samples in order."""
+
+
+def kinds_of(rows: Sequence[Any], samples: Samples) -> Kinds:
     """The kinds of a planned batch.
 
     Args:
         rows: indices, or tuples of indices that share a row.
-        new: how many new samples there are; replayed ones come behind them in index.
-        lengths: tokens of all samples, if they are known.
+        samples: what they stand for.
     """
-    return [
-        [(index >= new, lengths[index] if lengths is not None else None) for index in row]
-        if isinstance(row, tuple)
-        else [(row >= new, None)]
-        for row in rows
-    ]
+    lengths, new = samples.lengths, len(samples.new)
+
+    def parts(row: tuple[int, ...]) -> Iterator[Part]:
+        for index in row:
+            length = lengths[index] if lengths is not None else None
+            record = samples.record_of(index, others=False)
+            if record is not None or index < new:  # else it was removed
+                yield Part(False, length) if record is None else Part(True, length, *record)
+
+    def whole(index: int) -> Part:
+        record = samples.record_of(index)
+        return Part(False, None) if record is None else Part(True, None, *record)
+
+    return [list(parts(row)) if isinstance(row, tuple) else [whole(row)] for row in rows]
 
 
 def rows_mask(kinds: Kinds | None, rows: int, length: int) -> Tensor:
@@ -39,8 +67,8 @@ def rows_mask(kinds: Kinds | None, rows: int, length: int) -> Tensor:
     mask = torch.zeros(rows, length, dtype=torch.bool)
     for row, samples in enumerate(kinds or []):
         start = 0
-        for replayed, tokens in samples:
-            end = length if tokens is None else start + tokens
-            mask[row, start:end] = replayed
+        for part in samples:
+            end = length if part.length is None else start + part.length
+            mask[row, start:end] = part.replayed
             start = end
     return mask

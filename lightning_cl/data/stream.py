@@ -6,12 +6,15 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_cl.data.mixing import share_of_rank
-from lightning_cl.data.replayed import loss_tokens
+from lightning_cl.data.replayed import Mix, loss_tokens
+from lightning_cl.data.row_kinds import Kinds
+from lightning_cl.data.stream_mix import Item, StreamMix
+from lightning_cl.data.trained import Trained
 
 Sample = dict[str, Tensor]
 
@@ -21,7 +24,8 @@ class StreamLoader:
 
     An epoch is one pass over the stream. All ranks read it, and each takes its share of every batch, so that together
     they see the batches that one process would see. A resume reads the stream from its beginning to the place where it
-    stood. Replay cannot mix into a stream.
+    stood. Replay mixes into it sample by sample (:class:`~lightning_cl.data.stream_mix.StreamMix`), in front of the
+    packing: new and replayed documents share blocks.
 
     Lightning fetches one batch ahead from a loader without length. So the coordinator says by :meth:`begin` which
     batches are trained on, and nothing here is called ``state_dict``: Lightning would save and restore the wrong place.
@@ -50,15 +54,32 @@ class StreamLoader:
         self._samples, self.batch_size, self.collate_fn = samples, batch_size, collate_fn
         self.block_length, self.rank, self.world_size = block_length, rank, world_size
         self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
-        self._epoch = self._begun = 0
-        self._given: deque[tuple[int, int]] = deque()  # samples and tokens of batches that nobody has begun with
-        self._latest: deque[tuple[int, int]] = deque(maxlen=2)  # of those begun with last
+        self._mix = StreamMix(samples)
+        self._open: list[list[Item]] = []  # blocks that are being filled
+        self._given = 0  # batches of this task
+        self._waiting: deque[_Given] = deque()  # batches that nobody has begun with
+        # Of those begun with last; the first of them for its place, where all others are in flight.
+        self._latest: deque[_Given] = deque([self._nothing()], maxlen=3)
         self._goal: dict[str, Any] | None = None
 
     @property
     def sampler(self) -> StreamLoader:
         """Lightning calls ``set_epoch`` on a loader's sampler: here, the loader itself."""
         return self
+
+    def mix_in(self, mix: Mix, batches: float | None = None) -> None:
+        """Lets the samples of a buffer take part in the batches from now on, beside those of other buffers.
+
+        Args:
+            mix: what, and how much of it.
+            batches: of the whole task; for a share that changes over it.
+
+        Raises:
+            ValueError: if there is no room for it beside what is mixed in already, or it is to come on top of batches.
+        """
+        if mix.mode == "add":
+            raise ValueError("mode='add': a stream's batches keep their size; expected 'replace'")
+        self._mix = StreamMix(self._samples, [*self._mix.mixes, mix], batches)
 
     def apart(self) -> StreamLoader:
         """Another one over the same stream, from its beginning and without packing, for extra passes."""
@@ -68,41 +89,53 @@ class StreamLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
-        if epoch != self._epoch:
-            self._begun = 0
-        self._epoch = epoch
+        if epoch != self._mix.epoch:
+            self._start(epoch)
+
+    def _start(self, epoch: int) -> None:
+        self._mix.begin(epoch)
+        self._open = []
+        self._latest = deque([self._nothing()], maxlen=3)
 
     def __iter__(self) -> Iterator[Any]:
         goal, self._goal = self._goal, None
-        start = goal["position"] if goal is not None and goal["epoch"] == self._epoch else 0
+        if goal is not None and goal["epoch"] == self._mix.epoch:
+            self._continue(goal)
+        else:
+            self._start(self._mix.epoch)
+        begun = self._latest[-1].place["position"]
         batches = self._batches()
-        for _ in islice(batches, start):
-            pass
         first = next(batches, None)
-        if first is None and start > 0:  # it stood at the end of a pass: the next one follows
-            self._epoch, start = self._epoch + 1, 0
+        if first is None and begun > 0:  # it stood at the end of a pass: the next one follows
+            self._start(self._mix.epoch + 1)
             batches = self._batches()
             first = next(batches, None)
         if first is None:
             raise ValueError(f"{self._samples}: there is no token to predict in it")
-        self._begun = start
-        self._given.clear()
+        self._waiting.clear()
         for rows in chain([first], batches):
-            own = share_of_rank(rows, self.rank, self.world_size)
-            self._given.append(_size(own))
-            yield self.collate_fn(own)
+            everywhere, place = rows
+            own = share_of_rank(everywhere, self.rank, self.world_size)
+            self._waiting.append(_Given(_size(own), place, [[item.part for item in row] for row in own], everywhere))
+            packed = self.block_length is not None
+            yield self.collate_fn([[item.sample for item in row] if packed else row[0].sample for row in own])
 
-    def begin(self) -> None:
-        """The next batch of those given out is being trained on."""
-        self._begun += 1
-        if self._given:
-            size = self._given.popleft()
-            self._latest.append(size)
-            self._add(size, 1)
+    def begin(self) -> tuple[Kinds | None, Trained | None]:
+        """The next batch of those given out is being trained on.
 
-    def _add(self, size: tuple[int, int], sign: int) -> None:
-        for name, count in zip(("new_samples", "new_tokens"), size, strict=True):
-            self.counts[name] += sign * count
+        Returns:
+            which parts of it are replayed, and the new samples of all ranks.
+        """
+        if not self._waiting:
+            return None, None
+        given = self._waiting.popleft()
+        self._latest.append(given)
+        for name, count in given.size.items():
+            self.counts[name] += count
+        new = [item.sample for row in given.rows for item in row if not item.part.replayed]
+        trained = Trained(self._mix.epoch, given.place["position"], new)
+        given.rows.clear()
+        return (given.kinds if self._mix.mixes else None), trained
 
     def place(self, in_flight: int = 0) -> dict[str, Any]:
         """Where the loader stands, and what was trained on in this task.
@@ -111,43 +144,93 @@ class StreamLoader:
             in_flight: how many of the batches that were begun with last have not been trained on.
         """
         counts = dict(self.counts)
-        for samples, tokens in list(self._latest)[len(self._latest) - in_flight :]:
-            counts["new_samples"] -= samples
-            counts["new_tokens"] -= tokens
-        return {"epoch": self._epoch, "position": max(self._begun - in_flight, 0), "counts": counts}
+        begun = list(self._latest)
+        for given in begun[len(begun) - in_flight :]:
+            for name, count in given.size.items():
+                counts[name] -= count
+        last = begun[max(len(begun) - in_flight - 1, 0)]
+        return {"epoch": self._mix.epoch, "counts": counts, **last.place}
 
     def go_to(self, place: dict[str, Any]) -> None:
         """The next iterator goes on from a :meth:`place`."""
-        self._goal, self._epoch, self._begun = place, place["epoch"], place["position"]
+        self._goal = place
+        self._mix.epoch = place["epoch"]
         self.counts = dict(place["counts"])
+        self._latest = deque([self._nothing() | place], maxlen=3)
 
-    def _batches(self) -> Iterator[list[Any]]:
-        rows = self._samples(self._epoch) if self.block_length is None else self._blocks(self.block_length)
+    def _continue(self, goal: dict[str, Any]) -> None:
+        self._mix.go_to(goal["epoch"], goal["mix"])
+        recalled = [[self._mix.recall(item) for item in block] for block in goal["open"]]
+        self._open = [[item for item in block if item is not None] for block in recalled]
+        self._given = goal["given"]
+        self._latest = deque([self._nothing() | goal], maxlen=3)
+
+    def _nothing(self) -> _Given:
+        return _Given({}, self._here(0), [], [])
+
+    def _here(self, number: int) -> dict[str, Any]:
+        """Where one stands behind the batch of this number."""
+        blocks = [[self._mix.remember(item) for item in block] for block in self._open]
+        return {"position": number, "given": self._given, "mix": self._mix.place(), "open": blocks}
+
+    def _batches(self) -> Iterator[tuple[list[list[Item]], dict[str, Any]]]:
+        """Batches of all ranks, each with the place behind it."""
+        number = self._latest[-1].place["position"]
+        items = self._mix.items(lambda: self._given)
+        rows = ([item] for item in items) if self.block_length is None else self._blocks(items, self.block_length)
         size = self.batch_size * self.world_size
         while batch := list(islice(rows, size)):
-            yield batch
+            number, self._given = number + 1, self._given + 1
+            yield batch, self._here(number)
 
-    def _blocks(self, length: int) -> Iterator[list[Sample]]:
+    def _blocks(self, items: Iterator[Item], length: int) -> Iterator[list[Item]]:
         """First fit over a few open blocks; one that is nearly full, or the oldest, is closed."""
-        opened: list[tuple[int, list[Sample]]] = []
-        for sample in self._samples(self._epoch):
-            size = len(sample["input_ids"])
-            place = next((i for i, (used, _) in enumerate(opened) if used + size <= length), None)
+        opened = self._open
+        for item in items:
+            size = len(item.sample["input_ids"])
+            place = next((i for i, block in enumerate(opened) if _used(block) + size <= length), None)
             if place is None:
-                opened.append((size, [sample]))
+                opened.append([item])
             else:
-                used, block = opened[place]
-                opened[place] = (used + size, [*block, sample])
-            full = next((i for i, (used, _) in enumerate(opened) if used >= 0.98 * length), None)
+                opened[place].append(item)
+            full = next((i for i, block in enumerate(opened) if _used(block) >= 0.98 * length), None)
             if full is not None or len(opened) > _OPEN:
-                yield opened.pop(full or 0)[1]
-        yield from (block for _, block in opened)
+                yield opened.pop(full or 0)
+        while opened:
+            yield opened.pop(0)
 
 
-def _size(rows: Sequence[Any]) -> tuple[int, int]:
+class _Given(NamedTuple):
+    """A batch that was given out.
+
+    Attributes:
+        size: samples and loss-bearing tokens on this rank, as in the loader's counts.
+        place: behind it.
+        kinds: of its rows on this rank.
+        rows: on all ranks.
+    """
+
+    size: dict[str, int]
+    place: dict[str, Any]
+    kinds: Kinds
+    rows: list[list[Item]]
+
+    def __or__(self, place: dict[str, Any]) -> _Given:
+        return self._replace(place={name: place[name] for name in self.place})
+
+
+def _used(block: Sequence[Item]) -> int:
+    return sum(len(item.sample["input_ids"]) for item in block)
+
+
+def _size(rows: Sequence[Sequence[Item]]) -> dict[str, int]:
     """Samples, and tokens that bear loss, of a batch."""
-    samples = [sample for row in rows for sample in (row if isinstance(row, list) else [row])]
-    return len(samples), sum(loss_tokens(sample) or 0 for sample in samples)
+    counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
+    for item in chain.from_iterable(rows):
+        kind = "replayed" if item.part.replayed else "new"
+        counts[f"{kind}_samples"] += 1
+        counts[f"{kind}_tokens"] += loss_tokens(item.sample) or 0
+    return counts
 
 
 _OPEN = 8  # blocks that are filled at the same time

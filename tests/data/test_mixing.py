@@ -7,7 +7,16 @@ import random
 
 import pytest
 
-from lightning_cl.data.mixing import balanced_order, mixed_length, plan_batches, plan_mixed_batches, share_of_rank
+from lightning_cl.data.mixing import (
+    Source,
+    Span,
+    balanced_order,
+    mixed_length,
+    plan_batches,
+    plan_mixed_batches,
+    share_of_rank,
+)
+from lightning_cl.data.ratio import Curve
 
 RATIOS = [0.01, 0.05, 0.25, 0.5, 0.9]
 NEW, OLD = 400, 150
@@ -38,9 +47,15 @@ def epoch_of(weights, ratio, *, mode="replace", batch_size=8, epoch=0, drop_last
             yield from cycle[start:] + cycle[:start]
 
     mean = sum(weights[i] for i in range(START, START + OLD)) / OLD
+    sources = [Source(draws(), mean, Curve.constant(ratio))]
     return plan_mixed_batches(
-        order, draws(), weights.__getitem__, mean, ratio, batch_size, mode, epoch=epoch, drop_last=drop_last
+        order, sources, weights.__getitem__, batch_size, mode, Span(epoch, epoch + 1), drop_last=drop_last
     )
+
+
+def source(mean: float, ratio: float) -> Source:
+    """One that is only asked for its share."""
+    return Source(iter(()), mean, Curve.constant(ratio))
 
 
 def worst_window(batches, weights, ratio) -> float:
@@ -68,7 +83,9 @@ def test_ratio_holds_in_an_epoch_that_sees_a_part_of_a_large_buffer(seed):
     # 100 draws of 1 or 19 tokens can weigh a tenth more or less than expected, if they are taken as they come.
     weights = dict.fromkeys(range(100), 10) | {START + i: 1 if i % 2 else 19 for i in range(500)}
     order = balanced_order(random.Random(seed).sample(range(START, START + 500), 500), weights.__getitem__)
-    batches = plan_mixed_batches(range(100), itertools.cycle(order), weights.__getitem__, 10.0, 0.5, 8, "replace")
+    batches = plan_mixed_batches(
+        range(100), [Source(itertools.cycle(order), 10.0, Curve.constant(0.5))], weights.__getitem__, 8, "replace"
+    )
     assert worst_window(batches, weights, 0.5) <= 19
 
 
@@ -98,14 +115,14 @@ def test_every_epoch_has_the_announced_number_of_batches(ratio, kind, drop_last)
     # Lightning asks for the length once; schedules are made for it.
     weights = weights_of(kind)
     mean = sum(weights[i] for i in range(START, START + OLD)) / OLD
-    length = mixed_length(NEW, sum(weights[i] for i in range(NEW)), mean, ratio, 8, drop_last)
+    length = mixed_length(NEW, sum(weights[i] for i in range(NEW)), [source(mean, ratio)], 8, drop_last)
     lengths = {len(epoch_of(weights, ratio, epoch=epoch, drop_last=drop_last)) for epoch in range(12)}
     assert lengths == {length}
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_an_epoch_takes_one_over_one_minus_ratio_times_the_batches(ratio):
-    assert mixed_length(8000, 8000, 1.0, ratio, 8) == pytest.approx(1000 / (1 - ratio), abs=1)
+    assert mixed_length(8000, 8000, [source(1.0, ratio)], 8) == pytest.approx(1000 / (1 - ratio), abs=1)
 
 
 @pytest.mark.parametrize("kind", ["ones", "skewed"])
@@ -197,7 +214,9 @@ def test_every_length_is_replayed_alike_at_a_small_share():
         cycle = balanced_order(rng.sample(range(START, START + 300), 300), weights.__getitem__)
         start = rng.randrange(300)
         draws = itertools.cycle(cycle[start:] + cycle[:start])
-        batches = plan_mixed_batches(range(400), draws, weights.__getitem__, 74.0, 0.02, 8, "replace", epoch=seed)
+        batches = plan_mixed_batches(
+            range(400), [Source(draws, 74.0, Curve.constant(0.02))], weights.__getitem__, 8, "replace", Span(seed)
+        )
         for i in itertools.chain(*batches):
             if i >= START:
                 drawn[weights[i]] += 1

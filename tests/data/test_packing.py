@@ -60,7 +60,7 @@ def replay_of(dataset, ratio: float, mode="replace") -> Mix:
     buffer = ReplayBuffer(len(dataset))
     for index in range(len(dataset)):
         buffer.add(dataset[index], "earlier")
-    return Mix(buffer, ratio, mode, seed=5)
+    return Mix.constant(buffer, ratio, mode, seed=5)
 
 
 def loader_of(data, batch_size=4, block_length=256, **settings) -> TaskLoader:

@@ -168,7 +168,7 @@ def test_two_ranks_together_see_each_batch_of_one_process(drop_last):
 def test_two_ranks_together_see_each_mixed_batch_of_one_process():
     def loader(batch_size, **ranks):
         loader = TaskLoader(DATA, batch_size, seed=9, **ranks)
-        loader.mix_in(Mix(filled(TensorDataset(torch.arange(100, 120))), 0.3, "replace", seed=1))
+        loader.mix_in(Mix.constant(filled(TensorDataset(torch.arange(100, 120))), 0.3, "replace", seed=1))
         return loader
 
     whole = flat(loader(4))
@@ -183,7 +183,7 @@ def test_mixed_batches_repeat_samples_on_two_ranks_at_most_once_per_epoch(mode):
     seen = []
     for rank in range(2):
         loader = TaskLoader(new, 4, seed=9, rank=rank, world_size=2)
-        loader.mix_in(Mix(filled(TensorDataset(torch.arange(100, 120))), 0.3, mode, seed=1))
+        loader.mix_in(Mix.constant(filled(TensorDataset(torch.arange(100, 120))), 0.3, mode, seed=1))
         seen += [x for batch in flat(loader) for x in batch if x < 100]
     assert len(seen) - len(set(seen)) <= 1
 
@@ -270,7 +270,7 @@ def test_resume_of_mixed_batches_gives_the_remaining_batches_and_counts(mode):
 
     def make():
         loader = TaskLoader(DATA, 4, seed=2)
-        loader.mix_in(Mix(buffer, 0.3, mode, seed=5))
+        loader.mix_in(Mix.constant(buffer, 0.3, mode, seed=5))
         return loader
 
     for batches in range(1, 6):
@@ -301,13 +301,13 @@ def test_random_states_are_restored_when_the_order_is_laid_out_and_no_sample_fet
 
 def test_ratio_zero_is_no_mix():
     plain, mixed = TaskLoader(DATA, 4, seed=2), TaskLoader(DATA, 4, seed=2)
-    mixed.mix_in(Mix(filled(TensorDataset(torch.arange(100, 120))), 0.0, "replace", seed=5))
+    mixed.mix_in(Mix.constant(filled(TensorDataset(torch.arange(100, 120))), 0.0, "replace", seed=5))
     assert flat(mixed) == flat(plain)
 
 
 def test_empty_buffer_is_no_mix():
     plain, mixed = TaskLoader(DATA, 4, seed=2), TaskLoader(DATA, 4, seed=2)
-    mixed.mix_in(Mix(ReplayBuffer(10), 0.5, "replace", seed=5))
+    mixed.mix_in(Mix.constant(ReplayBuffer(10), 0.5, "replace", seed=5))
     assert flat(mixed) == flat(plain)
 
 
@@ -317,21 +317,21 @@ def test_new_samples_keep_the_users_order(mode, kind):
     torch.manual_seed(11)
     expected = [x for batch in flat(TaskLoader.from_dataloader(user_loader(kind))) for x in batch]
     loader = TaskLoader.from_dataloader(user_loader(kind))
-    loader.mix_in(Mix(filled(TensorDataset(torch.arange(100, 120))), 0.4, mode, seed=5))
+    loader.mix_in(Mix.constant(filled(TensorDataset(torch.arange(100, 120))), 0.4, mode, seed=5))
     torch.manual_seed(11)
     assert [x for batch in flat(loader) for x in batch if x < 100] == expected
 
 
 def test_each_pass_over_the_buffer_replays_every_sample_once():
     loader = TaskLoader(TensorDataset(torch.arange(40)), 4)
-    loader.mix_in(Mix(filled(TensorDataset(torch.arange(100, 110))), 0.5, "add", seed=5))
+    loader.mix_in(Mix.constant(filled(TensorDataset(torch.arange(100, 110))), 0.5, "add", seed=5))
     replayed = [x for batch in flat(loader) for x in batch if x >= 100]
     assert [sorted(replayed[i : i + 10]) for i in range(0, 40, 10)] == [list(range(100, 110))] * 4
 
 
 def test_mixed_samples_are_counted():
     loader = TaskLoader(DATA, 4)
-    loader.mix_in(Mix(filled(TensorDataset(torch.arange(100, 120))), 0.5, "replace", seed=5))
+    loader.mix_in(Mix.constant(filled(TensorDataset(torch.arange(100, 120))), 0.5, "replace", seed=5))
     numbers = [x for batch in flat(loader) for x in batch]
     assert loader.counts["new_samples"] == 22
     assert loader.counts["replayed_samples"] == sum(x >= 100 for x in numbers) > 0
@@ -345,7 +345,7 @@ def rows(samples):
 
 def test_tokens_of_new_and_replayed_samples_are_counted():
     loader = TaskLoader(Tokens(60), 4, rows)
-    loader.mix_in(Mix(filled(Tokens(30, first=1000)), 0.3, "replace", seed=5))
+    loader.mix_in(Mix.constant(filled(Tokens(30, first=1000)), 0.3, "replace", seed=5))
     seen = {"new_tokens": 0, "replayed_tokens": 0}
     for batch in loader:
         for sample in batch:
@@ -369,7 +369,7 @@ def test_mixed_loader_gives_as_many_batches_as_it_announces(kind):
         loader = TaskLoader.from_dataloader(DataLoader(tokens, 4, shuffle=True, collate_fn=rows))
     else:
         loader = TaskLoader.from_dataloader(DataLoader(tokens, 4, sampler=sampler[kind], collate_fn=rows))
-    loader.mix_in(Mix(filled(Tokens(30, first=1000)), 0.3, "replace", seed=5))
+    loader.mix_in(Mix.constant(filled(Tokens(30, first=1000)), 0.3, "replace", seed=5))
     torch.manual_seed(3)
     for epoch in range(3):
         loader.set_epoch(epoch)
@@ -386,7 +386,7 @@ class TokenPairs(Tokens):
 
 def test_replayed_samples_without_a_known_number_of_tokens_do_not_blow_up_the_epoch():
     loader = TaskLoader(TokenPairs(60), 4, rows)
-    loader.mix_in(Mix(filled(TokenPairs(30, first=1000)), 0.25, "replace", seed=5))
+    loader.mix_in(Mix.constant(filled(TokenPairs(30, first=1000)), 0.25, "replace", seed=5))
     assert 15 <= len(loader) <= 60
 
 

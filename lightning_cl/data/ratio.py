@@ -1,0 +1,135 @@
+"""How large the replayed share of the batches is, and how it changes over a task."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+PER_TASK = "1/t"
+RatioLike = float | str | list[list[float]]
+
+
+class Curve(NamedTuple):
+    """A share over a task, piecewise linear.
+
+    Attributes:
+        points: pairs of progress, from 0 to 1 and rising, and share.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def constant(cls, ratio: float) -> Curve:
+        """The same share from beginning to end."""
+        return cls(((0.0, float(ratio)),))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it never changes."""
+        return all(ratio == self.points[0][1] for _, ratio in self.points)
+
+    @property
+    def largest(self) -> float:
+        """The largest share."""
+        return max(ratio for _, ratio in self.points)
+
+    def at(self, progress: float) -> float:
+        """The share at a progress in [0, 1]; before the first and behind the last point, theirs."""
+        place = bisect_right(self.points, (progress, math.inf))
+        if place == 0 or place == len(self.points):
+            return self.points[max(place - 1, 0)][1]
+        (x0, y0), (x1, y1) = self.points[place - 1], self.points[place]
+        return y0 + (y1 - y0) * (progress - x0) / (x1 - x0)
+
+
+def check_ratio(value: Any) -> RatioLike:
+    """A ratio as a user gives it.
+
+    Args:
+        value: a share in [0, 1), ``"1/t"``, or a list of pairs of progress and share.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if value == PER_TASK:
+        return PER_TASK
+    if isinstance(value, (list, tuple)):
+        return _check_points(value)
+    if not _is_share(value):
+        raise ValueError(
+            f"ratio={value!r}: expected a share in [0, 1), as 0.05 for five percent, '1/t', or a list of pairs of"
+            " progress and share, as [[0, 0.25], [1, 0.05]]"
+        )
+    return float(value)
+
+
+def curve_of(ratio: RatioLike, task_number: int) -> Curve:
+    """The share over one task.
+
+    Args:
+        ratio: of :func:`check_ratio`. ``"1/t"``: the new task has the share 1/t, as each task before it.
+        task_number: t, which is 1 for the first task.
+    """
+    if ratio == PER_TASK:
+        return Curve.constant(1.0 - 1.0 / max(task_number, 1))
+    if isinstance(ratio, list):
+        return Curve(tuple((float(progress), float(share)) for progress, share in ratio))
+    return Curve.constant(float(ratio))
+
+
+def replays_anything(ratio: RatioLike) -> bool:
+    """Whether there is a task and a place in it with a share above 0."""
+    return ratio == PER_TASK or curve_of(ratio, 1).largest > 0
+
+
+def odds_at(curves: Sequence[Curve], progress: float) -> list[float]:
+    """Replayed weight of each source per weight of new samples: ``r_s / (1 − Σ r)``."""
+    ratios = [curve.at(progress) for curve in curves]
+    rest = 1.0 - sum(ratios)
+    return [ratio / rest for ratio in ratios]
+
+
+def mean_odds(curves: Sequence[Curve], start: float, end: float) -> list[float]:
+    """The mean of :func:`odds_at` over a stretch of the task."""
+    if all(curve.is_constant for curve in curves) or end <= start:
+        return odds_at(curves, start)
+    count = 256
+    rows = [odds_at(curves, start + (end - start) * (i + 0.5) / count) for i in range(count)]
+    return [sum(column) / count for column in zip(*rows, strict=True)]
+
+
+def check_sum(curves: Sequence[Curve]) -> None:
+    """Whether all sources together leave room for new samples.
+
+    Raises:
+        ValueError: if not.
+    """
+    places = {progress for curve in curves for progress, _ in curve.points}
+    total = max((sum(curve.at(progress) for curve in curves) for progress in places), default=0.0)
+    if total >= 1:
+        raise ValueError(
+            f"ratio: the shares of all replayed samples add up to {total:.3g}; expected less than 1, so that there is"
+            " room for new ones"
+        )
+
+
+def _is_share(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and 0 <= value < 1
+
+
+def _check_points(value: Sequence[Any]) -> list[list[float]]:
+    pairs = [list(point) if isinstance(point, (list, tuple)) else [] for point in value]
+    good = len(pairs) > 0 and all(len(pair) == 2 and _is_share(pair[1]) for pair in pairs)
+    numbers = [pair[0] for pair in pairs] if good else []
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 1 for x in numbers):
+        good = False
+    if not good or any(b <= a for a, b in pairwise(numbers)):
+        raise ValueError(
+            f"ratio={value!r}: expected pairs of progress, rising from 0 to 1, and a share in [0, 1), as"
+            " [[0, 0.25], [1, 0.05]]"
+        )
+    return [[float(x), float(y)] for x, y in pairs]
