@@ -7,11 +7,13 @@ their order in ``Trainer(callbacks=[…])``:
 ==================  ====================================================================================
 question            when
 ==================  ====================================================================================
+on_run_start        a run starts or goes on, before a checkpoint is read
 on_sequence_start   ``fit_tasks`` starts a sequence anew, without a checkpoint
 check_loader        before any training, for the loader of every task
 mix_into            the loader of a task is built
 on_task_start       once per task, never on a resume inside it
 place               whenever training starts or goes on: bring tensors to the model's device
+on_batch            a batch is about to be trained on
 extra_loss          after the module's own loss, before the backward pass
 observe_gradients   gradients are complete, unscaled, reduced over ranks, not clipped; nobody has edited them
 edit_gradients      after all observers, before clipping; in the order of ``edit_order``
@@ -39,6 +41,8 @@ from lightning_cl.tasks import TaskPosition
 
 if TYPE_CHECKING:
     from lightning_cl.data import TaskDataModule, TaskLoader
+    from lightning_cl.data.stream import StreamLoader
+    from lightning_cl.data.trained import Trained
 
 
 class ContinualCallback(Callback):
@@ -69,6 +73,9 @@ class ContinualCallback(Callback):
 
     # ------------------------------------------------------------------ questions
 
+    def on_run_start(self, trainer: L.Trainer) -> None:
+        """A run starts or goes on; nothing is read from a checkpoint yet."""
+
     def on_sequence_start(self) -> None:
         """A new sequence starts; what the method learnt before, it may keep."""
 
@@ -77,10 +84,15 @@ class ContinualCallback(Callback):
         """Whether there is something to mix into the next task's loader."""
         return False
 
+    @property
+    def replays(self) -> bool:
+        """Whether samples that are not the task's own are to come into the batches, now or later."""
+        return False
+
     def check_loader(self, loader: Any, task: str) -> None:
         """Raises an error if the method cannot work with a task's training loader."""
 
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader) -> None:
+    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
         """The loader of a task is built: add to it."""
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,6 +100,9 @@ class ContinualCallback(Callback):
 
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training starts or goes on: bring tensors to where the parameters are."""
+
+    def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
+        """The new samples, of all ranks, that are about to be trained on; not for loaders that do not know them."""
 
     def extra_loss(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
         """A term to add to the loss of this batch, with a graph; its scale is that of the module's own loss."""

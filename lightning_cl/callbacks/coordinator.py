@@ -61,6 +61,7 @@ class TaskCoordinator(Callback):
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
+        self.is_resumed = False
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
@@ -96,6 +97,7 @@ class TaskCoordinator(Callback):
         if stage == "fit":
             if not self.driven:
                 self.names, self.at_boundary = [], False
+                self.is_resumed = trainer.ckpt_path is not None
             check_trainer(trainer, pl_module)
             let_methods_mix(trainer, self.methods(trainer), check=not self.driven, on_loader=self._before_first_batch)
 
@@ -169,11 +171,16 @@ class TaskCoordinator(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
-        kinds = trainer.train_dataloader.kinds if isinstance(trainer.train_dataloader, TaskLoader) else None
-        self.kinds = kinds.popleft() if kinds else None
-        if isinstance(trainer.train_dataloader, StreamLoader):
-            trainer.train_dataloader.begin()
+        loader: Any = trainer.train_dataloader
+        self.kinds = trained = None
+        if isinstance(loader, StreamLoader):
+            self.kinds, trained = loader.begin()
             self._begun_with = batches_ready(trainer)
+        elif isinstance(loader, TaskLoader) and loader.given:
+            self.kinds, trained = loader.given.popleft()
+        if trained is not None:
+            for method in self.methods(trainer):
+                method.on_batch(trainer, pl_module, trained)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -301,7 +308,9 @@ class TaskCoordinator(Callback):
             trainer.global_step,
             [],
         )
-        self._resumed = None
+        self._resumed, self.is_resumed = None, resumed
+        for method in self.methods(trainer):
+            method.on_run_start(trainer)
         if not resumed:
             for method in self.methods(trainer):
                 method.on_sequence_start()

@@ -256,7 +256,7 @@ class LwF(ContinualCallback):
 
 
 def _replays(trainer: L.Trainer) -> bool:
-    return any(m.owns and getattr(m, "ratio", 1.0) > 0 for m in TaskCoordinator.methods(trainer))
+    return any(method.replays for method in TaskCoordinator.methods(trainer))
 
 
 def _rows(side: Tensor, mask: Tensor | None) -> Tensor:

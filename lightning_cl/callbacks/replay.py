@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_cl.buffers import ReplayBuffer
-from lightning_cl.buffers.samples import own
-from lightning_cl.callbacks.base import ContinualCallback, check_choice
-from lightning_cl.callbacks.passes import progress
+from lightning_cl.buffers.buffer import Unit
+from lightning_cl.buffers.policies import PolicyName
+from lightning_cl.callbacks.base import check_choice
+from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.callbacks.memory import Fill, MemoryCallback, Storage, check_plannable
+from lightning_cl.data.drawing import DRAWS, Draw
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing import MixMode
-from lightning_cl.data.plannable import task_indices, why_not_plannable
+from lightning_cl.data.ratio import check_ratio, curve_of, replays_anything
+from lightning_cl.data.stream import StreamLoader
 
 
-class Replay(ContinualCallback):
+class Replay(MemoryCallback):
     """Experience replay: samples of earlier tasks take part in the batches of later ones.
 
-    At the end of each task its training set is offered to a buffer of fixed size; during later tasks the buffer's
+    At the end of each task its training set is offered to a buffer with a budget; during later tasks the buffer's
     samples have the share `ratio` of the loss-bearing tokens (of the samples, where there are no tokens), in every
-    window of batches. Loss masks travel with the samples. The filling is decided by index from one seed, so that all
-    ranks hold the same buffer and its budget is global.
+    window of batches, with packing, accumulation, several ranks and streams. Loss masks travel with the samples.
 
-    Memory: the samples (5 bytes per token of text). Compute: none per step in ``replace`` mode, where the batch
-    keeps its number of samples and a pass over the new data takes ``1 / (1 − ratio)`` times the steps (if replayed
-    samples are as long as new ones); ``ratio / (1 − ratio)`` of a step in ``add`` mode.
+    Memory: none but of the index (24 bytes per sample); on disk 4 bytes and a bit per token, and 64 bytes per sample.
+    Compute: none per step in ``replace`` mode, where the batch keeps its number of samples and a pass over the new data
+    takes ``1 / (1 − ratio)`` times the steps (if replayed samples are as long as new ones); ``ratio / (1 − ratio)`` of
+    a step in ``add`` mode.
 
     Args:
-        buffer_size: the largest number of samples kept, over all tasks.
+        buffer_size: the budget, over all tasks, in `unit`.
         ratio: share of replayed tokens, from 0 (stores, and replays nothing) to below 1. One to five percent removes
-            most forgetting of a pretrained model; a small model and very different tasks need 25 %.
-        policy: ``reservoir``: uniform over all samples seen. ``task_balanced``: equal shares for the tasks.
+            most forgetting of a pretrained model; a small model and very different tasks need 25 %. A list of pairs of
+            progress and share, as ``[[0, 0.25], [1, 0.05]]``, changes it over each task. ``1/t``: the t-th task has the
+            share 1/t, as each one before it.
+        policy: which samples are kept: ``reservoir`` (uniform over all samples seen), ``task_balanced``,
+            ``class_balanced``, ``fifo``, ``herding``, ``k_center`` or ``surprise``
+            (:class:`~lightning_cl.buffers.ReplayBuffer`).
         mode: ``replace``: replayed samples take places of the batch. ``add``: they come on top of it.
         seed: seed of what is kept and drawn.
+        unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
+        draw: which samples are replayed how often: ``uniform``, ``task`` (equal shares), ``proportional`` (to all that
+            were seen), ``recency`` (half the share per task back), ``interfered`` (those that training hurts most: MIR).
+        fill: ``task_end`` or ``training``: when samples are offered; a stream needs ``training``.
+        storage: ``disk`` (in the run's folder; checkpoints hold which samples are wanted) or ``memory``.
+        folder: where the files go instead of the run's folder. What an earlier run left there is replayed from the
+            first task on.
+        buffer: the name of another callback, as ``DERpp``, whose buffer is replayed instead of one of its own.
 
     Attributes:
         buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`.
@@ -45,106 +60,91 @@ class Replay(ContinualCallback):
         ValueError: if an argument is out of its range.
     """
 
-    owns = "the replayed part of the batches"
-
     def __init__(
         self,
         buffer_size: int = 10_000,
-        ratio: float = 0.05,
-        policy: Literal["reservoir", "task_balanced"] = "reservoir",
+        ratio: float | str | list[list[float]] = 0.05,
+        policy: PolicyName = "reservoir",
         mode: MixMode = "replace",
         seed: int = 0,
+        *,
+        unit: Unit = "samples",
+        draw: Draw = "uniform",
+        fill: Fill = "task_end",
+        storage: Storage = "disk",
+        folder: str | None = None,
+        buffer: str | None = None,
     ) -> None:
-        super().__init__()
-        if (
-            isinstance(ratio, bool)
-            or not isinstance(ratio, (int, float))
-            or not math.isfinite(ratio)
-            or not 0 <= ratio < 1
-        ):
-            raise ValueError(f"ratio={ratio!r}: expected a share in [0, 1), as 0.05 for five percent")
-        self.ratio = float(ratio)
+        super().__init__(
+            buffer_size, policy, unit=unit, fill=fill, storage=storage, folder=folder, buffer=buffer, seed=seed
+        )
+        self.ratio = check_ratio(ratio)
         self.mode: MixMode = check_choice("mode", mode, ("replace", "add"))  # type: ignore[assignment]
-        self.seed = seed
-        self.buffer = ReplayBuffer(buffer_size, policy, seed)
+        self.draw: Draw = check_choice("draw", draw, DRAWS)  # type: ignore[assignment]
+
+    @property
+    @override
+    def replays(self) -> bool:
+        return replays_anything(self.ratio)
 
     @property
     @override
     def mixes(self) -> bool:
-        return self.ratio > 0 and len(self.buffer) > 0
+        return super().mixes or (len(self.buffer) > 0 and self.replays)
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        check_mixable(loader, task)
-        check_storable(loader, task)
+        super().check_loader(loader, task)
+        check_plannable(loader, type(self).__name__, task)
+        if isinstance(loader, StreamLoader) and self.mode == "add":
+            raise MisconfigurationException(
+                f"{type(self).__name__}(mode='add'): the training data of task {task!r} is a stream; give mode='replace'"
+            )
 
     @override
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader) -> None:
-        loader.mix_in(Mix(self.buffer, self.ratio, self.mode, seed=self.seed * 1_000_003 + self.tasks_done))
-
-    @override
-    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.task is not None
-        loader: Any = trainer.train_dataloader
-        if not isinstance(loader, TaskLoader):
-            check_mixable(loader)
-        chosen: dict[int, int] = {}
-        for index in task_indices(loader):
-            slot = self.buffer.choose_slot(self.task.name)
-            if slot is not None:
-                chosen[slot] = index  # a later sample may take the slot again: only the last one is loaded
-        label = f"{type(self).__name__}: keeping samples of {self.task}"
-        for slot in progress(trainer, sorted(chosen), label):
-            self.buffer.put(slot, loader.dataset[chosen[slot]], self.task.name)
-
-    @override
-    def continual_state(self) -> dict[str, Any]:
-        return {"buffer": self.buffer.state_dict()}
-
-    @override
-    def load_continual_state(self, state: dict[str, Any]) -> None:
-        self.buffer.load_state_dict(state["buffer"])
-
-    @override
-    def state_bytes(self) -> int:
-        return self.buffer.size_in_bytes()
+    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+        curve = curve_of(self.ratio, self.tasks_done + 1)
+        mix = Mix(self.buffer, curve, self.mode, seed=self.seed * 1_000_003 + self.tasks_done, draw=self.draw)
+        try:
+            mix_into_loader(trainer, loader, mix)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}({error})") from error
 
     @override
     def report(self) -> dict[str, Any]:
-        return {
-            "ratio": self.ratio,
-            "mode": self.mode,
-            "policy": self.buffer.policy_name,
-            "buffer_size": self.buffer.capacity,
-            "stored": self.buffer.counts(),
-            "seen": self.buffer.seen,
-        }
+        return {"ratio": self.ratio, "mode": self.mode, "draw": self.draw, **super().report()}
 
 
-def check_storable(loader: Any, task: str) -> None:
-    """Whether a task's samples can be kept in a checkpoint.
+def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix) -> None:
+    """Mixes a buffer into a task's loader.
 
     Raises:
-        TypeError: naming what a sample holds that cannot be stored.
+        ValueError: if the share changes over the task and nobody can know how long the task is.
     """
-    try:
-        own(loader.dataset[0])
-    except TypeError as error:
-        raise TypeError(
-            f"task {task!r}: Replay cannot store its samples: they hold {error}. Samples may be made of tensors, numpy"
-            " arrays, numbers, texts, dictionaries, lists and tuples"
-        ) from error
-
-
-def check_mixable(loader: Any, task: str | None = None) -> None:
-    """Whether replay can mix into a loader's batches.
-
-    Raises:
-        MisconfigurationException: saying why not, and what can be mixed into.
-    """
-    reason = None if isinstance(loader, TaskLoader) else why_not_plannable(loader)
-    if reason is not None:
-        raise MisconfigurationException(
-            f"Replay cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a"
-            " torch DataLoader over a map-style data set (with __len__ and __getitem__) and a batch_size"
+    batches = _batches_of_task(trainer, loader)
+    if isinstance(loader, StreamLoader):
+        if not mix.curve.is_constant and batches is None:
+            raise ValueError("ratio: a share that changes over a stream needs to know its length; set max_steps")
+        loader.mix_in(mix, batches)
+        return
+    epochs = _epochs_of_task(trainer)
+    if batches is not None and len(loader) > 0:
+        epochs = min(epochs, batches / len(loader))
+    if not mix.curve.is_constant and math.isinf(epochs):
+        raise ValueError(
+            "ratio: a share that changes over a task needs to know its length; set max_epochs or max_steps"
         )
+    loader.mix_in(mix, epochs)
+
+
+def _epochs_of_task(trainer: L.Trainer) -> float:
+    limits = TaskCoordinator.of(trainer).limits
+    epochs = limits.max_epochs if limits is not None else trainer.max_epochs
+    return math.inf if epochs is None or epochs == -1 else max(float(epochs), 1.0)
+
+
+def _batches_of_task(trainer: L.Trainer, loader: Any) -> float | None:
+    """The most batches that this task is trained on; None if only its data ends it."""
+    limits = TaskCoordinator.of(trainer).limits
+    steps = limits.max_steps if limits is not None else trainer.max_steps
+    return None if steps is None or steps == -1 else float(steps * trainer.accumulate_grad_batches)

@@ -313,7 +313,7 @@ def test_ratio_out_of_range_is_named(ratio):
         Replay(ratio=ratio)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("buffer_size", 0), ("policy", "fifo"), ("mode", "append")])
+@pytest.mark.parametrize(("argument", "value"), [("buffer_size", 0), ("policy", "lifo"), ("mode", "append")])
 def test_wrong_argument_is_named_with_its_value(argument, value):
     with pytest.raises(ValueError, match=f"{argument}={value!r}"):
         Replay(**{argument: value})

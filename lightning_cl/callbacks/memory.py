@@ -1,0 +1,420 @@
+"""What methods that keep samples of earlier tasks have in common: a buffer, when it is filled, and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.buffers import DiskStore, ReplayBuffer
+from lightning_cl.buffers.buffer import Unit
+from lightning_cl.buffers.encoding import encode
+from lightning_cl.buffers.labels import label_of
+from lightning_cl.buffers.policies import PolicyName
+from lightning_cl.callbacks.base import ContinualCallback, check_choice
+from lightning_cl.callbacks.checks import named
+from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.callbacks.passes import progress, to_device
+from lightning_cl.callbacks.ranking import losses_of, ranking_of
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.mixing import seed_of
+from lightning_cl.data.plannable import task_indices, why_not_plannable
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.data.trained import Trained
+
+Fill = Literal["task_end", "training"]
+Storage = Literal["disk", "memory"]
+
+
+class MemoryCallback(ContinualCallback):
+    """Base of methods with a :class:`~lightning_cl.buffers.ReplayBuffer`.
+
+    The buffer is the callback's own, or that of another callback of the same Trainer, which fills and keeps it. What is
+    kept is decided by index from one seed: all ranks hold the same buffer, and its budget is global. On disk, one rank
+    writes, and the others read its files.
+
+    Args:
+        buffer_size: the budget, in `unit`.
+        policy: which samples are kept (:class:`~lightning_cl.buffers.ReplayBuffer`).
+        unit: ``samples``, ``tokens`` or ``bytes``.
+        fill: ``task_end``: a task's training set is offered at its end. ``training``: each sample is offered when it is
+            trained on for the first time, for streams and for tasks that may be cut short.
+        storage: ``disk``: in the run's folder, ``buffers/<callback>``, and checkpoints hold which samples are in the
+            buffer. ``memory``: in RAM, and checkpoints hold the samples. A Trainer that keeps no checkpoints has no
+            files here either.
+        folder: where the files go instead. What an earlier run has left there is gone on with.
+        buffer: the name of another callback of the Trainer, whose buffer is used; nothing else is set then.
+        seed: seed of what is kept.
+
+    Attributes:
+        buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int = 10_000,
+        policy: PolicyName = "reservoir",
+        *,
+        unit: Unit = "samples",
+        fill: Fill = "task_end",
+        storage: Storage = "disk",
+        folder: str | None = None,
+        buffer: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r}: expected an integer")
+        self.fill = check_choice("fill", fill, ("task_end", "training"))
+        self.storage = check_choice("storage", storage, ("disk", "memory"))
+        if folder is not None and storage == "memory":
+            raise ValueError(f"folder={folder!r}: storage='memory' keeps no files; give storage='disk'")
+        self._own = ReplayBuffer(buffer_size, policy, seed, unit=unit)
+        if self.fill == "training" and self._own.policy.looks != "nothing":
+            raise ValueError(
+                f"fill='training': policy={policy!r} chooses among all samples of a task at its end; give"
+                " fill='task_end' or another policy"
+            )
+        self.seed, self.folder, self.shares = seed, folder, buffer
+        self._owner: MemoryCallback | None = None
+        self._offered = (0, 0)  # epoch and batch that were offered last while training
+        self._located = self._adopted = False
+
+    @property
+    def buffer(self) -> ReplayBuffer:
+        """The buffer: its own, or the one that it shares."""
+        return self._own if self._owner is None else self._owner.buffer
+
+    @property
+    def owns(self) -> str | None:  # type: ignore[override]
+        """Two callbacks of one class would keep the same samples twice."""
+        return None if self.shares is not None else f"the buffer of {type(self).__name__}"
+
+    @property
+    @override
+    def mixes(self) -> bool:
+        return self.shares is None and self.fill == "training"  # a loader that knows its samples is needed
+
+    # ------------------------------------------------------------------ where it lies
+
+    @override
+    def on_run_start(self, trainer: L.Trainer) -> None:
+        if self.shares is not None:
+            self._owner = self._find_owner(trainer)
+
+    def _find_owner(self, trainer: L.Trainer) -> MemoryCallback:
+        methods = named(TaskCoordinator.methods(trainer))
+        owners = {
+            name: m for m, name in methods if isinstance(m, MemoryCallback) and m.shares is None and m is not self
+        }
+        if self.shares not in owners:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(buffer={self.shares!r}): there is no such callback with a buffer of its own in"
+                f" Trainer(callbacks=[…]); expected one of {sorted(owners)}"
+            )
+        return owners[self.shares]
+
+    def _check_apart(self, trainer: L.Trainer, folder: Path) -> None:
+        for method, name in named(TaskCoordinator.methods(trainer)):
+            if method is self or not isinstance(method, MemoryCallback) or method.shares is not None:
+                continue
+            store = method._own.store
+            if isinstance(store, DiskStore) and method._located and store.folder.resolve() == folder.resolve():
+                raise MisconfigurationException(
+                    f"{type(self).__name__}(folder={str(folder)!r}): {name} has its buffer there; two callbacks cannot"
+                    f" own one buffer. Give another folder, or share it on purpose: {type(self).__name__}"
+                    f"(buffer={name!r})"
+                )
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        coordinator = TaskCoordinator.of(trainer)
+        if not coordinator.driven:
+            self.on_run_start(trainer)
+        if self.shares is None:
+            self.locate(trainer)
+            resumed = coordinator.is_resumed or trainer.ckpt_path is not None
+            if self.folder is not None and not self._adopted and len(self._own) == 0 and not resumed:
+                self._own.adopt()
+            self._adopted = True
+
+    def locate(self, trainer: L.Trainer) -> None:
+        """Finds out where the buffer lies; what is in it already goes there. On all ranks."""
+        store = self._own.store
+        if self._located or self.storage == "memory" or not (isinstance(store, DiskStore) or _keeps_files(trainer)):
+            return
+        self._located = True
+        name = next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
+        base = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(self.folder) if self.folder is not None else base / "buffers" / name
+        self._check_apart(trainer, folder)
+        first = trainer.strategy.broadcast(DiskStore.first_free(folder))
+        data = TaskCoordinator.of(trainer).data
+        fingerprint = data.fingerprint() if data is not None else None
+        target = store if isinstance(store, DiskStore) else DiskStore(None)
+        target.place(folder, first, trainer.is_global_zero)
+        if fingerprint is not None:
+            target.expect_tokenizer(fingerprint)
+        if target is not store:
+            self._own.move_to(target)
+
+    # ------------------------------------------------------------------ checks
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        if self.shares is not None:
+            return
+        name = type(self).__name__
+        if isinstance(loader, StreamLoader):
+            if self.fill == "task_end":
+                raise MisconfigurationException(
+                    f"{name}: the training data of task {task!r} is a stream, which cannot be looked at again at its"
+                    f" end; give {name}(fill='training')"
+                )
+            return
+        check_plannable(loader, name, task)
+        if len(loader.dataset) == 0:
+            return
+        sample = loader.dataset[0]
+        try:
+            encode(sample)
+            cost = self._own.cost(sample)
+        except TypeError as error:
+            raise TypeError(
+                f"task {task!r}: {name} cannot store its samples: they hold {error}. Samples may be made of tensors,"
+                " numpy arrays, numbers, texts, dictionaries, lists and tuples"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"task {task!r}: {name}({error})") from error
+        if self._own.policy.group == "class" and label_of(sample) is None:
+            raise ValueError(
+                f"{name}(policy='class_balanced'): a sample of task {task!r} has no class; expected (input, class) or a"
+                " dictionary with `label` or `labels`, a whole number"
+            )
+        if self._own.unit != "samples":
+            length_of = getattr(loader.dataset, "length", None)
+            if length_of is not None:
+                indices = range(len(loader.dataset))
+                cost = max((self._cost(loader.dataset, i) for i in indices), default=cost)
+            if cost > self._own.capacity:
+                raise ValueError(
+                    f"{name}(buffer_size={self._own.capacity}): a sample of task {task!r} takes {cost}"
+                    f" {self._own.unit}, more than the whole budget; give at least {cost}"
+                )
+        self._check_room(loader, sample, task)
+
+    def _check_room(self, loader: Any, sample: Any, task: str) -> None:
+        """A disk that is sure to be too full is found before training."""
+        store = self._own.store
+        if not isinstance(store, DiskStore) or not store.writes or not self._located:
+            return
+        size = encode(sample).size + 64
+        kept = {"samples": self._own.capacity, "bytes": self._own.capacity // size}.get(self._own.unit, 0)
+        needed, free = size * min(kept, len(loader.dataset)), store.free_bytes()
+        if needed > free:
+            raise OSError(
+                f"{type(self).__name__}: the buffer of task {task!r} takes about {needed:,} bytes, and {store.folder}"
+                f" has {free:,} left; give a smaller buffer_size, another folder, or make room"
+            )
+
+    # ------------------------------------------------------------------ filling
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._offered = (0, 0)
+
+    @override
+    def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
+        if self.shares is not None or self.fill != "training" or trained.epoch > 0:
+            return
+        if (trained.epoch, trained.number) <= self._offered:
+            return  # a batch that is trained on again, after an exception
+        assert self.task is not None
+        self._offered = (trained.epoch, trained.number)
+        chosen: dict[int, int] = {}
+        for place in range(len(trained)):
+            sample = trained.sample(place)
+            label = label_of(sample) if self._own.policy.group == "class" else None
+            slot = self._own.choose_slot(self.task.name, self._own.cost(sample), label)
+            if slot is not None:
+                chosen[slot] = place
+        self._keep(trainer, pl_module, chosen, trained.sample, trained.index)
+
+    @override
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.shares is not None:
+            return
+        if self.fill == "task_end":
+            self._fill_from(trainer, pl_module)
+        self._own.commit()
+        trainer.strategy.barrier("buffer")
+        self._own.compact()
+        self._own.write_index()
+        trainer.strategy.barrier("buffer")
+
+    def _fill_from(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Offers the task's training set."""
+        assert self.task is not None
+        loader: Any = trainer.train_dataloader
+        if not isinstance(loader, TaskLoader):
+            check_plannable(loader, type(self).__name__)
+        indices, dataset, policy = task_indices(loader), loader.dataset, self._own.policy
+        weights: dict[int, float] = {}
+        ranks: dict[int, int] = {}
+        name = type(self).__name__
+        if policy.looks == "loss":
+            weights = losses_of(trainer, pl_module, loader, indices, f"{name}: surprise of {self.task}")
+        elif policy.looks == "states":
+            most = self._own.capacity if self._own.unit == "samples" else len(indices)
+            # Of a task that comes later only a share is kept: a ranking need not be longer.
+            most = -(-most // (len(self._own.counts()) + 1))
+            label = f"{name}: hidden states of {self.task}"
+            method = self._own.policy_name
+            ranks = ranking_of(trainer, pl_module, loader, indices, method, most, self.seed + self.tasks_done, label)
+            self._own.seen_of[self.task.name] += len(indices) - len(ranks)  # the others are seen, and left out
+            indices = [index for index in indices if index in ranks]
+        chosen: dict[int, int] = {}
+        for index in indices:
+            label_value = label_of(dataset[index]) if policy.group == "class" else None
+            slot = self._own.choose_slot(
+                self.task.name, self._cost(dataset, index), label_value, weights.get(index, 1.0), ranks.get(index)
+            )
+            if slot is not None:
+                chosen[slot] = index  # a later sample may take the slot again: only the last one is loaded
+        chosen = {slot: index for slot, index in chosen.items() if self._own.is_waiting(slot)}
+        self._keep(trainer, pl_module, chosen, dataset.__getitem__, lambda index: index, show=True)
+
+    def _cost(self, dataset: Any, index: int) -> int:
+        """What a sample takes of the budget; not loaded, where its length tells."""
+        length_of = getattr(dataset, "length", None)
+        if self._own.unit == "samples":
+            return 1
+        if length_of is None:
+            return self._own.cost(dataset[index])
+        return self._own.cost_of_tokens(length_of(index))
+
+    def _keep(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        chosen: dict[int, int],
+        load: Any,
+        position_of: Any,
+        show: bool = False,
+    ) -> None:
+        """Stores what was chosen: slot to place, in the order of the places."""
+        assert self.task is not None
+        buffer, store = self._own, self._own.store
+        chosen = {slot: place for slot, place in chosen.items() if buffer.is_waiting(slot)}
+        slots = sorted(chosen, key=lambda slot: chosen[slot])
+        if store.remembers_removed:  # what was removed does not come back
+            for slot in [slot for slot in slots if store.knows_removed(load(chosen[slot]))]:
+                buffer.give_back(slot)
+                slots.remove(slot)
+        if not store.writes:
+            for slot, number in zip(slots, store.expect(len(slots)), strict=True):
+                buffer.put_number(slot, number)
+            return
+        label = f"{type(self).__name__}: keeping samples of {self.task}"
+        wants_extras = type(self).extras is not MemoryCallback.extras
+        size = 64 if wants_extras else 1
+        groups = [slots[start : start + size] for start in range(0, len(slots), size)]
+        for group in progress(trainer, groups, label) if show else groups:
+            samples = [load(chosen[slot]) for slot in group]
+            extras = self.extras(trainer, pl_module, samples) if wants_extras else None
+            for place, slot in enumerate(group):
+                extra = extras[place] if extras is not None else None
+                buffer.put(slot, samples[place], self.task.name, position=position_of(chosen[slot]), extra=extra)
+
+    def extras(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, samples: Sequence[Any]
+    ) -> list[dict[str, Tensor]] | None:
+        """Tensors to be stored beside samples that were chosen; None for nothing."""
+        return None
+
+    # ------------------------------------------------------------------ reading
+
+    def memory_batches(self, trainer: L.Trainer, count: int, seed: int) -> Iterator[Any]:
+        """Endless batches of stored samples on the device, each drawn anew, uniformly and without repetition.
+
+        Args:
+            trainer: inside ``fit``.
+            count: samples of a batch, over all ranks; each rank gets its share.
+            seed: seed of the draws, the same on all ranks.
+        """
+        loader: Any = trainer.train_dataloader
+        step = 0
+        while len(self.buffer) > 0:
+            numbers = self.buffer.numbers
+            generator = torch.Generator().manual_seed(seed_of(seed, step))
+            order = torch.randperm(len(numbers), generator=generator)[: min(count, len(numbers))].tolist()
+            size = -(-len(order) // trainer.world_size)
+            mine = [order[(trainer.global_rank + i * trainer.world_size) % len(order)] for i in range(size)]
+            yield to_device(trainer, loader.collate_fn([self.buffer.get(numbers[place]) for place in mine]))
+            step += 1
+
+    # ------------------------------------------------------------------ state
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        if self.shares is not None:
+            return {"shares": self.shares}
+        return {"buffer": self._own.state_dict(), "offered": list(self._offered)}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        if ("shares" in state) != (self.shares is not None):
+            raise ValueError(
+                f"{type(self).__name__}(buffer={self.shares!r}) does not fit the checkpoint, which was written with"
+                f" buffer={state.get('shares')!r}"
+            )
+        if self.shares is None:
+            if self.storage == "disk" and state["buffer"]["store"]["kind"] == "disk" and not self._located:
+                self._own.store = DiskStore(None)
+            self._own.load_state_dict(state["buffer"])
+            self._offered = tuple(state["offered"])
+
+    @override
+    def state_bytes(self) -> int:
+        return 0 if self.shares is not None else self._own.size_in_bytes()
+
+    @override
+    def report(self) -> dict[str, Any]:
+        if self.shares is not None:
+            return {"buffer": self.shares}
+        return {
+            "policy": self._own.policy_name,
+            "buffer_size": self._own.capacity,
+            "unit": self._own.unit,
+            "storage": "disk" if isinstance(self._own.store, DiskStore) else "memory",
+            "stored": self._own.counts(),
+            "seen": self._own.seen,
+        }
+
+
+def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
+    """Whether a loader's samples can be reached by index, and mixed into its batches.
+
+    Raises:
+        MisconfigurationException: saying why not, and what can.
+    """
+    reason = None if isinstance(loader, (TaskLoader, StreamLoader)) else why_not_plannable(loader)
+    if reason is not None:
+        raise MisconfigurationException(
+            f"{name} cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a"
+            " torch DataLoader over a map-style data set (with __len__ and __getitem__) and a batch_size"
+        )
+
+
+def _keeps_files(trainer: L.Trainer) -> bool:
+    return bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]

@@ -1,0 +1,145 @@
+"""What a module says of single samples: their losses, and rankings by their hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_cl.callbacks.passes import leaving_no_trace, loss_positions, progress, to_device, training_loss
+from lightning_cl.functional.selection import herding, k_center
+
+_MOST_CANDIDATES = 10_000
+_RANKINGS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding, "k_center": k_center}
+
+
+@torch.no_grad()
+def losses_of(
+    trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, indices: Sequence[int], label: str
+) -> dict[int, float]:
+    """The loss of single samples, in evaluation mode: the mean over their tokens, for text.
+
+    Compute: one forward pass over the samples, one at a time; ranks share them.
+
+    Args:
+        trainer: inside ``fit``.
+        pl_module: the module.
+        loader: whose samples.
+        indices: which of them.
+        label: what the progress display says.
+
+    Returns:
+        index to loss, the same on all ranks; 0 where there is none, and where it is not finite.
+    """
+    own: dict[int, float] = {}
+    mine = list(indices)[trainer.global_rank :: trainer.world_size]
+    with leaving_no_trace(pl_module):
+        for index in progress(trainer, mine, label):
+            loss = training_loss(trainer, pl_module, to_device(trainer, loader.collate_fn([loader.dataset[index]])))
+            value = 0.0 if loss is None else float(loss)
+            own[index] = max(value, 0.0) if value == value and abs(value) != float("inf") else 0.0
+    return {index: value for part in _from_all(own) for index, value in part.items()}
+
+
+@torch.no_grad()
+def ranking_of(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    loader: Any,
+    indices: Sequence[int],
+    method: str,
+    count: int,
+    seed: int,
+    label: str,
+) -> dict[int, int]:
+    """The best samples by a ranking of their hidden states, in evaluation mode.
+
+    A sample's features are the hidden states in front of the last layer that predicts; for text, their mean over the
+    positions that bear loss.
+
+    Compute: one forward pass over at most 10,000 samples (drawn at random, if there are more), one at a time, and the
+    ranking itself; ranks share the passes.
+
+    Args:
+        trainer: inside ``fit``.
+        pl_module: the module.
+        loader: whose samples.
+        indices: which of them.
+        method: ``herding`` or ``k_center``.
+        count: how many to rank.
+        seed: seed of the choice among more than 10,000.
+        label: what the progress display says.
+
+    Returns:
+        index to its place in the ranking, from 0, the same on all ranks.
+    """
+    indices = list(indices)
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:_MOST_CANDIDATES]
+    candidates = sorted(indices[place] for place in order.tolist())
+    own: dict[int, Tensor] = {}
+    with leaving_no_trace(pl_module), _hidden_states(pl_module) as found:
+        for index in progress(trainer, candidates[trainer.global_rank :: trainer.world_size], label):
+            batch = to_device(trainer, loader.collate_fn([loader.dataset[index]]))
+            found.clear()
+            training_loss(trainer, pl_module, batch)
+            if not found:
+                raise MisconfigurationException(
+                    f"policy={method!r}: {type(pl_module).__name__}.training_step calls no linear layer whose inputs"
+                    " could stand for a sample; give policy='reservoir'"
+                )
+            own[index] = _pooled(found[-1], batch).cpu()
+    states = {index: state for part in _from_all(own) for index, state in part.items()}
+    if not states:
+        return {}
+    places = _RANKINGS[method](torch.stack([states[index] for index in candidates]), count)
+    return {candidates[place]: rank for rank, place in enumerate(places)}
+
+
+@contextmanager
+def _hidden_states(pl_module: L.LightningModule) -> Iterator[list[Tensor]]:
+    """What a transformers model's decoder returns, or else what goes into the last linear layer."""
+    found: list[Tensor] = []
+    models: list[Any] = [part for part in pl_module.modules() if hasattr(part, "get_decoder")]
+    decoder = next((model.get_decoder() for model in models if model is not pl_module), None)
+    if isinstance(decoder, nn.Module):
+
+        def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+            state = getattr(output, "last_hidden_state", None)
+            if isinstance(state, Tensor):
+                found.append(state)
+
+        handles = [decoder.register_forward_hook(keep_output)]
+    else:
+
+        def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+
+        layers = [part for part in pl_module.modules() if isinstance(part, nn.Linear)]
+        handles = [layer.register_forward_pre_hook(keep_input) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pooled(states: Tensor, batch: Any) -> Tensor:
+    """``[width]``: the mean over the positions that predict a token that bears loss, or over all."""
+    positions = loss_positions(batch)
+    rows = states.float().reshape(-1, states.shape[-1])
+    if states.ndim == 3 and positions is not None and states.shape[1] == positions.shape[1] + 1 and positions.any():
+        rows = states[:, :-1][positions].float()
+    return rows.mean(0)
+
+
+def _from_all(value: Any) -> list[Any]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
