@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from lightning_cl.data import TrainedBPE
 from lightning_cl.data.rehearsal import Prompt, Written, as_sample, choose, is_repetitive, near_duplicates, outliers
-from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
+from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, ends_of_answers, read_prompts, start_of_text
 from lightning_cl.data.sample_texts import SAMPLES
 from lightning_cl.data.tokens import encode, tokenize
 
@@ -266,7 +266,8 @@ def test_the_users_turn_of_a_template_without_special_tokens(tokenizer):
     )
     turn = UserTurn.of(tokenizer)
     assert tokenizer.decode(turn.ids) == "[INST]"  # without the space that belongs to the first word
-    assert turn.ends == (tokenizer.eos_token_id,)
+    assert turn.ends == ()
+    assert ends_of_answers(tokenizer) == [tokenizer.eos_token_id]
     assert turn.words(text(ids_of(tokenizer, " the fox [/INST] a dog")), tokenizer) == "the fox"
     assert turn.words(text(ids_of(tokenizer, " the fox")), tokenizer) is None
 
@@ -278,13 +279,20 @@ def test_what_the_template_says_first_stays_in_front(tokenizer):
     assert tokenizer.decode(turn.ids) == "<|im_start|>system\nthe dog<|im_end|>\n<|im_start|>user\n"
 
 
-def test_the_end_of_an_answer_is_the_templates(tokenizer):
+def test_the_end_of_an_answer_is_also_the_templates(tokenizer):
     """Many base models have a chat template, and another end token than it has."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="<|endoftext|>")
-    assert UserTurn.of(tokenizer).ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    both = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    assert ends_of_answers(tokenizer) == sorted(both)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert ends_of_answers(tokenizer) == both[:1]
+    tokenizer.chat_template = None
+    assert ends_of_answers(tokenizer) == both[:1]
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0]['content'][0].text }}", "{{ messages[0]['content'] }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0]['content'][0].text }}", "{{ messages[0]['content'] }}", "{{ x.y.z }}"]
+)
 def test_a_template_that_does_not_tell_the_users_turn_is_named(tokenizer, template):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     tokenizer.chat_template = template
