@@ -59,6 +59,9 @@ class MemoryCallback(ContinualCallback):
         ValueError: if an argument is out of its range.
     """
 
+    takes_in = True
+    """Whether the tasks' own samples go into the buffer."""
+
     def __init__(
         self,
         buffer_size: int = 10_000,
@@ -172,7 +175,7 @@ class MemoryCallback(ContinualCallback):
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        if self.shares is not None:
+        if self.shares is not None or not self.takes_in:
             return
         name = type(self).__name__
         if isinstance(loader, StreamLoader):
@@ -235,7 +238,7 @@ class MemoryCallback(ContinualCallback):
 
     @override
     def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
-        if self.shares is not None or self.fill != "training" or trained.epoch > 0:
+        if self.shares is not None or not self.takes_in or self.fill != "training" or trained.epoch > 0:
             return
         if (trained.epoch, trained.number) <= self._offered:
             return  # a batch that is trained on again, after an exception
@@ -254,7 +257,7 @@ class MemoryCallback(ContinualCallback):
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.shares is not None:
             return
-        if self.fill == "task_end":
+        if self.takes_in and self.fill == "task_end":
             self._fill_from(trainer, pl_module)
         self._own.commit()
         trainer.strategy.barrier("buffer")

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -13,6 +14,7 @@ from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.base import check_choice
 from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.callbacks.interference import Interference
 from lightning_cl.callbacks.memory import Fill, MemoryCallback, Storage, check_plannable
 from lightning_cl.data.drawing import DRAWS, Draw
 from lightning_cl.data.loader import Mix, TaskLoader
@@ -46,7 +48,7 @@ class Replay(MemoryCallback):
         seed: seed of what is kept and drawn.
         unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
         draw: which samples are replayed how often: ``uniform``, ``task`` (equal shares), ``proportional`` (to all that
-            were seen), ``recency`` (half the share per task back), ``interfered`` (those that training hurts most: MIR).
+            were seen), ``recency`` (half the share per task back), ``interfered`` (MIR: what training hurts most).
         fill: ``task_end`` or ``training``: when samples are offered; a stream needs ``training``.
         storage: ``disk`` (in the run's folder; checkpoints hold which samples are wanted) or ``memory``.
         folder: where the files go instead of the run's folder. What an earlier run left there is replayed from the
@@ -81,6 +83,8 @@ class Replay(MemoryCallback):
         self.ratio = check_ratio(ratio)
         self.mode: MixMode = check_choice("mode", mode, ("replace", "add"))  # type: ignore[assignment]
         self.draw: Draw = check_choice("draw", draw, DRAWS)  # type: ignore[assignment]
+        self._interference: Interference | None = None
+        self._interference_state: dict[str, Any] | None = None
 
     @property
     @override
@@ -96,19 +100,52 @@ class Replay(MemoryCallback):
     def check_loader(self, loader: Any, task: str) -> None:
         super().check_loader(loader, task)
         check_plannable(loader, type(self).__name__, task)
-        if isinstance(loader, StreamLoader) and self.mode == "add":
-            raise MisconfigurationException(
-                f"{type(self).__name__}(mode='add'): the training data of task {task!r} is a stream; give mode='replace'"
-            )
+        for argument, value, instead in (("mode", "add", "replace"), ("draw", "interfered", "uniform")):
+            if isinstance(loader, StreamLoader) and getattr(self, argument) == value:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}({argument}={value!r}): not for a stream, as the training data of task"
+                    f" {task!r} is; give {argument}={instead!r}"
+                )
 
     @override
     def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
         curve = curve_of(self.ratio, self.tasks_done + 1)
         mix = Mix(self.buffer, curve, self.mode, seed=self.seed * 1_000_003 + self.tasks_done, draw=self.draw)
+        if self.draw == "interfered":
+            mix.chooser = self._interference = Interference(self.buffer, mix.seed)
+            if self._interference_state is not None:  # of this task, before it was interrupted
+                self._interference.load_state_dict(self._interference_state)
         try:
             mix_into_loader(trainer, loader, mix)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}({error})") from error
+
+    @override
+    def observe_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        if self._interference is not None:
+            self._interference.before_step(trainer, pl_module)
+
+    @override
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        if self._interference is not None:
+            self._interference.after_step(trainer, pl_module)
+
+    @override
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._interference = self._interference_state = None
+        super().on_task_end(trainer, pl_module)
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        interference = self._interference.state_dict() if self._interference is not None else None
+        return {**super().continual_state(), "interference": interference}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        super().load_continual_state(state)
+        self._interference_state = state["interference"]
 
     @override
     def report(self) -> dict[str, Any]:

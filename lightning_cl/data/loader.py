@@ -195,25 +195,33 @@ class TaskLoader:
         if self._draws_random:
             # What DataLoader's own iterator draws, so that everything after it is what the user's loader would give.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-        everywhere = self._plan(self._epoch)
-        batches = [share_of_rank(batch, self.rank, self.world_size) for batch in everywhere]
+        plan = self._plan(self._epoch)[start:]
         self._finish_resume()
         self._position = start
         self.given.clear()
+        asked: deque[list[Any]] = deque()
         fetched = DataLoader(
             NewThenReplayed(self.dataset, self._samples.parts),
-            batch_sampler=batches[start:],
+            batch_sampler=_Asked(plan, self._asked_for, asked),
             collate_fn=self.collate_fn,
             generator=generator,
             **self._settings,
         )
-        for rows, all_rows, batch in zip(batches[start:], everywhere[start:], fetched, strict=True):
+        for batch in fetched:
+            everywhere = asked.popleft()
+            rows = share_of_rank(everywhere, self.rank, self.world_size)
             self._position += 1
             self._count(rows)
             if batch is not None:  # Lightning passes such a batch over
                 kinds = kinds_of(rows, self._samples) if self._samples.replays else None
-                self.given.append((kinds, self._trained(all_rows)))
+                self.given.append((kinds, self._trained(everywhere)))
             yield batch
+
+    def _asked_for(self, rows: list[Any], asked: deque[list[Any]]) -> list[Any]:
+        """A planned batch when it is about to be fetched: all ranks' rows are remembered, this rank's are fetched."""
+        chosen = [self._samples.chosen(row) for row in rows] if self._samples.chooses else rows
+        asked.append(chosen)
+        return share_of_rank(chosen, self.rank, self.world_size)
 
     def _trained(self, rows: Iterable[Any]) -> Trained:
         indices = [index for row in rows for index in (row if isinstance(row, tuple) else (row,))]
@@ -343,3 +351,17 @@ class TaskLoader:
             self._generator.set_state(states["loader"])
         if "sampler" in states:
             self.order_sampler.generator.set_state(states["sampler"])
+
+
+class _Asked:
+    """A batch sampler that says what is asked of it, when it is."""
+
+    def __init__(self, plan: list[list[Any]], ask: Callable[..., list[Any]], asked: deque[list[Any]]) -> None:
+        self._plan, self._ask, self._asked = plan, ask, asked
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for rows in self._plan:
+            yield self._ask(rows, self._asked)

@@ -313,6 +313,23 @@ class TaskDataModule(L.LightningDataModule):
             return self._wrap(source.val_dataloader(), task, for_training=False)
         return self._loader_of(source, task, shuffle=False)
 
+    def samples_of(self, name: str, source: Any) -> Any:
+        """What a task's training set would be if it were this data, all of it: token samples, where it is text.
+
+        Args:
+            name: for messages.
+            source: what ``Task.train`` takes.
+
+        Raises:
+            ValueError: for malformed records, or where there is no token to predict.
+        """
+        if not is_text_source(source):
+            return source
+        task = Task(name, train=source)
+        settings = TextSettings(self.max_length, self.val_fraction, self.seed, self.on_bad_record, self.path_header)
+        sources = {**split_sources(task), "val": False, "test": None}  # nothing is held out
+        return prepare_texts(task, sources, self.tokenizer, settings)["train"]
+
     def validated_on_training_data(self, task: Task) -> bool:
         """Whether a task's column of the matrix is measured on what it was trained on."""
         return self._data(task).val is None and not isinstance(task.train, L.LightningDataModule)

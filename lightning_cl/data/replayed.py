@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 
@@ -20,6 +20,16 @@ from lightning_cl.data.mixing import MixMode, Source, Span, seed_of
 from lightning_cl.data.ratio import Curve, check_sum
 
 
+class Chooser(Protocol):
+    """What :class:`~lightning_cl.callbacks.interference.Interference` is to a loader."""
+
+    def attach(self, samples: Samples, place: int) -> None:
+        """Says where a loader has the buffer's samples."""
+
+    def choose(self, samples: Samples, index: int, most_tokens: int | None) -> int:
+        """The sample to replay in the place of a planned one."""
+
+
 @dataclass
 class Mix:
     """What is mixed into a task's batches.
@@ -30,6 +40,7 @@ class Mix:
         mode: ``replace`` keeps the batch size, ``add`` puts them on top.
         seed: seed of the draws.
         draw: which samples are drawn how often (:mod:`~lightning_cl.data.drawing`).
+        chooser: replaces planned samples by others when their batch is put together.
     """
 
     buffer: ReplayBuffer
@@ -37,6 +48,7 @@ class Mix:
     mode: MixMode
     seed: int
     draw: Draw = "uniform"
+    chooser: Chooser | None = None
 
     @classmethod
     def constant(cls, buffer: ReplayBuffer, ratio: float, mode: MixMode = "replace", seed: int = 0) -> Mix:
@@ -110,6 +122,9 @@ class Samples:
             self._ends.append(self._ends[-1] + len(numbers))
         self._columns = [buffer.columns(numbers) for buffer, numbers in self.parts]
         self.weights = self._weights() if self.mixes else None
+        for place, mix in enumerate(self.mixes):
+            if mix.chooser is not None:
+                mix.chooser.attach(self, place)
         check_sum([mix.curve for mix in self.mixes])
         modes = sorted({mix.mode for mix in self.mixes})
         if len(modes) > 1:
@@ -146,6 +161,30 @@ class Samples:
         buffer, numbers = self.parts[place]
         number = next(there(buffer.store, numbers, index - self._ends[place], others), None)
         return None if number is None else (buffer, number)
+
+    @property
+    def starts(self) -> list[int]:
+        """For each mix the index of its first sample."""
+        return self._ends[:-1]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a mix chooses at the last moment."""
+        return any(mix.chooser is not None for mix in self.mixes)
+
+    def chosen(self, row: Any) -> Any:
+        """A planned row, with others in the place of replayed samples where a mix chooses at the last moment."""
+        if isinstance(row, tuple):
+            return tuple(self._chosen(index, packed=True) for index in row)
+        return self._chosen(row, packed=False)
+
+    def _chosen(self, index: int, packed: bool) -> int:
+        if index < len(self.new):
+            return index
+        chooser = self.mixes[bisect_right(self._ends, index) - 1].chooser
+        if chooser is None:
+            return index
+        return chooser.choose(self, index, self.lengths[index] if packed and self.lengths is not None else None)
 
     @property
     def mode(self) -> MixMode:

@@ -56,6 +56,8 @@ class StreamLoader:
         self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
         self._mix = StreamMix(samples)
         self._open: list[list[Item]] = []  # blocks that are being filled
+        self._closed: list[list[Item]] = []  # blocks that wait
+        self._surplus = 0.0  # weight of what was replayed beyond its share, in the blocks given out
         self._given = 0  # batches of this task
         self._waiting: deque[_Given] = deque()  # batches that nobody has begun with
         # Of those begun with last; the first of them for its place, where all others are in flight.
@@ -94,7 +96,7 @@ class StreamLoader:
 
     def _start(self, epoch: int) -> None:
         self._mix.begin(epoch)
-        self._open = []
+        self._open, self._closed, self._surplus = [], [], 0.0
         self._latest = deque([self._nothing()], maxlen=3)
 
     def __iter__(self) -> Iterator[Any]:
@@ -160,18 +162,26 @@ class StreamLoader:
 
     def _continue(self, goal: dict[str, Any]) -> None:
         self._mix.go_to(goal["epoch"], goal["mix"])
-        recalled = [[self._mix.recall(item) for item in block] for block in goal["open"]]
-        self._open = [[item for item in block if item is not None] for block in recalled]
+        self._open, self._closed = (self._recalled(goal[name]) for name in ("open", "closed"))
+        self._surplus = goal["surplus"]
         self._given = goal["given"]
         self._latest = deque([self._nothing() | goal], maxlen=3)
+
+    def _recalled(self, blocks: list[list[dict[str, Any]]]) -> list[list[Item]]:
+        recalled = [[self._mix.recall(item) for item in block] for block in blocks]
+        there = [[item for item in block if item is not None] for block in recalled]
+        return [block for block in there if block]
 
     def _nothing(self) -> _Given:
         return _Given({}, self._here(0), [], [])
 
     def _here(self, number: int) -> dict[str, Any]:
         """Where one stands behind the batch of this number."""
-        blocks = [[self._mix.remember(item) for item in block] for block in self._open]
-        return {"position": number, "given": self._given, "mix": self._mix.place(), "open": blocks}
+        opened, closed = (
+            [[self._mix.remember(item) for item in block] for block in blocks] for blocks in (self._open, self._closed)
+        )
+        blocks = {"open": opened, "closed": closed, "surplus": self._surplus}
+        return {"position": number, "given": self._given, "mix": self._mix.place(), **blocks}
 
     def _batches(self) -> Iterator[tuple[list[list[Item]], dict[str, Any]]]:
         """Batches of all ranks, each with the place behind it."""
@@ -184,8 +194,12 @@ class StreamLoader:
             yield batch, self._here(number)
 
     def _blocks(self, items: Iterator[Item], length: int) -> Iterator[list[Item]]:
-        """First fit over a few open blocks; one that is nearly full, or the oldest, is closed."""
-        opened = self._open
+        """First fit over a few open blocks; one that is nearly full, or the oldest, is closed.
+
+        A few closed blocks wait, and the one goes out that keeps the running share of what is replayed nearest to its
+        goal: documents of one kind that share a block would else come all at once.
+        """
+        opened, closed = self._open, self._closed
         for item in items:
             size = len(item.sample["input_ids"])
             place = next((i for i, block in enumerate(opened) if _used(block) + size <= length), None)
@@ -195,9 +209,20 @@ class StreamLoader:
                 opened[place].append(item)
             full = next((i for i, block in enumerate(opened) if _used(block) >= 0.98 * length), None)
             if full is not None or len(opened) > _OPEN:
-                yield opened.pop(full or 0)
-        while opened:
-            yield opened.pop(0)
+                closed.append(opened.pop(full or 0))
+            if len(closed) > (_CLOSED if self._mix.mixes else 0):
+                yield self._best_closed()
+        closed += opened
+        opened.clear()
+        while closed:
+            yield self._best_closed()
+
+    def _best_closed(self) -> list[Item]:
+        ratio = self._mix.ratio(self._given)
+        surplus = [sum((i.part.replayed - ratio) * (loss_tokens(i.sample) or 0) for i in b) for b in self._closed]
+        best = min(range(len(surplus)), key=lambda place: abs(self._surplus + surplus[place]))
+        self._surplus += surplus[best]
+        return self._closed.pop(best)
 
 
 class _Given(NamedTuple):
@@ -234,3 +259,4 @@ def _size(rows: Sequence[Sequence[Item]]) -> dict[str, int]:
 
 
 _OPEN = 8  # blocks that are filled at the same time
+_CLOSED = 24  # blocks that wait for their turn

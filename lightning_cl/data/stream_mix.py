@@ -79,8 +79,15 @@ class StreamMix:
             self._owe(sample, batches_done())
             yield Item(sample, Part(False, _length(sample)))
 
+    def ratio(self, batches_done: int) -> float:
+        """The share of everything that is replayed, after so many batches of the task."""
+        return sum(mix.curve.at(self._progress(batches_done)) for mix in self.mixes)
+
+    def _progress(self, batches_done: int) -> float:
+        return min(batches_done / self._batches, 1.0) if self._batches else 0.0
+
     def _owe(self, sample: Any, batches_done: int) -> None:
-        progress = min(batches_done / self._batches, 1.0) if self._batches else 0.0
+        progress = self._progress(batches_done)
         curves = [mix.curve for mix in self.mixes]
         weight = loss_tokens(sample)
         for place, odds in enumerate(odds_at(curves, progress)):
