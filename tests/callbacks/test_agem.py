@@ -63,8 +63,8 @@ class Watched(Classifier):
         self.edited[-1].append({n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None})
 
 
-class Spied(AGEM):
-    """Keeps the samples that it draws: for each step a list of batches."""
+class AGEMSpy(AGEM):
+    """Keeps the samples that it draws: for each step a list of batches. In the alphabet it is before all penalties."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
@@ -142,7 +142,7 @@ def sgd_with_agem(module, tasks, memory, lr, accumulate=1, clip=None):
 )
 def test_training_is_that_of_a_loop_of_its_own(tmp_path, settings):
     settings = dict(settings)
-    method = Spied(12, **settings.pop("method", {}))
+    method = AGEMSpy(12, **settings.pop("method", {}))
     done = run(tmp_path, method, seeded(Watched, optimizer=momentum, lr=0.02), TASKS | {"c": opposed(2)}, **settings)
     expected = sgd_with_agem(
         seeded(Watched),
@@ -162,7 +162,7 @@ def test_training_is_that_of_a_loop_of_its_own(tmp_path, settings):
 @pytest.mark.parametrize("optimizer", [momentum, adamw])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_no_gradient_points_against_the_memory_and_the_others_keep_every_bit(tmp_path, optimizer, accumulate):
-    method = Spied(12)
+    method = AGEMSpy(12)
     done = run(tmp_path, method, seeded(Watched, optimizer=optimizer), accumulate_grad_batches=accumulate)
     kinds = []
     for at, after, draws in zip(done.steps.before[1], done.module.edited[1], method.drawn[1], strict=True):
@@ -191,7 +191,7 @@ def test_half_a_batch_twice_is_the_batch(tmp_path):
 @pytest.mark.parametrize("asked", [None, 5, 8, 20, 100])
 def test_how_many_samples_are_drawn(tmp_path, asked):
     """As many as in a batch of the task; in passes of at most as many; never more than there are."""
-    method = Spied(30, asked)
+    method = AGEMSpy(30, asked)
     run(tmp_path, method, batch_size=8, max_epochs=1)
     expected = {None: (8, 1), 5: (5, 1), 8: (8, 1), 20: (7, 3), 100: (8, 4)}[asked]  # 100: 30 in four passes
     assert set(method.asked) == {expected[0]}
@@ -200,7 +200,7 @@ def test_how_many_samples_are_drawn(tmp_path, asked):
 
 
 def test_every_step_draws_anew_and_from_earlier_tasks_alone(tmp_path):
-    method = Spied(20)
+    method = AGEMSpy(20)
     run(tmp_path, method)
     draws = [frozenset(x[:, 0].tolist()) for ((x, _),) in method.drawn[1]]
     assert len(set(draws)) == len(draws)
@@ -324,7 +324,7 @@ class TwoHeads(Watched):
 
 def test_a_head_that_a_step_does_not_move_is_no_part_of_the_inequality(tmp_path):
     x, y = TASKS["b"].tensors
-    method = Spied(12)
+    method = AGEMSpy(12)
     steps, ends = Steps(), Ends()
     steps.on_before_optimizer_step = lambda *args: None  # some have no gradient
     module = seeded(TwoHeads)
@@ -421,25 +421,31 @@ def test_a_loss_scale_does_not_change_the_run(tmp_path, optimizer):
 
 
 class Small(Watched):
-    """In fp16 its gradients are lost without a loss scale."""
+    """Its gradients pass through fp16, where they are nothing without a loss scale."""
+
+    in_half = True
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        logits = (self(x).half() * 1e-4).float()
-        return torch.nn.functional.cross_entropy(logits * 1e4, y) * 1e-4
+        logits = self(x).half().float() if self.in_half else self(x)
+        return torch.nn.functional.cross_entropy(logits, y) * 1e-8
+
+
+class SmallInFull(Small):
+    in_half = False
 
 
 def test_small_gradients_of_the_memory_survive_fp16(tmp_path):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    counts = []
-    for settings in ({}, {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}):
-        module = seeded(Small, lr=100.0)
-        counts.append(run(tmp_path, AGEM(12), module, max_epochs=1, **settings).method.interference["b"])
-    assert counts[1]["zero"] == 0
-    assert counts[1]["projected"] > 0
-    assert counts[1]["cosines"] / counts[1]["steps"] == pytest.approx(
-        counts[0]["cosines"] / counts[0]["steps"], abs=0.1
-    )
+    """The scale that training multiplies its loss with is that of the memory's loss, too."""
+    plugin = InFull()
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    half = run(tmp_path, AGEM(12), seeded(Small, lr=5e6), plugins=[plugin])
+    full = run(tmp_path, AGEM(12), seeded(SmallInFull, lr=5e6))
+    ours, theirs = half.method.interference["b"], full.method.interference["b"]
+    assert theirs["projected"] > 0
+    assert ours.pop("cosines") == pytest.approx(theirs.pop("cosines"), abs=0.1)
+    assert ours == theirs
+    assert_same(half.ends.weights[1], full.ends.weights[1], rtol=0, atol=0.01)
 
 
 class Overflowing(Watched):
@@ -462,7 +468,7 @@ def test_an_overflow_of_the_tasks_own_gradient_is_no_step(tmp_path):
 @pytest.mark.parametrize(("precision", "error"), [("bf16-mixed", 0.02), ("bf16-true", 0.05)])
 def test_in_16_bits_training_is_nearly_that_of_32(tmp_path, precision, error):
     whole = run(tmp_path, AGEM(12))
-    method = Spied(12)
+    method = AGEMSpy(12)
     half = run(tmp_path, method, precision=precision)
     ours, theirs = half.ends.weights[1], whole.ends.weights[1]
     assert_same({n: t.float() for n, t in ours.items()}, theirs, rtol=0, atol=error)
@@ -479,7 +485,7 @@ def test_penalties_come_first_whatever_the_order(tmp_path):
     """Not the task's gradient is projected, but what the optimizer gets."""
     ends, edits = [], []
     for order in (1, -1):
-        methods = [EWC(30.0, estimator="empirical", samples=48), Spied(12)]
+        methods = [EWC(30.0, estimator="empirical", samples=48), AGEMSpy(12)]
         steps = Steps()
         module = seeded(Watched)
         fit(tmp_path, [steps, *methods[::order]], module, TASKS)
@@ -505,7 +511,7 @@ def test_penalties_come_first_whatever_the_order(tmp_path):
 
 
 def test_the_buffer_of_replay_can_be_its_memory(tmp_path):
-    replay, method = Replay(16, ratio=0.3), Spied(buffer="Replay")
+    replay, method = Replay(16, ratio=0.3), AGEMSpy(buffer="Replay")
     run_of = fit(tmp_path, [method, replay], seeded(Watched), TASKS)
     assert method.buffer is replay.buffer
     assert len(method.buffer) == 16
@@ -539,7 +545,7 @@ class Adapted(SomebodysLM):
 @pytest.mark.parametrize("kind", ["adapter", "checkpointed adapter"])
 def test_lora_the_adapters_gradients_are_projected_and_nothing_else_moves(tmp_path, kind):
     tasks = {"a": Sequences(1, MASKED), "b": Sequences(2, MASKED)}
-    module, method, seen = seeded(Adapted, lr=0.05), Spied(4, batch_size=4), []
+    module, method, seen = seeded(Adapted, lr=0.05), AGEMSpy(4, batch_size=4), []
     clone = copy.deepcopy(module)
     if kind == "checkpointed adapter":
         module.model.enable_input_require_grads()
@@ -596,7 +602,7 @@ def test_resumed_is_never_stopped(tmp_path, shared):
 
 
 def test_a_stream_of_one_task_is_remembered_while_it_is_trained_on(tmp_path):
-    method = Spied(12, fill="training")
+    method = AGEMSpy(12, fill="training")
     fit(tmp_path, [method], seeded(Watched), {"a": TASKS["a"]}, max_epochs=2)
     assert method.interference["a"]["steps"] > 0
     assert all(len(x) <= 8 for draws in method.drawn[0] for x, _ in draws)
