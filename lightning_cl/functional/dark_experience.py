@@ -70,10 +70,15 @@ def head_top_logits(
     Returns:
         values and indices, ``[positions, min(k, classes)]``.
     """
-    rows = max(1, chunk_bytes // (4 * classes))
+    rows, k = max(1, chunk_bytes // (4 * classes)), min(k, classes)
+    # Not by `cat`: autocast on the CPU refuses fp16.
+    values = torch.empty(len(hidden), k, dtype=torch.float16)
+    indices = torch.empty(len(hidden), k, dtype=index_type(classes))
     with torch.no_grad():
-        parts = [top_logits(head(part), k) for part in hidden.detach().split(rows)]
-    return torch.cat([values.cpu() for values, _ in parts]), torch.cat([indices.cpu() for _, indices in parts])
+        for start in range(0, len(hidden), rows):
+            found = top_logits(head(hidden[start : start + rows]), k)
+            values[start : start + rows], indices[start : start + rows] = found
+    return values, indices
 
 
 def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

@@ -248,6 +248,19 @@ def test_what_is_stored_from_hidden_states_is_what_is_stored_of_logits(rows):
         assert not one.requires_grad
 
 
+def test_under_autocast_it_is_stored_and_compared():
+    head, hidden = nn.Linear(5, 13), randn(10, 5).requires_grad_()
+    exact = top_logits(head(hidden), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = head_top_logits(hidden, head, 13, 4, chunk_bytes=3 * 13 * 4)
+        loss = head_dark_loss(hidden, *exact, head, 13, chunk_bytes=3 * 13 * 4)
+    assert kept[0].dtype == torch.float16
+    assert float(dark_loss(head(hidden), *kept).detach()) < 1e-4
+    assert 0 < float(loss.detach()) < 1e-3
+    loss.backward()
+    assert hidden.grad.isfinite().all()
+
+
 class Largest(TorchDispatchMode):
     """The most numbers in a tensor that an operation has made: of any type, and of fp32."""
 
