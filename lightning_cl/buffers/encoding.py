@@ -115,7 +115,7 @@ def _as_tokens(sample: Any) -> tuple[str, np.ndarray[Any, Any], np.ndarray[Any, 
     """Form, int32 ids and bool mask of a token sequence; None for another sample."""
     if type(sample) is not dict or "input_ids" not in sample:
         return None
-    if len(sample) == 2 and "loss_mask" in sample:
+    if list(sample) == ["input_ids", "loss_mask"]:
         ids, mask = sample["input_ids"], sample["loss_mask"]
         plain = isinstance(ids, Tensor) and ids.dtype == torch.int32 and ids.ndim == 1
         if plain and isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == ids.shape:
@@ -134,8 +134,8 @@ def _as_tokens(sample: Any) -> tuple[str, np.ndarray[Any, Any], np.ndarray[Any, 
     mask = arrays["loss_mask"] != 0 if "loss_mask" in arrays else arrays.get("labels", ids) != _IGNORE
     if "labels" in arrays and not np.array_equal(arrays["labels"], np.where(mask, ids, _IGNORE)):
         return None
-    if "loss_mask" in arrays and kinds["loss_mask"] != "tensor:bool" and (arrays["loss_mask"] > 1).any():
-        return None
+    if "loss_mask" in arrays and not np.array_equal(arrays["loss_mask"], mask):
+        return None  # numbers other than 0 and 1
     return json.dumps({"tokens": kinds}), ids.astype("<i4"), mask
 
 
@@ -180,8 +180,8 @@ def _take_apart(sample: Any, leaves: dict[str, Tensor]) -> Any:
         if sample.dtype.kind not in "biuf":
             raise TypeError(f"a numpy {name} of dtype {sample.dtype}")
         try:
-            tensor = torch.from_numpy(np.array(sample))
-        except TypeError as error:
+            tensor = torch.from_numpy(np.array(sample, order="C"))
+        except (TypeError, ValueError) as error:  # ValueError: in the other byte order
             raise TypeError(f"a numpy {name} of dtype {sample.dtype}") from error
         return leaf(f"numpy {name}", tensor)
     # Not a subclass: an enum is an int, and could not be restored.
