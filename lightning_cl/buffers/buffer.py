@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import random
+import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -295,9 +295,14 @@ class ReplayBuffer:
 
         Raises:
             TypeError: if the sample cannot be stored without pickle.
+            OSError: if the disk is full. Either way the slot is given back.
         """
         label = label_of(sample) if self.policy.group == "class" else None
-        number = self.store.append(sample, task, position, -1 if label is None else label, extra)
+        try:
+            number = self.store.append(sample, task, position, -1 if label is None else label, extra)
+        except (OSError, TypeError):
+            self.give_back(slot)
+            raise
         self.put_number(slot, number)
         return number
 
@@ -429,8 +434,12 @@ class ReplayBuffer:
         if isinstance(self.store, DiskStore) and (self.store.folder / _STATE).is_file():
             path = self.store.folder / _STATE
             try:
+                with zipfile.ZipFile(path) as archive:
+                    part = archive.testzip()  # by their checksums, which torch.load does not look at
+                if part is not None:
+                    raise ValueError(f"the checksum of {part} does not fit")
                 state = torch.load(path, weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except Exception as error:  # of any kind, from a damaged archive
                 raise DamagedFileError(f"{path}: damaged ({error})") from error
             try:
                 self.load_state_dict(state)

@@ -6,6 +6,7 @@ import shutil
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,9 @@ class DiskStore:
         """
         if self.writes:
             for folder in self._outdated:  # the checkpoint that did not need them any more is written
+                with suppress(FileNotFoundError):
+                    folder.rename(folder.with_name(f".gone.{folder.name}"))  # at once, and not file by file
+            for folder in [] if self._folder is None else self._folder.glob(".gone.*"):
                 shutil.rmtree(folder, ignore_errors=True)
         self._outdated = []
         wanted = sum(self.info(number).size for number in numbers)
@@ -161,15 +165,15 @@ class DiskStore:
         if total < _LEAST_TO_COMPACT or total <= 2 * wanted:
             return None
         old = list(self._segments)
-        name = self._new_folder()
         fresh = None
         if self.writes:
-            fresh = Segment.create(name, self.info_of_new)
+            fresh = self._create()
             for number in numbers:
                 segment, local = self._find(number)
                 fresh.copy(segment, local)
             fresh.commit()
-        self._expected_folder = name  # of the other ranks, on its first use
+        else:
+            self._expected_folder = self._new_folder()  # on its first use
         self._outdated = [segment.folder for segment in old if segment.folder.parent.resolve() == self.folder.resolve()]
         self._segments = [fresh] if fresh is not None else []
         self._writer, self._expected = 0, len(numbers)
@@ -201,9 +205,16 @@ class DiskStore:
     def _begin(self) -> int:
         """The place of this process's own segment."""
         if self._writer is None:
-            self._segments.append(Segment.create(self._new_folder(), self.info_of_new))
+            self._segments.append(self._create())
             self._writer = len(self._segments) - 1
         return self._writer
+
+    def _create(self) -> Segment:
+        while True:
+            try:
+                return Segment.create(self._new_folder(), self.info_of_new)
+            except FileExistsError:  # of a run that has begun to write since this one was started
+                self._next = self.first_free(self.folder)
 
     def _new_folder(self) -> Path:
         assert self._next is not None
@@ -246,9 +257,11 @@ class DiskStore:
         """The folders of the segments, and which records of them are wanted."""
         self.commit()
         folders = [str(segment.folder.resolve()) for segment in self._segments]
-        if self._writer is not None and self._writer == len(folders):
+        ids = [segment.id for segment in self._segments]
+        if self._writer is not None and self._writer == len(folders):  # another rank's; it says so in its own state
             folders.append(str(self._expected_folder.resolve()))
-        return {"kind": "disk", "segments": folders, "numbers": as_numbers(numbers)}
+            ids.append("")
+        return {"kind": "disk", "segments": folders, "ids": ids, "numbers": as_numbers(numbers)}
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
         """Finds the records again, and reads each once to see that it is whole.
@@ -259,7 +272,7 @@ class DiskStore:
 
         Raises:
             ValueError: if the checkpoint's buffer is not on disk, or is of another tokenizer.
-            FileNotFoundError: if a file is missing.
+            FileNotFoundError: if a file is missing, or another run's lies at its place.
             DamagedFileError: if a file is damaged.
         """
         if state["kind"] != "disk":
@@ -267,8 +280,8 @@ class DiskStore:
                 "storage='disk' does not fit the checkpoint, which holds the samples itself; give 'memory'"
             )
         self._segments, self._writer, self._expected = [], None, 0
-        for path in map(Path, state["segments"]):
-            self._segments.append(self._open(path, folder))
+        for path, identity in zip(map(Path, state["segments"]), state["ids"], strict=True):
+            self._segments.append(self._open(path, folder, identity))
         wanted = defaultdict(list)
         for number in state["numbers"].tolist():
             wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
@@ -299,7 +312,7 @@ class DiskStore:
         found = sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdigit())
         if not found:
             raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
-        self._segments = [self._open(path, None) for path in found]
+        self._segments = [self._open(path) for path in found]
         self._read_removed()
 
     def every(self) -> Iterator[int]:
@@ -308,6 +321,7 @@ class DiskStore:
             for local in range(segment.count):
                 try:
                     segment.read(local)
+                    segment.task_of(segment.record(local))
                 except (RemovedError, DamagedFileError):
                     continue  # what a killed writer left is in nobody's buffer
                 yield place << _BITS | local
@@ -319,15 +333,16 @@ class DiskStore:
             wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
         return {str(self._segments[place].folder.resolve()): records for place, records in sorted(wanted.items())}
 
-    def _open(self, path: Path, folder: Path | None) -> Segment:
+    def _open(self, path: Path, folder: Path | None = None, identity: str = "") -> Segment:
         candidates = [path, *(place / path.name for place in (self._folder, folder) if place is not None)]
-        found = next((candidate for candidate in candidates if candidate.is_dir()), None)
-        if found is None:
+        found = [Segment(candidate) for candidate in dict.fromkeys(candidates) if candidate.is_dir()]
+        segment = next((segment for segment in found if identity in ("", segment.id)), None)
+        if segment is None:
+            reason = "is missing" if not found else "is another run's"
             raise FileNotFoundError(
-                f"{path}: this folder of the buffer is missing; a checkpoint holds which samples are wanted, and the"
+                f"{path}: this folder of the buffer {reason}; a checkpoint holds which samples are wanted, and the"
                 " folder holds the samples: bring it back"
             )
-        segment = Segment(found)
         self._check_tokenizer(segment)
         return segment
 

@@ -8,7 +8,7 @@ A segment is a folder. Numbers are little-endian; each file begins with a header
 ``mask.bin``     one bit per token of ``tokens.bin``, lowest bit first: which tokens are learnt
 ``blobs.bin``    for samples that are no token sequences, and for what is kept beside one: ``safetensors``
                  bytes, ``blob_size`` of them from byte ``blob`` on (behind the header)
-``names.jsonl``  what the numbers in ``task`` and ``form`` mean, one JSON object per line
+``names.jsonl``  what the numbers in ``task`` and ``form`` mean, one JSON object per line, with its checksum
 ===============  =======================================================================================
 
 In numpy, without this library::

@@ -6,6 +6,7 @@ import errno
 import json
 import mmap
 import os
+import secrets
 import shutil
 import time
 import zlib
@@ -73,8 +74,11 @@ class Segment:
         self.tasks: list[str] = []
         self.forms: list[str] = []
         self.info: dict[str, Any] = {}
+        self.id = ""
         self._names_read = 0
         self._read_names()
+        if not self.id:
+            raise DamagedFileError(f"{self.path('names')}: its first line is missing or damaged")
         self._waiting: dict[str, bytearray] = {kind: bytearray() for kind in (*KINDS, "names")}
         self._ends = {kind: os.path.getsize(self.path(kind)) - HEADER_SIZE for kind in KINDS}
         self._ends["records"] -= self._ends["records"] % RECORD.itemsize
@@ -86,13 +90,25 @@ class Segment:
         """A new one, with what readers should know about it (the tokenizer's hash).
 
         Raises:
+            FileExistsError: if the folder is there already.
             OSError: if the folder cannot be written; the message names it.
         """
-        with naming(folder):
-            folder.mkdir(parents=True)
-            for kind in KINDS:
-                (folder / f"{kind}.bin").write_bytes(header(kind))
-            (folder / "names.jsonl").write_text(json.dumps({"info": info}) + "\n", encoding="utf-8")
+        # Under another name first: whenever the writer is killed, nobody finds half a segment.
+        temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
+        try:
+            with naming(folder):
+                temporary.mkdir(parents=True)
+                for kind in KINDS:
+                    (temporary / f"{kind}.bin").write_bytes(header(kind))
+                entry = {"info": info, "id": secrets.token_hex(8)}
+                (temporary / "names.jsonl").write_bytes(_named_line(entry))
+                temporary.rename(folder)
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                raise FileExistsError(errno.EEXIST, f"{folder}: another process has begun it") from error
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return cls(folder, writable=True)
 
     def path(self, kind: str) -> Path:
@@ -217,8 +233,7 @@ class Segment:
             return len(known) - 1
         if name not in known:
             known.append(name)
-            line = json.dumps({kind: len(known) - 1, "name": name}) + "\n"
-            self._waiting["names"] += line.encode()
+            self._waiting["names"] += _named_line({kind: len(known) - 1, "name": name})
         return known.index(name)
 
     # ------------------------------------------------------------------ reading
@@ -251,7 +266,9 @@ class Segment:
         if zlib.crc32(blob, zlib.crc32(mask, zlib.crc32(ids))) != record.data_crc:
             if self.record(number).erased:  # just now, by another process
                 raise RemovedError(f"{self.folder}: record {number} was removed")
-            raise DamagedFileError(f"{self._damaged(record)}: the content of record {number} is damaged")
+            raise DamagedFileError(
+                f"{self.folder}: the content of record {number} is damaged, in {self._files_of(record)}"
+            )
         return Content(self._form(record.form), ids, mask, blob)
 
     def task_of(self, record: Record) -> str:
@@ -294,8 +311,9 @@ class Segment:
             raise DamagedFileError(f"{self.path('names')}: it does not name form {form}")
         return self.forms[form]
 
-    def _damaged(self, record: Record) -> Path:
-        return self.path("blobs" if record.length == 0 else "tokens")
+    def _files_of(self, record: Record) -> str:
+        sizes = {"tokens": record.length, "mask": record.length, "blobs": record.blob_size}
+        return " or ".join(self.path(kind).name for kind, size in sizes.items() if size)
 
     def _find(self, number: int) -> None:
         """A record that is not known to be in the file yet: our own that waits, or another process's."""
@@ -342,17 +360,30 @@ class Segment:
         with self.path("names").open("rb") as file:
             file.seek(self._names_read)
             for line in file:
-                if not line.endswith(b"\n"):
-                    break  # being written, or cut off: no record that was committed needs it
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    raise DamagedFileError(f"{self.path('names')}: line {line[:40]!r} is damaged") from error
+                entry = _entry_of(line)
+                if entry is None:
+                    break  # being written, or damaged: an error for a record that needs it or what follows
                 self._names_read += len(line)
                 if "info" in entry:
-                    self.info = entry["info"]
+                    self.info, self.id = entry["info"], entry["id"]
                 else:
                     (self.tasks if "task" in entry else self.forms).append(entry["name"])
+
+
+def _named_line(entry: dict[str, Any]) -> bytes:
+    """A line of ``names.jsonl``, with its checksum."""
+    crc = zlib.crc32(json.dumps(entry).encode())
+    return json.dumps({**entry, "crc": crc}).encode() + b"\n"
+
+
+def _entry_of(line: bytes) -> dict[str, Any] | None:
+    """What a line of ``names.jsonl`` says; None if it is not as it was written."""
+    try:
+        entry = json.loads(line)
+        del entry["crc"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return entry if line == _named_line(entry) else None
 
 
 @contextmanager
@@ -361,15 +392,16 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            with suppress(OSError):
-                free = shutil.disk_usage(path.parent if path.parent.exists() else ".").free
-                raise OSError(
-                    error.errno,
-                    f"{path}: the disk is full ({free} bytes are left). What was stored before is whole: make room and"
-                    " resume from the last checkpoint, or give a smaller buffer_size or another folder",
-                ) from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        left = "none"
+        with suppress(OSError):
+            left = str(shutil.disk_usage(path.parent if path.parent.exists() else ".").free)
+        raise OSError(
+            error.errno,
+            f"{path}: the disk is full ({left} bytes are left). What was stored before is whole: make room and resume"
+            " from the last checkpoint, or give a smaller buffer_size or another folder",
+        ) from error
 
 
 def _sync(path: Path) -> None:
