@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_cl.callbacks import (
+        AGEM,
+        DER,
         EWC,
         KFACEWC,
         L2SP,
         MAS,
         SI,
+        DERpp,
+        GeneralReplay,
         KLToBase,
         LwF,
         PromptSamples,
         Replay,
         RWalk,
+        SelfReplay,
         TaskMatrix,
         TaskProgress,
     )
@@ -32,12 +37,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AGEM": "callbacks",
     "AverageAccuracy": "metrics",
     "BackwardTransfer": "metrics",
     "CausalLM": "models",
+    "DER": "callbacks",
+    "DERpp": "callbacks",
     "EWC": "callbacks",
     "Forgetting": "metrics",
     "ForwardTransfer": "metrics",
+    "GeneralReplay": "callbacks",
     "InfiniteLR": "models",
     "KFACEWC": "callbacks",
     "KLToBase": "callbacks",
@@ -48,6 +57,7 @@ _HOME = {
     "RWalk": "callbacks",
     "Replay": "callbacks",
     "SI": "callbacks",
+    "SelfReplay": "callbacks",
     "Task": "tasks",
     "TaskDataModule": "data",
     "TaskMatrix": "callbacks",
@@ -58,6 +68,8 @@ _HOME = {
 }
 
 __all__ = [
+    "AGEM",
+    "DER",
     "EWC",
     "KFACEWC",
     "L2SP",
@@ -66,14 +78,17 @@ __all__ = [
     "AverageAccuracy",
     "BackwardTransfer",
     "CausalLM",
+    "DERpp",
     "Forgetting",
     "ForwardTransfer",
+    "GeneralReplay",
     "InfiniteLR",
     "KLToBase",
     "LwF",
     "PromptSamples",
     "RWalk",
     "Replay",
+    "SelfReplay",
     "Task",
     "TaskDataModule",
     "TaskMatrix",

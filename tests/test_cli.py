@@ -125,6 +125,12 @@ def test_printed_configuration_can_be_fed_back(tmp_path):
 def test_shipped_method_adds_to_the_quickstart(path):
     base, config = config_of("--config", QUICKSTART), config_of("--config", QUICKSTART, "--config", path)
     added = {
+        "agem": ["AGEM"],
+        "der": ["DER"],
+        "derpp": ["DERpp"],
+        "general_replay": ["GeneralReplay"],
+        "replay_while_training": ["Replay"],
+        "self_replay": ["SelfReplay"],
         "ewc": ["EWC"],
         "ewc_auto": ["EWC"],
         "ewc_proximal": ["EWC"],

@@ -46,6 +46,7 @@ FORMATS = {
     "messages": [{"messages": turns(*pair)} for pair in PAIRS],
     "sharegpt": [{"conversations": turns(*pair, "from", "value", ("human", "gpt"))} for pair in PAIRS],
     "alpaca": [{"instruction": asked, "input": "", "output": said} for asked, said in PAIRS],
+    "dolly": [{"instruction": asked, "context": "", "response": said, "category": "qa"} for asked, said in PAIRS],
     "prompt messages": [
         {"prompt": turns(asked, said)[:1], "completion": turns(asked, said)[1:]} for asked, said in PAIRS
     ],

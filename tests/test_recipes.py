@@ -33,6 +33,9 @@ def data(tmp_path, monkeypatch):
     pairs = [{"prompt": sentence(i), "completion": " " + sentence(i + 50, 25)} for i in range(40)]
     write_jsonl(folder / "questions.jsonl", pairs)
     write_jsonl(folder / "mails.jsonl", pairs)
+    dolly = [{"instruction": sentence(i), "context": "", "response": sentence(i + 9), "category": "x"} for i in range(30)]
+    write_jsonl(folder / "databricks-dolly-15k.jsonl", dolly)
+    write_jsonl(folder / "held-out.jsonl", dolly[:6])
     write_jsonl(folder / "known.jsonl", [{"text": sentence(i, 40)} for i in range(12)])
     (folder / "general.txt").write_text(sentence(99, 60))
     for name in ("src", "language"):
@@ -53,12 +56,15 @@ def test_recipe_trains_a_stand_in(recipe, model, data, tmp_path):
     main(["fit", "--config", str(smaller), *names, "--data.max_length", "128", "--trainer.limit_train_batches", "16"])
 
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("runs/*/version_0/report.json"))
-    tasks = list(yaml.safe_load(recipe.read_text())["data"]["tasks"])
+    settings = yaml.safe_load(recipe.read_text())
+    tasks = list(settings["data"]["tasks"])
     assert report["tasks"] == tasks
     assert all(value is not None for row in report["matrix"] for value in row)
     assert set(report["methods"]["KLToBase"]["kl"]) == {task for task in tasks if task != "general"}
     replayed = [cost["replayed_tokens"] for cost in report["costs"]["tasks"]]
-    assert replayed[0] == 0
+    shares = [c["init_args"]["ratio"] for c in settings["trainer"]["callbacks"] if "GeneralReplay" in c["class_path"]]
+    new = report["costs"]["tasks"][0]["new_tokens"]
+    assert replayed[0] / (new + replayed[0]) == pytest.approx(sum(shares), abs=0.1)
     assert replayed[-1] > 0
     for path in tmp_path.glob("runs/*/version_0/tasks/*.ckpt"):
         state = read_checkpoint(path)["state_dict"]

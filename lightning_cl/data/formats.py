@@ -12,7 +12,8 @@ from lightning_cl.data.messages import check_string, check_texts, conversation, 
 
 FORMATS = (
     '{"text"}, {"prompt", "completion"}, {"prompt", "answer"}, {"messages": [{"role", "content"}, …]},'
-    ' {"conversations": [{"from", "value"}, …]} or {"instruction", "output"}'
+    ' {"conversations": [{"from", "value"}, …]}, {"instruction", "output"} or {"instruction",'
+    ' "response"}'
 )
 _REQUIRED = (
     ("messages",),
@@ -20,9 +21,10 @@ _REQUIRED = (
     ("prompt", "completion"),
     ("prompt", "answer"),
     ("instruction", "output"),
+    ("instruction", "response"),
     ("text",),
 )
-COLUMNS = frozenset({"tools", "system", "input"}.union(*_REQUIRED))
+COLUMNS = frozenset({"tools", "system", "input", "context"}.union(*_REQUIRED))
 """Every key that means something."""
 
 
@@ -59,7 +61,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction with an optional input (alpaca): a chat where there is a template for it, else a completion."""
+    """An instruction with an optional input (alpaca; Dolly calls it context): a chat where there is a template for it, else a completion."""
 
     instruction: str
     input: str
@@ -140,11 +142,12 @@ def as_document(content: Any, where: str = "") -> Document:
     for key in ("completion", "answer"):
         if "prompt" in record and key in record:
             return _completion(record, key, where)
-    if "instruction" in record and "output" in record:
-        instruction, given, output = (
-            check_string(record.get(name, ""), repr(name)) for name in ("instruction", "input", "output")
-        )
-        return Instruction(instruction, given, output, where)
+    for given_key, output_key in (("input", "output"), ("context", "response")):
+        if "instruction" in record and output_key in record:
+            instruction, given, output = (
+                check_string(record.get(name, ""), repr(name)) for name in ("instruction", given_key, output_key)
+            )
+            return Instruction(instruction, given, output, where)
     if "text" in record:
         return Text(check_string(record["text"], "'text'"))
     without = sorted(str(key) for key in content if key not in record and key in COLUMNS)
