@@ -165,6 +165,21 @@ def test_top_p_draws_among_the_fewest_most_probable_tokens(top_p, kept):
     assert (counts_of_draws(2 * p.log(), temperature=2.0, top_p=top_p) - expected).abs().max() <= 1
 
 
+@pytest.mark.parametrize("flat", [0.001, 1.0])
+def test_top_p_of_a_large_vocabulary(flat):
+    """Where the most probable thousand have enough, and where they have not."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) / flat**0.3
+    p = logits.softmax(-1)
+    for row in range(3):
+        ordered = p[row].sort(descending=True)
+        kept = ordered.indices[: int((ordered.values.cumsum(0) < 0.8).sum()) + 1]
+        assert (len(kept) < 1024) == (flat < 1)
+        drawn = draw(logits[row].expand(500, -1), torch.linspace(0, 1 - 1e-6, 500), top_p=0.8)
+        assert set(drawn.tolist()) <= set(kept.tolist())
+        expected = p[row, kept] / p[row, kept].sum() * 500
+        assert (torch.bincount(drawn, minlength=5000)[kept] - expected).abs().max() <= 1.1
+
+
 def test_the_ends_of_the_interval_draw_tokens_that_are_possible():
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf]] * 2)
     numbers = torch.tensor([0.0, 1 - 2**-24])

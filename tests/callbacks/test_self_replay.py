@@ -50,11 +50,10 @@ def chat_tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(save_stand_in(tmp_path_factory.mktemp("chat")))
 
 
-def writer(**settings):
+def writer(kind=SomebodysLM, **settings):
     """Somebody's language model, of an assured tone: random weights, and far from uniform predictions."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "initializer_range": 0.7, "tie_word_embeddings": False}
-    return SomebodysLM(tie=False, lr=1e-3, **sizes | settings)
+    return kind(**{"tie": False, "lr": 1e-3, "vocab_size": VOCABULARY, "initializer_range": 0.7} | settings)
 
 
 def texts(name: str, count: int = 24) -> list[str]:
@@ -505,12 +504,22 @@ def test_a_full_disk_is_a_warning(tmp_path, tokenizer, monkeypatch):
     assert same(watch.samples[0], again.samples[0])
 
 
+class LooksAhead(SomebodysLM):
+    """Reads the number of steps to come, for which Lightning builds the loader early."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def test_resume_from_every_checkpoint_equals_never_stopped(tmp_path, tokenizer, monkeypatch):
     def start(root, ckpt_path=None):
         checkpoint = ModelCheckpoint(every_n_train_steps=5, save_top_k=-1, filename="{step}")
         method = self_replay(examples=2)
         module, _ = run(
-            root, method, tokenizer, module=writer(attention_dropout=0.3), ckpt_path=ckpt_path, callbacks=[checkpoint]
+            root, method, tokenizer, None, writer(LooksAhead, attention_dropout=0.3), ckpt_path, [checkpoint]
         )
         return module.state_dict(), method
 
