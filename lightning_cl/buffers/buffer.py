@@ -20,7 +20,7 @@ from lightning_cl.buffers.disk import DiskStore
 from lightning_cl.buffers.encoding import encode
 from lightning_cl.buffers.heap import LargestFirst
 from lightning_cl.buffers.labels import label_of
-from lightning_cl.buffers.layout import DamagedFileError
+from lightning_cl.buffers.layout import ALIGNMENT, RECORD, DamagedFileError
 from lightning_cl.buffers.memory import MemoryStore
 from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
 from lightning_cl.buffers.segment import RemovedError
@@ -32,7 +32,7 @@ from lightning_cl.random_state import seed_of
 Unit = Literal["samples", "tokens", "bytes"]
 _EMPTY, _WAITING = -1, -2
 _STATE = "buffer.pt"
-_RECORD_BYTES = 64  # what a record takes beside its content
+_RECORD_BYTES = RECORD.itemsize  # what a record takes beside its content
 
 
 class Stored(NamedTuple):
@@ -233,11 +233,13 @@ class ReplayBuffer:
             if tokens == 0:
                 raise ValueError("unit='tokens': a sample is no token sequence; give unit='samples' or 'bytes'")
             return tokens
-        return encode(sample).size + _RECORD_BYTES
+        encoded = encode(sample)
+        return encoded.size + 4 * (-encoded.length % ALIGNMENT) + _RECORD_BYTES
 
     def cost_of_tokens(self, length: int) -> int:
         """What a token sequence of this length takes of the budget."""
-        return {"samples": 1, "tokens": length, "bytes": 4 * length + -(-length // 8) + _RECORD_BYTES}[self.unit]
+        blocks = -(-length // ALIGNMENT)  # each takes a byte of the mask
+        return {"samples": 1, "tokens": length, "bytes": blocks * (4 * ALIGNMENT + 1) + _RECORD_BYTES}[self.unit]
 
     def choose_slot(
         self, task: str, cost: int = 1, label: int | None = None, weight: float = 1.0, rank: int | None = None

@@ -5,8 +5,9 @@ the largest group loses the sample of its largest key. A group never takes in a 
 a group holds are all its samples below a threshold that only falls:
 
 * With random keys each sample of a group is in the buffer with the same probability: reservoir sampling in the form of
-  bottom-k sampling (Vitter 1985; Cohen & Kaplan 2007). It stays so for budgets in tokens, and after samples were
-  removed: the places are filled again by later samples of the stream, below the same threshold.
+  bottom-k sampling (Vitter 1985; Cohen & Kaplan 2007). For budgets in tokens that is so for all samples of one length;
+  longer ones are a little less likely where only few fit. After samples were removed, their places are filled again by
+  later samples of the stream, below the same threshold; of k places, those are favoured by less than one part in k.
 * With keys ``−log(u) / w`` it is weighted sampling without replacement (Efraimidis & Spirakis 2006).
 * With the time of arrival, negative, it is a queue; with a place in a ranking, the best of the ranking stay.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 import math
 import random
 from typing import Literal, NamedTuple
+
+_LAST = 1e300  # of keys by weight
 
 PolicyName = Literal["reservoir", "task_balanced", "class_balanced", "fifo", "herding", "k_center", "surprise"]
 
@@ -70,5 +73,6 @@ def draw_key(policy: Policy, rng: random.Random, seen: int, weight: float, rank:
         return float(rank)
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"weight={weight!r}: expected a finite number of at least 0")
-    # 1 − u is in (0, 1]; a weight of 0 comes last of all.
-    return -math.log(1.0 - rng.random()) / weight if weight > 0 else math.inf
+    # 1 − u is in (0, 1]; a weight of 0 comes last of all, and is kept as long as there is room.
+    u = rng.random()
+    return min(-math.log(1.0 - u) / weight, _LAST) if weight > 0 else _LAST * (1.0 + u)
