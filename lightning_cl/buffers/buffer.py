@@ -24,7 +24,7 @@ from lightning_cl.buffers.layout import ALIGNMENT, RECORD, DamagedFileError
 from lightning_cl.buffers.memory import MemoryStore
 from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
 from lightning_cl.buffers.segment import RemovedError
-from lightning_cl.buffers.store import Info, Store
+from lightning_cl.buffers.store import Info, Store, wait_for_all_ranks
 from lightning_cl.buffers.tokens import token_count
 from lightning_cl.files import replace_file
 from lightning_cl.random_state import seed_of
@@ -218,8 +218,10 @@ class ReplayBuffer:
             extra: tensors to be stored beside it.
 
         Returns:
-            the number of its record; None if it was left out.
+            the number of its record; None if it was left out, or removed before.
         """
+        if self.store.remembers_removed and self.store.knows_removed(sample):
+            return None
         label = label_of(sample) if self.policy.group == "class" else None
         slot = self.choose_slot(task, self.cost(sample), label, weight, rank)
         return None if slot is None else self.put(slot, sample, task, position=position, extra=extra)
@@ -377,20 +379,25 @@ class ReplayBuffer:
 
         They are not stored again, also not by a run that goes on from an older checkpoint. What no buffer can reach:
         the data sets, their cache of tokens, batches that are already on their way, and for a buffer in memory the
-        checkpoints that were written before.
+        checkpoints that were written before. Call it on all ranks.
 
         Args:
             predicate: gets a :class:`Stored`, says whether it shall go.
 
         Returns:
-            how many were removed.
+            how many records were removed, with copies that other or earlier runs have left in the folder.
         """
+        self.store.commit()
+        wait_for_all_ranks()
         # Everything that is on the disk, and not only what may still be drawn.
-        gone = {number for number, stored in stored_in(self.store) if predicate(stored)}
-        self.store.erase(sorted(gone))
-        self._drop([slot for slot in self._slots() if self._numbers[slot] in gone])
+        stores = [self.store, *self.store.copies()]
+        found = [store.keys([n for n, stored in stored_in(store) if predicate(stored)]) for store in stores]
+        wait_for_all_ranks()  # they have read what is about to be erased
+        for store, keys in zip(stores, found, strict=True):
+            store.erase(keys)
+        self._drop([slot for slot in self._slots() if self._numbers[slot] in found[0]])
         self.write_index()
-        return len(gone)
+        return sum(map(len, found))
 
     def _slots(self) -> Iterator[int]:
         return (slot for slot, number in enumerate(self._numbers) if number >= 0)
@@ -415,6 +422,7 @@ class ReplayBuffer:
     def move_to(self, store: Store) -> None:
         """Keeps samples in another store from now on; what is there goes along."""
         old, self.store = self.store, store
+        store.refuse(old.removed)
         slots = list(self._slots())
         if not store.writes:
             for slot, expected in zip(slots, store.expect(len(slots)), strict=True):
@@ -559,9 +567,9 @@ def remove_from_folder(folder: str | Path, predicate: Callable[[Stored], bool]) 
     """
     store = DiskStore(Path(folder))
     store.attach()
-    gone = [number for number, stored in stored_in(store) if predicate(stored)]
-    store.erase(gone)
-    return len(gone)
+    keys = store.keys([number for number, stored in stored_in(store) if predicate(stored)])
+    store.erase(keys)
+    return len(keys)
 
 
 def read_folder(folder: str | Path) -> Iterator[Stored]:

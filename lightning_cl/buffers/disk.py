@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lightning_cl.buffers.encoding import decode, decode_extra, encode
 from lightning_cl.buffers.layout import DamagedFileError
-from lightning_cl.buffers.segment import RemovedError, Segment, naming
-from lightning_cl.buffers.store import Info, as_numbers, digest
+from lightning_cl.buffers.removed import list_removed, read_removed
+from lightning_cl.buffers.segment import RemovedError, Segment
+from lightning_cl.buffers.store import Info, Store, as_numbers, digest
 
 _BITS = 32  # of a record's number within its segment
 _LEAST_TO_COMPACT = 1 << 20  # bytes
+_GONE = ".gone.{}"  # a segment that is being deleted
 
 
 class DiskStore:
@@ -29,8 +31,9 @@ class DiskStore:
     a segment of its own: two runs that go on from one checkpoint never write to one file. What was evicted takes room
     until :meth:`compact`, at a task's boundary; files that it replaces are deleted at the boundary after that.
 
-    A removed sample's content is overwritten in every segment that this store knows, and 16 bytes that stand for it are
-    kept in ``removed.bin`` beside them: it is not stored again, also not after a resume from an older checkpoint.
+    A removed sample's content is overwritten in every segment of the folders that this store knows, and 16 bytes that
+    stand for it, with their checksum, are kept in ``removed.bin`` there: it is not stored again, also not after a
+    resume from an older checkpoint.
 
     Args:
         folder: where new segments go; made when the first record is written. None: not known yet (:meth:`place`).
@@ -115,29 +118,63 @@ class DiskStore:
         if self.writes and self._writer is not None:
             self._segments[self._writer].commit()
 
-    def erase(self, numbers: Iterable[int]) -> None:
-        """Overwrites the content of records on the disk, and never stores the same content again."""
-        for number in numbers:
-            segment, local = self._find(number)
-            try:
-                content = segment.read(local)
-            except RemovedError:
-                continue
-            plain = encode(decode(*content))  # without what was stored beside it
-            key = digest(plain)
-            if key not in self._removed:
-                self._removed.add(key)
-                if self.writes:
-                    for folder in {segment.folder.parent, *([] if self._folder is None else [self._folder])}:
-                        with naming(folder):
-                            folder.mkdir(parents=True, exist_ok=True)
-                            with (folder / "removed.bin").open("ab") as file:
-                                file.write(key)
-            if self.writes:
+    def copies(self) -> Sequence[Store]:
+        """What else lies in the folders: what killed runs have left, what was replaced, and what is another run's.
+
+        Raises:
+            DamagedFileError: if it cannot be looked through; the file is named.
+        """
+        self._open_expected()
+        known = {segment.folder.resolve() for segment in self._segments}
+        others = DiskStore(None, writes=self.writes)
+        for folder in self._folders():
+            others._segments += [Segment(path) for path in _segments_in(folder) if path.resolve() not in known]
+        others._removed = self._removed
+        return [others]
+
+    def keys(self, numbers: Iterable[int]) -> dict[int, bytes]:
+        """16 bytes that stand for the content of records, without what was stored beside them."""
+        return {number: digest(encode(self.get(number))) for number in numbers}
+
+    def erase(self, keys: dict[int, bytes]) -> None:
+        """Overwrites the content of records on the disk, and never stores the same content again.
+
+        Args:
+            keys: of the records (:meth:`keys`).
+        """
+        self.refuse(keys.values())
+        if self.writes:
+            self._finish_erasing()
+            for segment, local in map(self._find, keys):
                 segment.erase(local)
+
+    def _finish_erasing(self) -> None:
+        """What a killed process has begun."""
+        for segment in self._segments:
+            segment.finish_erasing()
+        for folder in self._folders():
+            for path in folder.glob(_GONE.format("*")):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def refuse(self, keys: Iterable[bytes]) -> None:
+        """Never stores these contents from now on, also not after a resume."""
+        keys = set(keys)
+        if self.writes and keys:
+            for folder in self._folders():
+                list_removed(folder, keys)
+        self._removed |= keys
+
+    def _folders(self) -> list[Path]:
+        own = [] if self._folder is None else [self._folder]
+        return list(dict.fromkeys([*own, *(segment.folder.parent for segment in self._segments)]))
 
     def evict(self, number: int) -> None:
         """Nothing: older checkpoints may want it."""
+
+    @property
+    def removed(self) -> set[bytes]:
+        """The keys of everything that was erased."""
+        return self._removed
 
     @property
     def remembers_removed(self) -> bool:
@@ -156,9 +193,8 @@ class DiskStore:
         if self.writes:
             for folder in self._outdated:  # the checkpoint that did not need them any more is written
                 with suppress(FileNotFoundError):
-                    folder.rename(folder.with_name(f".gone.{folder.name}"))  # at once, and not file by file
-            for folder in [] if self._folder is None else self._folder.glob(".gone.*"):
-                shutil.rmtree(folder, ignore_errors=True)
+                    folder.rename(folder.with_name(_GONE.format(folder.name)))  # at once, and not file by file
+            self._finish_erasing()
         self._outdated = []
         wanted = sum(self.info(number).size for number in numbers)
         total = sum(segment.size() for segment in self._segments)
@@ -212,7 +248,9 @@ class DiskStore:
     def _create(self) -> Segment:
         while True:
             try:
-                return Segment.create(self._new_folder(), self.info_of_new)
+                segment = Segment.create(self._new_folder(), self.info_of_new)
+                list_removed(self.folder, self._removed)  # those of other folders too: they may be left behind
+                return segment
             except FileExistsError:  # of a run that has begun to write since this one was started
                 self._next = self.first_free(self.folder)
 
@@ -244,6 +282,11 @@ class DiskStore:
         """Whether its content is gone."""
         segment, local = self._find(number)
         return segment.record(local).erased
+
+    def _open_expected(self) -> None:
+        """The segment that another rank writes, if it has not been looked at yet."""
+        if self._writer is not None and self._expected and self._writer == len(self._segments):
+            self._find(self._writer << _BITS)
 
     def _find(self, number: int) -> tuple[Segment, int]:
         place, local = number >> _BITS, number & (1 << _BITS) - 1
@@ -288,6 +331,8 @@ class DiskStore:
         for place, numbers in wanted.items():
             self._segments[place].check(iter(numbers))
         self._read_removed()
+        if self.writes:
+            self._finish_erasing()
         return state["numbers"]
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
@@ -309,7 +354,7 @@ class DiskStore:
         Raises:
             FileNotFoundError: if there is none.
         """
-        found = sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+        found = _segments_in(self.folder)
         if not found:
             raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
         self._segments = [self._open(path) for path in found]
@@ -317,8 +362,9 @@ class DiskStore:
 
     def every(self) -> Iterator[int]:
         """The numbers of all records that are whole and not erased, also of those that were evicted."""
+        self._open_expected()
         for place, segment in enumerate(self._segments):
-            for local in range(segment.count):
+            for local in range(segment.number_of_records()):
                 try:
                     segment.read(local)
                     segment.task_of(segment.record(local))
@@ -347,9 +393,9 @@ class DiskStore:
         return segment
 
     def _read_removed(self) -> None:
-        known = {segment.folder.parent for segment in self._segments}
-        for folder in known if self._folder is None else {*known, self._folder}:
-            path = folder / "removed.bin"
-            if path.is_file():
-                content = path.read_bytes()
-                self._removed |= {content[i : i + 16] for i in range(0, len(content) - 15, 16)}
+        for folder in self._folders():
+            self._removed |= read_removed(folder)
+
+
+def _segments_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())

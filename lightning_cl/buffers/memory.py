@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_cl.buffers.encoding import Encoded, decode, decode_extra, encode
 from lightning_cl.buffers.segment import RemovedError
-from lightning_cl.buffers.store import Info, as_numbers, digest
+from lightning_cl.buffers.store import Info, Store, as_numbers, digest
 
 _PARTS = ("ids", "mask", "blob")
 
@@ -80,17 +80,33 @@ class MemoryStore:
         """Whether its content is gone."""
         return number not in self._samples
 
-    def erase(self, numbers: Iterable[int]) -> None:
+    def copies(self) -> Sequence[Store]:
+        """None: checkpoints cannot be reached."""
+        return []
+
+    def keys(self, numbers: Iterable[int]) -> dict[int, bytes]:
+        """Bytes that stand for the content of records, without what was stored beside them."""
+        return {number: digest(encode(self.get(number))) for number in numbers}
+
+    def erase(self, keys: dict[int, bytes]) -> None:
         """Forgets records, and never stores the same content again."""
-        for number in numbers:
-            if number in self._samples:
-                self._removed.add(digest(encode(self.get(number))))
-                self.evict(number)
+        self.refuse(keys.values())
+        for number in keys:
+            self.evict(number)
+
+    def refuse(self, keys: Iterable[bytes]) -> None:
+        """Never stores these contents from now on."""
+        self._removed.update(keys)
 
     def evict(self, number: int) -> None:
         """Forgets a record."""
         self._samples.pop(number, None)
         self._info.pop(number, None)
+
+    @property
+    def removed(self) -> set[bytes]:
+        """The keys of everything that was erased."""
+        return self._removed
 
     @property
     def remembers_removed(self) -> bool:

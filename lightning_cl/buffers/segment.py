@@ -32,7 +32,8 @@ from lightning_cl.buffers.layout import (
 
 KINDS = ("records", "tokens", "mask", "blobs")
 _WRITE_BEHIND = 1 << 20  # bytes that wait to be written together
-_RESIDENT = 8 << 20  # bytes read from the maps until their pages are given back
+_RESIDENT = 16 << 20  # bytes of the maps that may stay in memory
+_AROUND = 64 << 10  # bytes that Linux brings in where one is read
 _PATIENCE = 60.0  # seconds that a reader waits for what another rank is about to write
 
 
@@ -82,8 +83,8 @@ class Segment:
         self._waiting: dict[str, bytearray] = {kind: bytearray() for kind in (*KINDS, "names")}
         self._ends = {kind: os.path.getsize(self.path(kind)) - HEADER_SIZE for kind in KINDS}
         self._ends["records"] -= self._ends["records"] % RECORD.itemsize
-        self._written = self._ends["records"] // RECORD.itemsize
-        self.count = self._written
+        self.count = self._written = self._records_in_file()
+        self._process = os.getpid()
 
     @classmethod
     def create(cls, folder: Path, info: dict[str, Any]) -> Segment:
@@ -198,31 +199,38 @@ class Segment:
         self.flush()
         for kind in ("names", "tokens", "mask", "blobs", "records"):
             with naming(self.path(kind)):
-                _sync(self.path(kind))
-        _sync(self.folder)
-        _sync(self.folder.parent)
+                sync(self.path(kind))
+        sync(self.folder)
+        sync(self.folder.parent)
 
     def erase(self, number: int) -> None:
         """Overwrites a record's content with zeros, on the disk, and marks it."""
         self.flush()
         record = self.record(number)
-        if record.erased:
-            return
-        gone = record._replace(flags=record.flags | ERASED, data_crc=0)
-        spans = {
-            "tokens": (4 * record.start, 4 * record.length),
-            "mask": (record.start // 8, -(-record.length // 8)),
-            "blobs": (record.blob, record.blob_size),
-        }
-        # First the mark: should the writer be killed in between, the record is known to be gone.
-        content = [("records", number * RECORD.itemsize, gone.to_bytes())]
-        content += [(kind, start, bytes(size)) for kind, (start, size) in spans.items()]
-        for kind, start, data in content:
-            with naming(self.path(kind)), self.path(kind).open("r+b") as file:
-                file.seek(HEADER_SIZE + start)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        if not record.erased:
+            # First the mark: should the writer be killed in between, the record is known to be gone.
+            gone = record._replace(flags=record.flags | ERASED, data_crc=0)
+            self._overwrite("records", number * RECORD.itemsize, gone.to_bytes())
+        for kind, (start, size) in _spans(record).items():
+            if any(self._bytes(kind, start, size)):
+                self._overwrite(kind, start, bytes(size))
+
+    def finish_erasing(self) -> None:
+        """Overwrites what a killed :meth:`erase` has only marked."""
+        self.flush()
+        count = self.number_of_records()
+        if count:
+            table = np.memmap(self.path("records"), RECORD, "r", HEADER_SIZE, (count,))
+            for number in np.flatnonzero(table["flags"] & ERASED).tolist():
+                with suppress(DamagedFileError):  # behind the last commit
+                    self.erase(number)
+
+    def _overwrite(self, kind: str, start: int, data: bytes) -> None:
+        with naming(self.path(kind)), self.path(kind).open("r+b") as file:
+            file.seek(HEADER_SIZE + start)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _add(self, kind: str, data: bytes) -> None:
         self._waiting[kind] += data
@@ -260,9 +268,7 @@ class Segment:
         record = self.record(number)
         if record.erased:
             raise RemovedError(f"{self.folder}: record {number} was removed")
-        ids = self._bytes("tokens", 4 * record.start, 4 * record.length)
-        mask = self._bytes("mask", record.start // 8, -(-record.length // 8))
-        blob = self._bytes("blobs", record.blob, record.blob_size)
+        ids, mask, blob = (self._bytes(kind, start, size) for kind, (start, size) in _spans(record).items())
         if zlib.crc32(blob, zlib.crc32(mask, zlib.crc32(ids))) != record.data_crc:
             if self.record(number).erased:  # just now, by another process
                 raise RemovedError(f"{self.folder}: record {number} was removed")
@@ -278,6 +284,12 @@ class Segment:
         if record.task >= len(self.tasks):
             raise DamagedFileError(f"{self.path('names')}: it does not name task {record.task}")
         return self.tasks[record.task]
+
+    def number_of_records(self) -> int:
+        """How many there are, with those that another process has written since."""
+        if not self.writable:
+            self.count = self._written = self._records_in_file()
+        return self.count
 
     def table(self, count: int) -> np.ndarray[Any, np.dtype[np.void]]:
         """The first records, mapped; see :data:`~lightning_cl.buffers.layout.RECORD`."""
@@ -318,19 +330,23 @@ class Segment:
     def _find(self, number: int) -> None:
         """A record that is not known to be in the file yet: our own that waits, or another process's."""
         if self.writable:
-            if number < self.count:
+            if number >= self.count:
+                raise IndexError(f"{self.folder}: record {number} of {self.count}")
+            if os.getpid() != self._process:  # a forked worker: the writer may have written it, and erased it, since
+                self._written = min(self._records_in_file(), self.count)
+            if number >= self._written:
                 self.flush()
-                return
-            raise IndexError(f"{self.folder}: record {number} of {self.count}")
+            return
         end = time.monotonic() + _PATIENCE
         while True:
-            self._written = (os.path.getsize(self.path("records")) - HEADER_SIZE) // RECORD.itemsize
-            self.count = self._written
-            if number < self._written:
+            if number < self.number_of_records():
                 return
             if time.monotonic() > end:
                 raise DamagedFileError(f"{self.path('records')}: it has {self._written} records, and no {number}")
             time.sleep(0.01)
+
+    def _records_in_file(self) -> int:
+        return (os.path.getsize(self.path("records")) - HEADER_SIZE) // RECORD.itemsize
 
     def _map(self, kind: str, end: int) -> mmap.mmap:
         mapped = self._maps.get(kind)
@@ -347,13 +363,14 @@ class Segment:
         if size == 0:
             return b""
         mapped = self._map(kind, HEADER_SIZE + start + size)
-        self._touched += max(size, mmap.PAGESIZE)
         data = mapped[HEADER_SIZE + start : HEADER_SIZE + start + size]
+        self._touched += size + _AROUND
         if self._touched > _RESIDENT:
             self._touched = 0
-            for each in self._maps.values():
-                if hasattr(each, "madvise"):  # not on Windows
-                    each.madvise(mmap.MADV_DONTNEED)
+            if sum(map(len, self._maps.values())) > _RESIDENT:
+                for each in self._maps.values():
+                    if hasattr(each, "madvise"):  # not on Windows
+                        each.madvise(mmap.MADV_DONTNEED)
         return data
 
     def _read_names(self) -> None:
@@ -368,6 +385,15 @@ class Segment:
                     self.info, self.id = entry["info"], entry["id"]
                 else:
                     (self.tasks if "task" in entry else self.forms).append(entry["name"])
+
+
+def _spans(record: Record) -> dict[str, tuple[int, int]]:
+    """Where in each file a record's content begins, behind the header, and its bytes."""
+    return {
+        "tokens": (4 * record.start, 4 * record.length),
+        "mask": (record.start // 8, -(-record.length // 8)),
+        "blobs": (record.blob, record.blob_size),
+    }
 
 
 def _named_line(entry: dict[str, Any]) -> bytes:
@@ -404,7 +430,8 @@ def naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the disk keep a folder's names, or a file's content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

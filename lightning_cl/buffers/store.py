@@ -68,11 +68,24 @@ class Store(Protocol):
     def is_erased(self, number: int) -> bool:
         """Whether its content is gone."""
 
-    def erase(self, numbers: Iterable[int]) -> None:
-        """Overwrites the content of records, and never stores the same content again."""
+    def copies(self) -> Sequence[Store]:
+        """What lies beside the records of this store and may hold the same samples."""
+
+    def keys(self, numbers: Iterable[int]) -> dict[int, bytes]:
+        """Bytes that stand for the content of records, without what was stored beside them."""
+
+    def erase(self, keys: dict[int, bytes]) -> None:
+        """Overwrites the content of records, given by :meth:`keys`, and never stores the same content again."""
+
+    def refuse(self, keys: Iterable[bytes]) -> None:
+        """Never stores these contents from now on."""
 
     def evict(self, number: int) -> None:
         """The buffer has let a record go."""
+
+    @property
+    def removed(self) -> set[bytes]:
+        """The keys of everything that was erased."""
 
     @property
     def remembers_removed(self) -> bool:
@@ -92,6 +105,12 @@ class Store(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
         """Restores :meth:`state_dict`; gives the numbers of its records."""
+
+
+def wait_for_all_ranks() -> None:
+    """Returns when every rank has come here, if there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def digest(sample: Encoded) -> bytes:
