@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from lightning_cl.data.plannable import task_indices, why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.trained import Trained
 
+_ORDERED = 4096  # records that are laid out in random order at once
 Fill = Literal["task_end", "training"]
 Storage = Literal["disk", "memory"]
 
@@ -348,23 +350,36 @@ class MemoryCallback(ContinualCallback):
     # ------------------------------------------------------------------ reading
 
     def memory_batches(self, trainer: L.Trainer, count: int, seed: int) -> Iterator[Any]:
-        """Endless batches of stored samples on the device, each drawn anew, uniformly and without repetition.
+        """Endless batches of stored samples on the device: the buffer in random order, pass after pass.
 
         Args:
             trainer: inside ``fit``.
             count: samples of a batch, over all ranks; each rank gets its share.
-            seed: seed of the draws, the same on all ranks.
+            seed: seed of the order, the same on all ranks.
         """
         loader: Any = trainer.train_dataloader
-        step = 0
-        while len(self.buffer) > 0:
-            numbers = self.buffer.numbers
-            generator = torch.Generator().manual_seed(seed_of(seed, step))
-            order = torch.randperm(len(numbers), generator=generator)[: min(count, len(numbers))].tolist()
-            size = -(-len(order) // trainer.world_size)
-            mine = [order[(trainer.global_rank + i * trainer.world_size) % len(order)] for i in range(size)]
-            yield to_device(trainer, loader.collate_fn([self.buffer.get(numbers[place]) for place in mine]))
-            step += 1
+        order: list[int] = []
+        for step in itertools.count():
+            while len(order) < count:
+                more = self._some_order(seed_of(seed, step, len(order)))
+                if not more:
+                    return
+                count, order = min(count, len(self.buffer)), order + more
+            numbers, order = order[:count], order[count:]
+            size = -(-len(numbers) // trainer.world_size)
+            mine = [numbers[(trainer.global_rank + i * trainer.world_size) % len(numbers)] for i in range(size)]
+            samples = [self.buffer.get(number) for number in mine]
+            block = getattr(loader, "block_length", None)
+            yield to_device(trainer, loader.collate_fn(samples if block is None else [[s] for s in samples]))
+
+    def _some_order(self, seed: int) -> list[int]:
+        """The records in the buffer in random order; of many, some thousands."""
+        numbers = self.buffer.numbers
+        if len(numbers) <= _ORDERED:
+            order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
+            return [numbers[place] for place in order if not self.buffer.store.is_erased(numbers[place])]
+        drawn = (self.buffer.pick(seed_of(seed, i)) for i in range(_ORDERED))
+        return list(dict.fromkeys(number for number in drawn if number is not None))
 
     # ------------------------------------------------------------------ state
 

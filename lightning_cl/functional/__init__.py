@@ -4,6 +4,7 @@ Nothing in this folder imports Lightning: these functions can be used in any loo
 against closed forms and independent references.
 """
 
+from lightning_cl.functional.dark_experience import dark_loss, top_logits
 from lightning_cl.functional.distillation import kl_divergence
 from lightning_cl.functional.fisher import (
     expected_label_losses,
@@ -20,6 +21,7 @@ from lightning_cl.functional.penalty import (
     quadratic_penalty,
     zero_non_finite_,
 )
+from lightning_cl.functional.projection import Projection, project_
 from lightning_cl.functional.retention import (
     average_score,
     backward_transfer,
@@ -27,24 +29,31 @@ from lightning_cl.functional.retention import (
     forward_transfer,
 )
 from lightning_cl.functional.sample_gradients import SampleGradients
+from lightning_cl.functional.selection import herding, k_center
 
 __all__ = [
+    "Projection",
     "SampleGradients",
     "add_penalty_gradient_",
     "average_score",
     "backward_transfer",
+    "dark_loss",
     "expected_label_losses",
     "fisher_diagonal",
     "forgetting",
     "forward_transfer",
+    "herding",
+    "k_center",
     "kl_divergence",
     "merge_quadratics",
     "normalize_importance",
     "path_importance",
     "path_integral_step_",
+    "project_",
     "proximal_step_",
     "quadratic_penalty",
     "sampled_label_loss",
     "squared_gradients",
+    "top_logits",
     "zero_non_finite_",
 ]
