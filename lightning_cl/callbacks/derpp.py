@@ -47,10 +47,10 @@ class DERpp(Replay):
     And the two terms are taken on the same replayed samples, with one pass through the model and not three.
 
     Memory: 4 bytes per stored logit (6 for a vocabulary above 65,536): with 64 of them 256 bytes (384) per position
-    that bears loss, on disk, beside the sample's own. A budget in ``bytes`` or ``tokens`` counts the samples without
-    their logits. Compute per step: the head once more for the replayed positions; no pass through the model (with
-    `outputs`, one). At a task's end, one forward pass over the samples that are kept; with ``fill="training"`` at every
-    batch, over those of its samples that are kept.
+    that bears loss, on disk, beside the sample's own. A budget counts samples or their tokens, and not the logits; in
+    ``bytes`` there is none. Compute per step: the head once more for the replayed positions; no pass through the model
+    (with `outputs`, one). At a task's end, one forward pass over the samples that are kept; with ``fill="training"`` at
+    every batch, over those of its samples that are kept.
 
     Args:
         buffer_size: the budget, over all tasks, in `unit`.
@@ -62,7 +62,7 @@ class DERpp(Replay):
         top_k: how many logits of a position are stored.
         outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
             ``.logits``.
-        unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
+        unit: what the budget counts: ``samples`` or ``tokens``.
         draw: which samples are replayed how often, as that of ``Replay``.
         fill: ``task_end`` or ``training``: when samples are offered, and their logits taken.
         storage: ``disk`` or ``memory``.
@@ -99,6 +99,11 @@ class DERpp(Replay):
         self.alpha = check_strength(alpha, "alpha")
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"top_k={top_k!r}: expected a positive number of logits of a position, as 64")
+        if unit == "bytes":
+            raise ValueError(
+                "unit='bytes': the logits beside a sample take many times its own bytes, and a budget does not count"
+                f" them; give unit='tokens', each with about {6 * top_k} bytes of logits, or 'samples'"
+            )
         self.top_k, self.outputs = top_k, outputs
         self._dark = DarkLogits(type(self).__name__, top_k, outputs)
         self._totals: dict[str, Tensor] = {}  # of each task: the sum of distances, and over how many positions
@@ -212,7 +217,7 @@ class DER(DERpp):
         top_k: how many logits of a position are stored.
         outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
             ``.logits``.
-        unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
+        unit: what the budget counts: ``samples`` or ``tokens``.
         draw: which samples are replayed how often, as that of ``Replay``.
         fill: ``task_end`` or ``training``: when samples are offered, and their logits taken.
         storage: ``disk`` or ``memory``.

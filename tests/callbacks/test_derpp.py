@@ -31,9 +31,8 @@ from torch.nn import functional as F
 from toys import TINY_LLAMA, Classifier, classification, trainer
 from transformers import PreTrainedTokenizerFast
 
-from lightning_cl import EWC, CausalLM, Replay, TaskDataModule, TrainedBPE, fit_tasks
+from lightning_cl import DER, EWC, CausalLM, DERpp, Replay, TaskDataModule, TrainedBPE, fit_tasks
 from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.derpp import DER, DERpp
 
 TASKS = {name: classification(seed, 40) for seed, name in enumerate("abc", 1)}
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -649,7 +648,15 @@ def test_no_hook_is_left_behind(tmp_path):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"alpha": -1.0}, {"alpha": float("nan")}, {"top_k": 0}, {"top_k": 2.5}, {"ratio": 1.0}, {"buffer_size": 0}],
+    [
+        {"alpha": -1.0},
+        {"alpha": float("nan")},
+        {"top_k": 0},
+        {"top_k": 2.5},
+        {"ratio": 1.0},
+        {"buffer_size": 0},
+        {"unit": "bytes"},
+    ],
     ids=str,
 )
 def test_arguments_out_of_range_are_named(setting):
