@@ -33,7 +33,9 @@ def data(tmp_path, monkeypatch):
     pairs = [{"prompt": sentence(i), "completion": " " + sentence(i + 50, 25)} for i in range(40)]
     write_jsonl(folder / "questions.jsonl", pairs)
     write_jsonl(folder / "mails.jsonl", pairs)
-    dolly = [{"instruction": sentence(i), "context": "", "response": sentence(i + 9), "category": "x"} for i in range(30)]
+    dolly = [
+        {"instruction": sentence(i), "context": "", "response": sentence(i + 9), "category": "x"} for i in range(30)
+    ]
     write_jsonl(folder / "databricks-dolly-15k.jsonl", dolly)
     write_jsonl(folder / "held-out.jsonl", dolly[:6])
     write_jsonl(folder / "known.jsonl", [{"text": sentence(i, 40)} for i in range(12)])

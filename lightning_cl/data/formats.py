@@ -61,7 +61,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction with an optional input (alpaca; Dolly calls it context): a chat where there is a template for it, else a completion."""
+    """An instruction with an optional input (alpaca; Dolly calls it context).
+
+    A chat where there is a template for it, else a completion.
+    """
 
     instruction: str
     input: str
