@@ -46,19 +46,22 @@ class StreamMix:
         self.epoch, self._taken = epoch, 0
         self._owed = [0.0] * len(self.mixes)
         self._drawn = [0] * len(self.mixes)
+        # Where tasks have shares: what each of them is behind its own.
+        self._behind: list[dict[str, float]] = [{} for _ in self.mixes]
 
     def place(self) -> dict[str, Any]:
         """Where it stands."""
-        return {"taken": self._taken, "owed": list(self._owed), "drawn": list(self._drawn)}
+        behind = [dict(tasks) for tasks in self._behind]
+        return {"taken": self._taken, "owed": list(self._owed), "drawn": list(self._drawn), "behind": behind}
 
     def go_to(self, epoch: int, place: dict[str, Any]) -> None:
         """Goes on from a :meth:`place`."""
         self.begin(epoch)
         self._taken = place["taken"]
         # A mix that was added since begins with nothing.
-        for number, (owed, drawn) in enumerate(zip(place["owed"], place["drawn"], strict=True)):
+        for number, parts in enumerate(zip(place["owed"], place["drawn"], place["behind"], strict=True)):
             if number < len(self.mixes):
-                self._owed[number], self._drawn[number] = owed, drawn
+                self._owed[number], self._drawn[number], self._behind[number] = parts[0], parts[1], dict(parts[2])
 
     def items(self, batches_done: Callable[[], int]) -> Iterator[Item]:
         """The samples from here on.
@@ -98,7 +101,11 @@ class StreamMix:
         for place, mix in enumerate(self.mixes):
             if self._owed[place] <= 0 or len(mix.buffer) == 0:
                 continue
-            number = draw_from(mix, seed_of(mix.seed, self.epoch, self._drawn[place]))
+            shares = shares_of_tasks(mix)
+            behind = self._behind[place]
+            # The larger share first among equals, which all are at the beginning.
+            task = max(shares, key=lambda name: (behind.get(name, 0.0), shares[name]), default=None)
+            number = mix.buffer.pick(seed_of(mix.seed, self.epoch, self._drawn[place]), task)
             if number is None:
                 continue
             info = mix.buffer.info(number)
@@ -106,6 +113,9 @@ class StreamMix:
             if self._owed[place] >= weight / 2:
                 self._drawn[place] += 1
                 self._owed[place] -= weight
+                counted = 1 if mix.draw == "proportional" else weight
+                for name, share in shares.items():
+                    behind[name] = behind.get(name, 0.0) + counted * (share - (name == task))
                 return Item(mix.buffer.get(number), Part(True, info.length or None, mix.buffer, number))
         return None
 
@@ -130,36 +140,24 @@ class StreamMix:
         return Item(sample, Part(True, _length(sample), buffer, number))
 
 
-def draw_from(mix: Mix, value: int) -> int | None:
-    """The record that a random number stands for; None if there is none."""
-    buffer = mix.buffer
-    if mix.draw == "uniform":
-        return buffer.pick(value)
-    task = _task_of(mix, seed_of(value, 1) / 2**63)
-    return buffer.pick(value, task)
-
-
-def _task_of(mix: Mix, share: float) -> str:
-    """A task by a random number in [0, 1), at the tasks' shares."""
+def shares_of_tasks(mix: Mix) -> dict[str, float]:
+    """What each task has of the replayed weight (``proportional``: samples); empty where samples are drawn alike."""
     buffer = mix.buffer
     counts = buffer.counts()
     names = [name for name in buffer.task_names if name in counts]
+    if mix.draw == "uniform" or mix.draw == "interfered" or len(names) < 2:
+        return {}
     if mix.draw == "task":
         sizes = [1.0] * len(names)
     elif mix.draw == "recency":
         sizes = [2.0**age for age in range(len(names))]
     else:
         sizes = [float(buffer.seen_of[name]) for name in names]
-    left = share * sum(sizes)
-    for name, size in zip(names, sizes, strict=True):
-        left -= size
-        if left < 0:
-            return name
-    return names[-1]
+    return {name: size / sum(sizes) for name, size in zip(names, sizes, strict=True)}
 
 
 def _length(sample: Any) -> int | None:
     return len(sample["input_ids"]) if loss_tokens(sample) is not None else None
 
 
-__all__ = ["Item", "ReplayBuffer", "StreamMix", "draw_from"]
+__all__ = ["Item", "ReplayBuffer", "StreamMix"]
