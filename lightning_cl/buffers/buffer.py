@@ -24,7 +24,7 @@ from lightning_cl.buffers.layout import ALIGNMENT, RECORD, DamagedFileError
 from lightning_cl.buffers.memory import MemoryStore
 from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
 from lightning_cl.buffers.segment import RemovedError
-from lightning_cl.buffers.store import Info, Store, wait_for_all_ranks
+from lightning_cl.buffers.store import Info, Store, as_numbers, wait_for_all_ranks
 from lightning_cl.buffers.tokens import token_count
 from lightning_cl.files import replace_file
 from lightning_cl.random_state import seed_of
@@ -110,6 +110,7 @@ class ReplayBuffer:
         self._limits: list[float] = []  # of each group: no key from here on is taken in
         self._total = self._count = 0
         self._per_task: Counter[str] = Counter()
+        self._held: array[int] | None = None
 
     # ------------------------------------------------------------------ looking
 
@@ -125,6 +126,14 @@ class ReplayBuffer:
         if self._count == len(self._numbers):
             return self._numbers
         return array("q", (number for number in self._numbers if number >= 0))
+
+    @property
+    def held(self) -> Sequence[int]:
+        """The records that a task's batches are planned from: those of :meth:`hold`, or without it all that are stored.
+
+        Among them may be some that were removed since.
+        """
+        return self.numbers if self._held is None else self._held
 
     @property
     def items(self) -> list[Any]:
@@ -177,10 +186,12 @@ class ReplayBuffer:
         return self.store.info(number)
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
-        """Of records in the buffer: ``length``, ``loss_tokens`` and ``task`` (a number, see :meth:`task_name`)."""
-        tasks = array("i", (self._tasks[slot] for slot in self._slots()))
-        if len(numbers) != len(tasks):
-            raise ValueError(f"numbers: {len(numbers)} of {len(tasks)} records; expected `buffer.numbers`")
+        """Of records: ``length``, ``loss_tokens`` and ``task`` (a number, see :meth:`task_name`)."""
+        if array("q", numbers) == array("q", self.numbers):
+            tasks = array("i", (self._tasks[slot] for slot in self._slots()))
+        else:
+            places = {name: place for place, name in enumerate(self._task_names)}
+            tasks = array("i", (places[self.store.info(number).task] for number in numbers))
         return {**self.store.columns(numbers), "task": tasks}
 
     def task_name(self, task: int) -> str:
@@ -419,20 +430,35 @@ class ReplayBuffer:
 
     # ------------------------------------------------------------------ keeping
 
+    def hold(self) -> None:
+        """Plans are made from what is stored now, until the next call: whatever comes in, and after a resume too.
+
+        For a buffer that takes in samples while its others are replayed by a plan.
+        """
+        self._held = array("q", self.numbers)
+        self.store.hold(self._held)
+
     def move_to(self, store: Store) -> None:
         """Keeps samples in another store from now on; what is there goes along."""
         old, self.store = self.store, store
         store.refuse(old.removed)
         slots = list(self._slots())
-        if not store.writes:
+        before = [self._numbers[slot] for slot in slots]
+        if store.writes:
+            for slot, number in zip(slots, before, strict=True):
+                info, extra = old.info(number), old.extra(number)
+                self._numbers[slot] = store.append(old.get(number), info.task, info.position, info.label, extra)
+            store.commit()
+        else:
             for slot, expected in zip(slots, store.expect(len(slots)), strict=True):
                 self._numbers[slot] = expected
-            return
-        for slot in slots:
-            number = self._numbers[slot]
-            info = old.info(number)
-            self._numbers[slot] = store.append(old.get(number), info.task, info.position, info.label, old.extra(number))
-        store.commit()
+        self._renumber_held(before, [self._numbers[slot] for slot in slots])
+
+    def _renumber_held(self, before: Sequence[int], after: Sequence[int]) -> None:
+        if self._held is not None:
+            new = dict(zip(before, after, strict=True))
+            self._held = array("q", (new[number] for number in self._held if number in new))
+            self.store.hold(self._held)
 
     def adopt(self) -> None:
         """Goes on with what an earlier run has left in the folder, if anything.
@@ -463,10 +489,12 @@ class ReplayBuffer:
     def compact(self) -> None:
         """Gives room on the disk back, if much is taken by samples that were let go; between tasks."""
         slots = list(self._slots())
-        numbers = self.store.compact([self._numbers[slot] for slot in slots])
+        before = [self._numbers[slot] for slot in slots]
+        numbers = self.store.compact(before)
         if numbers is not None:
             for slot, number in zip(slots, numbers, strict=True):
                 self._numbers[slot] = number
+            self._renumber_held(before, numbers)
             self.write_index()
 
     def write_index(self) -> None:
@@ -482,6 +510,11 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain containers; of a buffer on disk, which records are in it."""
         slots = list(self._slots())
+        numbers = [self._numbers[slot] for slot in slots]
+        stored = set(numbers)
+        held = [number for number in self._held or () if number in stored or not self.store.is_erased(number)]
+        numbers += [number for number in held if number not in stored]
+        places = {number: place for place, number in enumerate(numbers)}
 
         def column(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor([values[slot] for slot in slots], dtype=dtype)
@@ -499,7 +532,8 @@ class ReplayBuffer:
             "task_names": list(self._task_names),
             "names": list(self._names),
             "limits": list(self._limits),
-            "store": self.store.state_dict([self._numbers[slot] for slot in slots]),
+            "held": None if self._held is None else as_numbers([places[number] for number in held]),
+            "store": self.store.state_dict(numbers),
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
@@ -525,7 +559,11 @@ class ReplayBuffer:
         self._rng.setstate(state["rng"])
         self.seen_of = Counter(state["seen_of"])
         self._names, self._limits = list(state["names"]), list(state["limits"])
-        self._numbers, self._keys = array("q", numbers.tolist()), array("d", state["keys"].tolist())
+        count = len(state["keys"])  # behind them are some that are only held
+        self._numbers, self._keys = array("q", numbers[:count].tolist()), array("d", state["keys"].tolist())
+        if state["held"] is not None:
+            self._held = array("q", numbers[state["held"]].tolist())
+            self.store.hold(self._held)
         self._costs, self._groups = array("q", state["costs"].tolist()), array("i", state["groups"].tolist())
         self._tasks, self._task_names = array("i", state["tasks"].tolist()), list(state["task_names"])
         members: list[list[int]] = [[] for _ in self._names]

@@ -171,6 +171,9 @@ class DiskStore:
     def evict(self, number: int) -> None:
         """Nothing: older checkpoints may want it."""
 
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Nothing: everything is kept until :meth:`compact`."""
+
     @property
     def removed(self) -> set[bytes]:
         """The keys of everything that was erased."""

@@ -30,6 +30,8 @@ class MemoryStore:
         self._samples: dict[int, Encoded] = {}
         self._info: dict[int, Info] = {}
         self._removed: set[bytes] = set()
+        self._held: set[int] = set()
+        self._evicted: set[int] = set()  # of those that are held
         self._next = 0
 
     def append(
@@ -92,14 +94,27 @@ class MemoryStore:
         """Forgets records, and never stores the same content again."""
         self.refuse(keys.values())
         for number in keys:
-            self.evict(number)
+            self._forget(number)
 
     def refuse(self, keys: Iterable[bytes]) -> None:
         """Never stores these contents from now on."""
         self._removed.update(keys)
 
     def evict(self, number: int) -> None:
-        """Forgets a record."""
+        """Forgets a record, or does so when it is not held any more."""
+        if number in self._held:
+            self._evicted.add(number)
+        else:
+            self._forget(number)
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Keeps these records readable until the next call, also if they are evicted."""
+        self._held = set(numbers)
+        for number in self._evicted - self._held:
+            self._forget(number)
+        self._evicted &= self._held
+
+    def _forget(self, number: int) -> None:
         self._samples.pop(number, None)
         self._info.pop(number, None)
 
@@ -144,6 +159,8 @@ class MemoryStore:
             "position": as_numbers([info.position for info in infos]),
             "label": as_numbers([info.label for info in infos]),
             "removed": sorted(self._removed),
+            "numbers": as_numbers(numbers),
+            "next": self._next,
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
@@ -159,14 +176,15 @@ class MemoryStore:
         self.__init__()  # type: ignore[misc]
         content = {name: memoryview(state[name].numpy()) for name in _PARTS}
         ends = np.cumsum(np.concatenate([np.zeros((1, 3), np.int64), state["sizes"].numpy()]), axis=0).tolist()
-        columns = [state[name].tolist() for name in ("form", "length", "loss_tokens", "position", "label")]
-        for place, (form, length, loss, position, label) in enumerate(zip(*columns, strict=True)):
+        columns = [state[name].tolist() for name in ("form", "length", "loss_tokens", "position", "label", "numbers")]
+        for place, (form, length, loss, position, label, number) in enumerate(zip(*columns, strict=True)):
+            self._next = number  # as it was: others may have remembered it
             begin, end = ends[place], ends[place + 1]
             ids, mask, blob = (bytes(content[name][begin[i] : end[i]]) for i, name in enumerate(_PARTS))
             encoded = Encoded(ids, mask, blob, state["forms"][form], length, loss)
             self._keep(encoded, state["tasks"][place], position, label)
-        self._removed = set(state["removed"])
-        return torch.arange(self._next)
+        self._removed, self._next = set(state["removed"]), state["next"]
+        return state["numbers"]
 
     def _of(self, number: int) -> Encoded:
         if number not in self._samples:

@@ -83,6 +83,9 @@ class Store(Protocol):
     def evict(self, number: int) -> None:
         """The buffer has let a record go."""
 
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Keeps these records readable until the next call, also if they are evicted."""
+
     @property
     def removed(self) -> set[bytes]:
         """The keys of everything that was erased."""

@@ -84,6 +84,7 @@ class MemoryCallback(ContinualCallback):
         if folder is not None and storage == "memory":
             raise ValueError(f"folder={folder!r}: storage='memory' keeps no files; give storage='disk'")
         self._own = ReplayBuffer(buffer_size, policy, seed, unit=unit)
+        self._hold()
         if self.fill == "training" and self._own.policy.looks != "nothing":
             raise ValueError(
                 f"fill='training': policy={policy!r} chooses among all samples of a task at its end; give"
@@ -151,6 +152,7 @@ class MemoryCallback(ContinualCallback):
             resumed = coordinator.is_resumed or trainer.ckpt_path is not None
             if self.folder is not None and not self._adopted and len(self._own) == 0 and not resumed:
                 self._own.adopt()
+                self._hold()
             self._adopted = True
 
     def locate(self, trainer: L.Trainer) -> None:
@@ -172,6 +174,11 @@ class MemoryCallback(ContinualCallback):
             target.expect_tokenizer(fingerprint)
         if target is not store:
             self._own.move_to(target)
+
+    def _hold(self) -> None:
+        """What is stored while a task is trained is replayed from the next one on, in map-style data."""
+        if self.fill == "training":
+            self._own.hold()
 
     # ------------------------------------------------------------------ checks
 
@@ -262,6 +269,7 @@ class MemoryCallback(ContinualCallback):
         if self.takes_in and self.fill == "task_end":
             self._fill_from(trainer, pl_module)
         self._own.commit()
+        self._hold()
         trainer.strategy.barrier("buffer")
         self._own.compact()
         self._own.write_index()
@@ -280,9 +288,7 @@ class MemoryCallback(ContinualCallback):
         if policy.looks == "loss":
             weights = losses_of(trainer, pl_module, loader, indices, f"{name}: surprise of {self.task}")
         elif policy.looks == "states":
-            most = self._own.capacity if self._own.unit == "samples" else len(indices)
-            # Of a task that comes later only a share is kept: a ranking need not be longer.
-            most = -(-most // (len(self._own.counts()) + 1))
+            most = self._room_of_one_more_task() if self._own.unit == "samples" else len(indices)
             label = f"{name}: hidden states of {self.task}"
             method = self._own.policy_name
             ranks = ranking_of(trainer, pl_module, loader, indices, method, most, self.seed + self.tasks_done, label)
@@ -298,6 +304,16 @@ class MemoryCallback(ContinualCallback):
                 chosen[slot] = index  # a later sample may take the slot again: only the last one is loaded
         chosen = {slot: index for slot, index in chosen.items() if self._own.is_waiting(slot)}
         self._keep(trainer, pl_module, chosen, dataset.__getitem__, lambda index: index, show=True)
+
+    def _room_of_one_more_task(self) -> int:
+        """The most samples that a task can have where tasks share equally: a ranking need not be longer."""
+        left, counts = self._own.capacity, sorted(self._own.counts().values())
+        for place, count in enumerate(counts):
+            share = -(-left // (len(counts) - place + 1))
+            if count >= share:
+                return share
+            left -= count
+        return left
 
     def _cost(self, dataset: Any, index: int) -> int:
         """What a sample takes of the budget; not loaded, where its length tells."""

@@ -141,7 +141,7 @@ class TaskLoader:
         Raises:
             ValueError: if there is no room for it beside what is mixed in already.
         """
-        if len(mix.buffer) > 0 and mix.curve.largest > 0:
+        if len(mix.buffer.held) > 0 and mix.curve.largest > 0:
             self._samples = Samples(self.dataset, [*self._samples.mixes, mix], epochs)
             self._blocks = self._block_plan()
 

@@ -109,14 +109,13 @@ class Samples:
         epochs: how many the task has; for shares that change over it.
 
     Attributes:
-        parts: for each mix its buffer, and the numbers of the records that are in it now: it takes in this task's
-            samples at its end.
+        parts: for each mix its buffer, and the numbers of the records that were in it when the task began.
         weights: loss-bearing tokens of all samples; None where shares are of samples, not of tokens.
     """
 
     def __init__(self, new: Any, mixes: Sequence[Mix] = (), epochs: float = 1.0) -> None:
         self.new, self.mixes, self.epochs = new, list(mixes), epochs
-        self.parts = [(mix.buffer, array("q", mix.buffer.numbers)) for mix in self.mixes]
+        self.parts = [(mix.buffer, array("q", mix.buffer.held)) for mix in self.mixes]
         self._ends = [len(new)]
         for _, numbers in self.parts:
             self._ends.append(self._ends[-1] + len(numbers))
