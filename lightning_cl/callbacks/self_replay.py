@@ -30,7 +30,7 @@ from lightning_cl.data.ratio import check_ratio, curve_of
 from lightning_cl.data.rehearsal import Prompt, Written, as_sample, choose
 from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, ends_of_answers, read_prompts, start_of_text
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.data.tokenizer import end_tokens, pad_token_id
+from lightning_cl.data.tokenizer import end_tokens, pad_token_id, start_tokens
 from lightning_cl.generation import generator_of, prompt_tokens
 
 
@@ -38,15 +38,20 @@ class SelfReplay(MemoryCallback):
     """Rehearsal of samples that the model writes itself (LAMOL, Sun et al. 2020; SSR, Huang et al. 2024).
 
     Before each task, also the first, the model as it is then writes texts. In the task they have the share `ratio` of
-    the loss-bearing tokens, as the stored samples of :class:`~lightning_cl.Replay` have. Nothing of earlier tasks is
-    needed, nor of what a base model was trained on, which nobody has. What the model goes on from:
+    the loss-bearing tokens, as the stored samples of :class:`~lightning_cl.Replay` have. No samples of earlier tasks
+    are needed, nor of what a base model was trained on, which nobody has. What the model goes on from:
 
     * `prompts`: instructions, which it answers in the tokenizer's chat template, or texts, where there is none;
     * without, and with a chat template, the template up to the user's words: the model writes the instruction too, and
       then answers it (Magpie, Xu et al. 2024);
-    * without, and without a template, the start token: the model writes free text (LAMOL);
-    * with `examples`, also the beginnings of so many samples of each earlier task: what stands before the last answer,
-      or the first tokens of a text, at most 32. Equal shares are for each task and for what is above.
+    * without, and without a template, the start token: the model writes free text (LAMOL). Some tokenizers have none of
+      their own. Then it is the end token, behind which pretrained models have seen texts begin, and, since the tasks'
+      own texts begin with their first words, the first tokens of samples of each earlier task: one token of each,
+      `samples` of them, is stored;
+    * with `examples`, also the beginnings of so many samples of each earlier task, which are stored: what stands before
+      the last answer, or the first tokens of a text, at most 32.
+
+    Each earlier task whose beginnings are kept has an equal share, and so has all else that it goes on from.
 
     Loss is on what the model wrote, its end token included; on an instruction of its own there is none. Texts that are
     too short, noise, repetitive, duplicates, or outliers in their perplexity are left out, and counted in the report
@@ -67,7 +72,7 @@ class SelfReplay(MemoryCallback):
             :class:`~lightning_cl.Replay` takes.
         prompts: a list of texts, a ``.txt`` file with one on each line, or a ``.jsonl`` file of records with ``prompt``
             or ``instruction``. None: the model writes them, or free text.
-        examples: how many beginnings of samples of each task are kept for later tasks.
+        examples: how many samples of each task leave their beginnings for later tasks.
         max_new_tokens: the longest text.
         min_new_tokens: shorter ones are left out.
         temperature: what logits are divided by; 1 is the model's own distribution.
@@ -176,10 +181,18 @@ class SelfReplay(MemoryCallback):
         # Nothing of the task is stored, but for the beginnings.
         assert self.task is not None
         loader: Any = trainer.train_dataloader
-        if self.examples:
-            indices = task_indices(loader)
-            chosen = self._random().sample(indices, min(self.examples, len(indices)))
-            self.beginnings[self.task.name] = [beginning_of(loader.dataset[index]) for index in chosen]
+        count = self.examples or (self.samples if self._needs_first_tokens(trainer) else 0)
+        if count == 0 or isinstance(loader, StreamLoader):
+            return
+        indices = task_indices(loader)
+        chosen = self._random().sample(indices, min(count, len(indices)))
+        kept = [beginning_of(loader.dataset[index]) for index in chosen]
+        self.beginnings[self.task.name] = kept if self.examples else [ids[:1] for ids in kept]
+
+    def _needs_first_tokens(self, trainer: L.Trainer) -> bool:
+        """Whether the model writes free text, and there is no token that the texts of earlier tasks begin with."""
+        _, tokenizer, _ = _parts_of(trainer)
+        return self.prompts is None and not has_template(tokenizer) and not start_tokens(tokenizer)
 
     def _random(self) -> random.Random:
         """For choices that are to be others in each task, and the same on all ranks."""
@@ -238,7 +251,9 @@ class SelfReplay(MemoryCallback):
         else:
             prompts = [start_of_text(tokenizer)] * share
         for (task, beginnings), share in zip(self.beginnings.items(), shares, strict=True):
-            prompts += self._cycled([Prompt(tuple(ids), f"self:{task}") for ids in beginnings], share)
+            # A first token that is alone is predicted by nothing: the text is a free one.
+            begun = [Prompt(tuple(ids), f"self:{task}", learnt=len(ids) == 1) for ids in beginnings]
+            prompts += self._cycled(begun, share)
         return prompts
 
     def _cycled(self, prompts: list[Prompt], count: int) -> list[Prompt]:
@@ -308,7 +323,7 @@ class SelfReplay(MemoryCallback):
             "ratio": self.ratio,
             "mode": self.mode,
             "samples": self.samples,
-            "examples": {task: len(kept) for task, kept in self.beginnings.items()},
+            "beginnings": {task: len(kept) for task, kept in self.beginnings.items()},
             "stored": self.buffer.counts(),
             "tasks": self.written,
             "sentences": [self._sentence(name) for name in self.written],

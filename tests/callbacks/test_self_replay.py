@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.self_replay import SelfReplay
 from lightning_cl.data import TrainedBPE
 from lightning_cl.data.mixing import seed_of
-from lightning_cl.data.rehearsal import as_sample, choose
+from lightning_cl.data.rehearsal import Prompt, as_sample, choose
 from lightning_cl.data.rehearsal_prompts import start_of_text
 from lightning_cl.generation import prompt_tokens, sample_tokens
 
@@ -102,24 +103,53 @@ def same(one, other):
 # ---------------------------------------------------------------------- by whom, and what
 
 
-def free_texts(model, tokenizer, task, count=20):
-    """What the model of a task's start writes from the start of a text, one by one."""
+def free_texts(model, tokenizer, task, beginnings=(), count=20):
+    """What the model of a task's start writes from the start of a text and from beginnings, one by one."""
     start, end = start_of_text(tokenizer), tokenizer.eos_token_id
+    prompts = [start] * (count // 2 if beginnings else count)
+    order = random.Random(seed_of(0, task)).sample(beginnings, len(beginnings)) if beginnings else []
+    for place in range(count - len(prompts)):
+        prompts.append(Prompt(tuple(order[place % len(order)]), "self:a", learnt=True))
     seeds = [seed_of(0, task, 1, row) for row in range(count)]
-    written = [sample_tokens(model, [start.ids], 10, end, [s], 1.0, 0.95, [end])[0] for s in seeds]
-    chosen, rejected = choose([start] * count, written, 4, VOCABULARY)
-    return [(as_sample(start, written[place]), "self") for place in chosen], rejected
+    written = [
+        sample_tokens(model, [prompt.ids], 10, end, [seed], 1.0, 0.95, [end])[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    chosen, rejected = choose(prompts, written, 4, VOCABULARY)
+    return [(as_sample(prompts[place], written[place]), prompts[place].task) for place in chosen], rejected
 
 
-def test_before_each_task_the_model_of_that_time_writes(tmp_path, tokenizer):
+@pytest.mark.parametrize("start_token", [False, True])
+def test_before_each_task_the_model_of_that_time_writes(tmp_path, tokenizer, start_token):
     method = self_replay()
+    if start_token:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(7)
     _, watch = run(tmp_path, method, tokenizer)
     for task in (0, 1):
-        expected, rejected = free_texts(watch.models[task], tokenizer, task)
+        # Without a start token, half of the second task's go on from first tokens of the first one.
+        kept = method.beginnings["a"] if task and not start_token else []
+        expected, rejected = free_texts(watch.models[task], tokenizer, task, kept)
         assert len(expected) >= 10
         assert same(watch.samples[task], expected)
         assert method.written["ab"[task]]["rejected"] == rejected
     assert not same(watch.samples[0], watch.samples[1])
+    assert bool(method.beginnings) != start_token
+
+
+def test_first_tokens_are_those_of_samples(tmp_path, tokenizer):
+    method = self_replay(samples=9)
+    tasks = {"a": [*texts("x", 30), *texts("y", 30)], "b": texts("z")}
+    _, watch = run(tmp_path, method, tokenizer, tasks)
+    x, y, z = (tokenizer(name)["input_ids"][:1] for name in "xyz")
+    assert sorted(map(tuple, method.beginnings["a"])) not in ([tuple(x)] * 9, [tuple(y)] * 9)
+    assert all(ids in (x, y) for ids in method.beginnings["a"])
+    assert len(method.beginnings["a"]) == 9
+    assert all(ids == z for ids in method.beginnings["b"])
+    begun = [sample for sample, task in watch.samples[1] if task == "self:a"]
+    assert len(begun) >= 2
+    assert all(sample["input_ids"][:1].tolist() in (x, y) for sample in begun)
+    assert all(sample["loss_mask"].all() for sample in begun)
 
 
 def test_loss_is_on_all_of_a_free_text(tmp_path, tokenizer):
@@ -369,7 +399,12 @@ def test_each_plain_fit_rehearses_what_its_own_model_writes(tmp_path, tokenizer)
         data = TaskDataModule({name: texts(name)}, tokenizer, max_length=48, batch_size=4)
         trainer(tmp_path, [method, watch], max_epochs=1).fit(module, datamodule=data)
     for task in (0, 1):
-        assert same(watch.samples[task], free_texts(watch.models[task], tokenizer, task)[0])
+        kept = method.beginnings["task-0"] if task else []
+        expected = [
+            (sample, stored.replace(":a", ":task-0"))
+            for sample, stored in free_texts(watch.models[task], tokenizer, task, kept)[0]
+        ]
+        assert same(watch.samples[task], expected)
     assert list(method.written) == ["task-0", "task-1"]
 
 
@@ -601,7 +636,8 @@ def test_the_report_counts_what_was_written(tmp_path, tokenizer):
         assert counts["kept"] <= counts["tokens"] <= 20 * 10
         assert counts["seconds"] > 0
     assert len(report["sentences"]) == 2
-    assert report["stored"] == {"self": report["tasks"]["b"]["kept"]}
+    assert set(report["stored"]) == {"self", "self:a"}
+    assert sum(report["stored"].values()) == report["tasks"]["b"]["kept"]
     assert method.state_bytes() > 0
     json.dumps(report)
 
