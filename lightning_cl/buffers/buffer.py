@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,15 +151,21 @@ class ReplayBuffer:
         """The tasks of all samples that ever were in the buffer, in order."""
         return list(self._task_names)
 
-    def pick(self, value: int, task: str | None = None) -> int | None:
+    @property
+    def slots(self) -> int:
+        """Places for records, filled or not."""
+        return len(self._numbers)
+
+    def pick(self, value: int, task: str | None = None, slots: int | None = None) -> int | None:
         """The record that a large random number stands for, in O(1); of a task, as many tries as it is rare.
 
         Args:
             value: equally likely numbers give equally likely records.
             task: only of this task.
+            slots: only of the first so many (:attr:`slots`); all, by default.
         """
         wanted = None if task is None else self._task_names.index(task)
-        slots = len(self._numbers)
+        slots = min(slots or len(self._numbers), len(self._numbers))
         for place in chain((seed_of(value, i) % slots for i in range(256)), range(slots)):
             if self._numbers[place] >= 0 and wanted in (None, self._tasks[place]):
                 return self._numbers[place]
@@ -486,11 +493,15 @@ class ReplayBuffer:
         """Makes what was stored outlive a crash."""
         self.store.commit()
 
-    def compact(self) -> None:
-        """Gives room on the disk back, if much is taken by samples that were let go; between tasks."""
+    def compact(self, least: int = 1 << 20) -> None:
+        """Gives room on the disk back, if much is taken by samples that were let go; between tasks.
+
+        Args:
+            least: bytes that are worth it: checkpoints from before cannot be gone on with some time later.
+        """
         slots = list(self._slots())
         before = [self._numbers[slot] for slot in slots]
-        numbers = self.store.compact(before)
+        numbers = self.store.compact(before, least)
         if numbers is not None:
             for slot, number in zip(slots, numbers, strict=True):
                 self._numbers[slot] = number
@@ -525,6 +536,9 @@ class ReplayBuffer:
             "policy_name": self.policy_name,
             "rng": self._rng.getstate(),
             "seen_of": dict(self.seen_of),
+            # Where they are, too: what is drawn from a stream's buffer depends on it.
+            "slots": as_numbers(slots),
+            "free": as_numbers(self._free),
             "keys": column(self._keys, torch.float64),
             "costs": column(self._costs, torch.int64),
             "groups": column(self._groups, torch.int32),
@@ -559,20 +573,28 @@ class ReplayBuffer:
         self._rng.setstate(state["rng"])
         self.seen_of = Counter(state["seen_of"])
         self._names, self._limits = list(state["names"]), list(state["limits"])
-        count = len(state["keys"])  # behind them are some that are only held
-        self._numbers, self._keys = array("q", numbers[:count].tolist()), array("d", state["keys"].tolist())
+        slots, self._free = state["slots"].tolist(), state["free"].tolist()
+        size, count = len(slots) + len(self._free), len(slots)  # behind the count are some that are only held
+
+        def column(kind: str, values: Tensor, empty: int = 0) -> array[Any]:
+            whole = np.full(size, empty, dtype=kind)
+            whole[slots] = values.numpy()
+            return array(kind, whole.tobytes())
+
+        self._numbers = column("q", numbers[:count], _EMPTY)
         if state["held"] is not None:
             self._held = array("q", numbers[state["held"]].tolist())
             self.store.hold(self._held)
-        self._costs, self._groups = array("q", state["costs"].tolist()), array("i", state["groups"].tolist())
-        self._tasks, self._task_names = array("i", state["tasks"].tolist()), list(state["task_names"])
+        self._keys, self._costs = column("d", state["keys"]), column("q", state["costs"])
+        self._groups, self._tasks = column("i", state["groups"]), column("i", state["tasks"])
+        self._task_names = list(state["task_names"])
         members: list[list[int]] = [[] for _ in self._names]
         self._used = [0] * len(self._names)
-        for slot, (group, cost) in enumerate(zip(self._groups, self._costs, strict=True)):
-            members[group].append(slot)
-            self._used[group] += cost
+        for slot in slots:
+            members[self._groups[slot]].append(slot)
+            self._used[self._groups[slot]] += self._costs[slot]
         self._heaps = [LargestFirst(self._keys, slots) for slots in members]
-        self._total, self._count = sum(self._costs), len(self._numbers)
+        self._total, self._count = sum(self._used), count
         self._per_task = Counter(self.tasks)
         # What was removed after the checkpoint was written.
         self._drop([slot for slot in self._slots() if self.store.is_erased(self._numbers[slot])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from array import array
 from collections import defaultdict
@@ -188,10 +189,11 @@ class DiskStore:
         """Whether a sample of this content was erased."""
         return bool(self._removed) and digest(encode(sample)) in self._removed
 
-    def compact(self, numbers: Sequence[int]) -> Sequence[int] | None:
-        """Copies the records into a new segment, if more than half of the room is not theirs.
+    def compact(self, numbers: Sequence[int], least: int = _LEAST_TO_COMPACT) -> Sequence[int] | None:
+        """Copies the records into a new segment, if more than half of the room, and `least` bytes, are not theirs.
 
-        Only with files of this store's own folder: what another run has written stays as it is.
+        What it replaces is deleted at the boundary after that: checkpoints that were written before cannot be gone on
+        with then. Only files of this store's own folder: what another run has written stays as it is.
         """
         if self.writes:
             for folder in self._outdated:  # the checkpoint that did not need them any more is written
@@ -201,7 +203,7 @@ class DiskStore:
         self._outdated = []
         wanted = sum(self.info(number).size for number in numbers)
         total = sum(segment.size() for segment in self._segments)
-        if total < _LEAST_TO_COMPACT or total <= 2 * wanted:
+        if total - wanted < least or total <= 2 * wanted:
             return None
         old = list(self._segments)
         fresh = None
@@ -358,10 +360,25 @@ class DiskStore:
             FileNotFoundError: if there is none.
         """
         found = _segments_in(self.folder)
-        if not found:
+        if not found and not self._described():
             raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
         self._segments = [self._open(path) for path in found]
+        # A run that went on from another one's checkpoint has its older records in that one's folder.
+        known = {path.resolve() for path in found}
+        for path in self._described():
+            if path.resolve() not in known and path.is_dir():
+                self._segments.append(self._open(path))
         self._read_removed()
+
+    def _described(self) -> list[Path]:
+        """The segments in ``live.json``."""
+        path = self.folder / "live.json"
+        if not path.is_file():
+            return []
+        try:
+            return [Path(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+        except ValueError as error:
+            raise DamagedFileError(f"{path}: damaged ({error})") from error
 
     def every(self) -> Iterator[int]:
         """The numbers of all records that are whole and not erased, also of those that were evicted."""
@@ -390,7 +407,8 @@ class DiskStore:
             reason = "is missing" if not found else "is another run's"
             raise FileNotFoundError(
                 f"{path}: this folder of the buffer {reason}; a checkpoint holds which samples are wanted, and the"
-                " folder holds the samples: bring it back"
+                " folder holds the samples: bring it back; or, if the run itself has replaced it by a compacted one"
+                " since then, resume from a later checkpoint"
             )
         self._check_tokenizer(segment)
         return segment

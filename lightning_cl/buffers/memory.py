@@ -135,7 +135,7 @@ class MemoryStore:
     def commit(self) -> None:
         """Nothing: checkpoints hold the samples."""
 
-    def compact(self, numbers: Sequence[int]) -> Sequence[int] | None:
+    def compact(self, numbers: Sequence[int], least: int = 0) -> Sequence[int] | None:
         """Nothing: there are no others."""
         return None
 

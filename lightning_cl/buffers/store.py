@@ -100,7 +100,7 @@ class Store(Protocol):
     def commit(self) -> None:
         """Makes what was appended outlive a crash."""
 
-    def compact(self, numbers: Sequence[int]) -> Sequence[int] | None:
+    def compact(self, numbers: Sequence[int], least: int = 0) -> Sequence[int] | None:
         """Gives room of evicted records back, if there is much: the new numbers of the others, or None."""
 
     def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:

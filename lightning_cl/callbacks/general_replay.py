@@ -71,6 +71,7 @@ class GeneralReplay(Replay):
             buffer_size, ratio, mode=mode, seed=seed, unit=unit, storage=storage, folder=folder, fill="task_end"
         )
         self.data = data
+        self._adopted = True  # what is kept is this data, whatever lies in the folder
         if is_text_source(data):
             check_text_source(data, _NAME, "data")
         elif not is_data(data):
@@ -93,7 +94,8 @@ class GeneralReplay(Replay):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         # Here, and not when the first loader is built: data that cannot be used is found before anything is trained.
-        if stage == "fit" and len(self.buffer) == 0 and self.buffer.seen == 0 and self.replays:
+        resumed = TaskCoordinator.of(trainer).is_resumed or trainer.ckpt_path is not None
+        if stage == "fit" and not resumed and self.buffer.seen == 0 and self.replays:
             self._read(trainer)
 
     def _read(self, trainer: L.Trainer) -> None:
@@ -133,6 +135,10 @@ class GeneralReplay(Replay):
 
     def _keep_from(self, trainer: L.Trainer, samples: Any, chosen: dict[int, int]) -> None:
         buffer, store = self.buffer, self.buffer.store
+        if store.remembers_removed:  # what was removed does not come back
+            for slot in [slot for slot in chosen if buffer.is_waiting(slot)]:
+                if store.knows_removed(samples[chosen[slot]]):
+                    buffer.give_back(slot)
         slots = sorted((slot for slot in chosen if buffer.is_waiting(slot)), key=lambda slot: chosen[slot])
         if store.writes:
             for slot in progress(trainer, slots, f"{type(self).__name__}: keeping samples"):

@@ -29,6 +29,7 @@ from lightning_cl.data.plannable import task_indices, why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.trained import Trained
 
+_WORTH_COMPACTING = 1 << 30  # bytes: a buffer of text never comes so far, and all its checkpoints stay good
 _ORDERED = 4096  # records that are laid out in random order at once
 Fill = Literal["task_end", "training"]
 Storage = Literal["disk", "memory"]
@@ -123,9 +124,10 @@ class MemoryCallback(ContinualCallback):
             name: m for m, name in methods if isinstance(m, MemoryCallback) and m.shares is None and m is not self
         }
         if self.shares not in owners:
+            instead = f"expected one of {sorted(owners)}" if owners else "add one, or leave buffer out"
             raise MisconfigurationException(
                 f"{type(self).__name__}(buffer={self.shares!r}): there is no such callback with a buffer of its own in"
-                f" Trainer(callbacks=[…]); expected one of {sorted(owners)}"
+                f" Trainer(callbacks=[…]); {instead}"
             )
         return owners[self.shares]
 
@@ -137,8 +139,8 @@ class MemoryCallback(ContinualCallback):
             if isinstance(store, DiskStore) and method._located and store.folder.resolve() == folder.resolve():
                 raise MisconfigurationException(
                     f"{type(self).__name__}(folder={str(folder)!r}): {name} has its buffer there; two callbacks cannot"
-                    f" own one buffer. Give another folder, or share it on purpose: {type(self).__name__}"
-                    f"(buffer={name!r})"
+                    " own one buffer. Give another folder; methods with an argument `buffer` can share it on purpose,"
+                    f" by buffer={name!r}"
                 )
 
     @override
@@ -271,7 +273,7 @@ class MemoryCallback(ContinualCallback):
         self._own.commit()
         self._hold()
         trainer.strategy.barrier("buffer")
-        self._own.compact()
+        self._own.compact(_WORTH_COMPACTING)
         self._own.write_index()
         trainer.strategy.barrier("buffer")
 

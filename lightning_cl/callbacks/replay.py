@@ -19,7 +19,7 @@ from lightning_cl.callbacks.memory import Fill, MemoryCallback, Storage, check_p
 from lightning_cl.data.drawing import DRAWS, Draw
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing import MixMode
-from lightning_cl.data.ratio import check_ratio, curve_of, replays_anything
+from lightning_cl.data.ratio import check_ratio, check_sum, curve_of, replays_anything
 from lightning_cl.data.stream import StreamLoader
 
 
@@ -100,6 +100,12 @@ class Replay(MemoryCallback):
     def check_loader(self, loader: Any, task: str) -> None:
         super().check_loader(loader, task)
         check_plannable(loader, type(self).__name__, task)
+        workers = loader.num_workers if isinstance(loader, TaskLoader) else getattr(loader, "num_workers", 0)
+        if self.draw == "interfered" and workers:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(draw='interfered'): worker processes fetch the batches of task {task!r} before"
+                f" anybody knows what will be hurt; give num_workers=0 instead of {workers}"
+            )
         for argument, value, instead in (("mode", "add", "replace"), ("draw", "interfered", "uniform")):
             if isinstance(loader, StreamLoader) and getattr(self, argument) == value:
                 raise MisconfigurationException(
@@ -109,7 +115,7 @@ class Replay(MemoryCallback):
 
     @override
     def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
-        curve = curve_of(self.ratio, self.tasks_done + 1)
+        curve = curve_of(self.ratio, self._task_number(trainer))
         mix = Mix(self.buffer, curve, self.mode, seed=self.seed * 1_000_003 + self.tasks_done, draw=self.draw)
         if self.draw == "interfered":
             mix.chooser = self._interference = Interference(self.buffer, mix.seed)
@@ -119,6 +125,16 @@ class Replay(MemoryCallback):
             mix_into_loader(trainer, loader, mix)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}({error})") from error
+
+    def _task_number(self, trainer: L.Trainer) -> int:
+        """t: how many tasks there are up to this one, with those that an earlier run has left in the buffer."""
+        current = TaskCoordinator.of(trainer).position.name
+        return 1 + max(self.tasks_done, sum(name != current for name in self.buffer.task_names))
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_together(trainer)
 
     @override
     def observe_gradients(
@@ -152,6 +168,24 @@ class Replay(MemoryCallback):
         return {"ratio": self.ratio, "mode": self.mode, "draw": self.draw, **super().report()}
 
 
+def check_together(trainer: L.Trainer) -> None:
+    """Whether all callbacks that replay leave room for new samples, in every task, and mix in one way.
+
+    Raises:
+        MisconfigurationException: if not; before anything is trained.
+    """
+    methods: list[Any] = [m for m in TaskCoordinator.methods(trainer) if m.replays and hasattr(m, "ratio")]
+    names = " and ".join(type(method).__name__ for method in methods)
+    try:
+        for number in range(2, max(len(TaskCoordinator.of(trainer).names), 2) + 1):
+            check_sum([curve_of(method.ratio, number) for method in methods])
+    except ValueError as error:
+        raise MisconfigurationException(f"{names}: {error}") from error
+    if len({method.mode for method in methods}) > 1:
+        modes = ", ".join(f"{type(method).__name__}(mode={method.mode!r})" for method in methods)
+        raise MisconfigurationException(f"mode: {modes}: expected the same for all callbacks that replay")
+
+
 def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix) -> None:
     """Mixes a buffer into a task's loader.
 
@@ -165,13 +199,11 @@ def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: 
         loader.mix_in(mix, batches)
         return
     epochs = _epochs_of_task(trainer)
-    if batches is not None and len(loader) > 0:
-        epochs = min(epochs, batches / len(loader))
-    if not mix.curve.is_constant and math.isinf(epochs):
+    if not mix.curve.is_constant and math.isinf(epochs) and batches is None:
         raise ValueError(
             "ratio: a share that changes over a task needs to know its length; set max_epochs or max_steps"
         )
-    loader.mix_in(mix, epochs)
+    loader.mix_in(mix, epochs, batches)
 
 
 def _epochs_of_task(trainer: L.Trainer) -> float:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from lightning_cl.data.mixing import cuts, plan_batches, seed_of
-from lightning_cl.data.packing import WINDOW, Block, evenly, pack, pack_mixed, windows_of
+from lightning_cl.data.packing import WINDOW, Block, evenly, evenly_all, pack, pack_mixed, windows_of
 from lightning_cl.data.replayed import Samples
 
 SPARE = 2  # blocks that an epoch may need more than the first
@@ -107,22 +107,35 @@ class BlockPlan:
         return [blocks[begin:end] for begin, end in pairwise(ends)]
 
     def _in_order(self, blocks: list[Block], epoch: int) -> list[Block]:
-        """Shuffled, and so that the running share of what is replayed stays near its goal."""
-        samples, start = self.samples, len(self.samples.new)
-        weights = {block: sum(map(samples.weight, block)) for block in blocks}
-        replayed = {block: sum(samples.weight(i) for i in block if i >= start) for block in blocks}
-        if samples.is_constant:
-            goal = samples.ratio_at(0.0)
-            return evenly(self._shuffled(blocks, epoch), lambda block: replayed[block] - goal * weights[block])
+        """Shuffled, and so that the running share of each source stays near its goal."""
+        if self.samples.is_constant:
+            goals = [mix.curve.at(0.0) for mix in self.samples.mixes]
+            return self._spread(self._shuffled(blocks, epoch), goals)
         # The share changes over the epoch: blocks of like share are shuffled among themselves, and each stretch of
         # them keeps its place.
-        stretches = [blocks[i : i + WINDOW] for i in range(0, len(blocks), WINDOW)]
         ordered: list[Block] = []
-        for stretch in stretches:
-            goal = sum(replayed[block] for block in stretch) / max(sum(weights[block] for block in stretch), 1)
-            shuffled = self._shuffled(stretch, epoch)
-            ordered += evenly(shuffled, lambda block, goal=goal: replayed[block] - goal * weights[block])  # type: ignore[misc]
+        for start in range(0, len(blocks), WINDOW):
+            stretch = blocks[start : start + WINDOW]
+            weights = [sum(parts) for parts in zip(*map(self._weights, stretch), strict=True)]
+            goals = [weight / max(sum(weights), 1) for weight in weights[1:]]
+            ordered += self._spread(self._shuffled(stretch, epoch), goals)
         return ordered
+
+    def _spread(self, blocks: list[Block], goals: list[float]) -> list[Block]:
+        def surplus(block: Block) -> list[float]:
+            weights = self._weights(block)
+            return [weight - goal * sum(weights) for weight, goal in zip(weights[1:], goals, strict=True)]
+
+        if len(goals) == 1:
+            return evenly(blocks, lambda block: surplus(block)[0])
+        return evenly_all(blocks, surplus)
+
+    def _weights(self, block: Block) -> list[int]:
+        """The weight of the block's new samples, and of those of each source."""
+        weights = [0] * (len(self.samples.mixes) + 1)
+        for index in block:
+            weights[self.samples.source_of(index)] += self.samples.weight(index)
+        return weights
 
     def _full(self, blocks: int) -> int:
         return blocks // self.batch_size if self.drop_last else math.ceil(blocks / self.batch_size)

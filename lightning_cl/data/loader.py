@@ -131,19 +131,30 @@ class TaskLoader:
         """
         return cls(**taken_over(loader, for_training, placement))
 
-    def mix_in(self, mix: Mix, epochs: float = 1.0) -> None:
+    @property
+    def num_workers(self) -> int:
+        """Worker processes that load samples."""
+        return int(self._settings.get("num_workers", 0))
+
+    def mix_in(self, mix: Mix, epochs: float = 1.0, batches: float | None = None) -> None:
         """Lets the samples of a buffer take part in the batches from now on, beside those of other buffers.
 
         Args:
             mix: what, and how much of it.
-            epochs: how many the task has; for a share that changes over it.
+            epochs: how many the task has at most; for a share that changes over it.
+            batches: how many batches it has at most.
 
         Raises:
             ValueError: if there is no room for it beside what is mixed in already.
         """
         if len(mix.buffer.held) > 0 and mix.curve.largest > 0:
-            self._samples = Samples(self.dataset, [*self._samples.mixes, mix], epochs)
+            mixes = [*self._samples.mixes, mix]
+            self._samples = Samples(self.dataset, mixes, 1.0 if math.isinf(epochs) else epochs)
             self._blocks = self._block_plan()
+            if batches is not None and not self._samples.is_constant:
+                # An epoch's length is known now, with what is replayed in it.
+                self._samples.epochs = max(min(epochs, batches / max(len(self), 1)), 1e-9)
+                self._blocks = self._block_plan()
 
     def padding_share(self) -> float | None:
         """The share of padding among the places of the epoch's batches, in [0, 1).

@@ -148,6 +148,34 @@ def evenly(blocks: Sequence[Block], surplus: Callable[[Block], float], ahead: in
     return result
 
 
+def evenly_all(blocks: Sequence[Block], surplus: Callable[[Block], Sequence[float]], ahead: int = 64) -> list[Block]:
+    """As :func:`evenly`, for several things that are to be spread at once.
+
+    Of the next blocks that one follows with which the largest of the running sums is smallest.
+
+    Args:
+        blocks: in any order.
+        surplus: what is to be spread.
+        ahead: how many blocks are looked at.
+    """
+    values = [surplus(block) for block in blocks]
+    width = len(values[0]) if values else 0
+    means = [sum(value[i] for value in values) / len(values) for i in range(width)]
+    waiting = deque(
+        (block, [x - mean for x, mean in zip(value, means, strict=True)])
+        for block, value in zip(blocks, values, strict=True)
+    )
+    totals, result = [0.0] * width, []
+    while waiting:
+        looked_at = range(min(ahead, len(waiting)))
+        best = min(looked_at, key=lambda i: max(abs(t + x) for t, x in zip(totals, waiting[i][1], strict=True)))
+        block, value = waiting[best]
+        del waiting[best]
+        totals = [total + x for total, x in zip(totals, value, strict=True)]
+        result.append(block)
+    return result
+
+
 def fill(batches: Iterable[Sequence[Any]], lengths: Sequence[int], block_length: int | None = None) -> float:
     """The share of the places in padded batches that hold a token; the rest is padding.
 

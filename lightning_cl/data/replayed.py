@@ -166,6 +166,10 @@ class Samples:
         """For each mix the index of its first sample."""
         return self._ends[:-1]
 
+    def source_of(self, index: int) -> int:
+        """0 for a new sample, and the number of its mix, from 1, for a replayed one."""
+        return bisect_right(self._ends, index)
+
     @property
     def chooses(self) -> bool:
         """Whether a mix chooses at the last moment."""

@@ -57,7 +57,8 @@ class StreamLoader:
         self._mix = StreamMix(samples)
         self._open: list[list[Item]] = []  # blocks that are being filled
         self._closed: list[list[Item]] = []  # blocks that wait
-        self._surplus = 0.0  # weight of what was replayed beyond its share, in the blocks given out
+        # Weight of what was replayed of each source beyond its share, in the blocks given out.
+        self._surplus: list[float] = []
         self._given = 0  # batches of this task
         self._waiting: deque[_Given] = deque()  # batches that nobody has begun with
         # Of those begun with last; the first of them for its place, where all others are in flight.
@@ -96,7 +97,7 @@ class StreamLoader:
 
     def _start(self, epoch: int) -> None:
         self._mix.begin(epoch)
-        self._open, self._closed, self._surplus = [], [], 0.0
+        self._open, self._closed, self._surplus = [], [], []
         self._latest = deque([self._nothing()], maxlen=3)
 
     def __iter__(self) -> Iterator[Any]:
@@ -163,7 +164,7 @@ class StreamLoader:
     def _continue(self, goal: dict[str, Any]) -> None:
         self._mix.go_to(goal["epoch"], goal["mix"])
         self._open, self._closed = (self._recalled(goal[name]) for name in ("open", "closed"))
-        self._surplus = goal["surplus"]
+        self._surplus = list(goal["surplus"])
         self._given = goal["given"]
         self._latest = deque([self._nothing() | goal], maxlen=3)
 
@@ -180,7 +181,7 @@ class StreamLoader:
         opened, closed = (
             [[self._mix.remember(item) for item in block] for block in blocks] for blocks in (self._open, self._closed)
         )
-        blocks = {"open": opened, "closed": closed, "surplus": self._surplus}
+        blocks = {"open": opened, "closed": closed, "surplus": list(self._surplus)}
         return {"position": number, "given": self._given, "mix": self._mix.place(), **blocks}
 
     def _batches(self) -> Iterator[tuple[list[list[Item]], dict[str, Any]]]:
@@ -218,10 +219,14 @@ class StreamLoader:
             yield self._best_closed()
 
     def _best_closed(self) -> list[Item]:
-        ratio = self._mix.ratio(self._given)
-        surplus = [sum((i.part.replayed - ratio) * (loss_tokens(i.sample) or 0) for i in b) for b in self._closed]
-        best = min(range(len(surplus)), key=lambda place: abs(self._surplus + surplus[place]))
-        self._surplus += surplus[best]
+        surplus = [self._mix.surplus(block, self._given) for block in self._closed]
+        totals = self._surplus or [0.0] * len(self._mix.mixes)
+
+        def strays(place: int) -> float:
+            return max((abs(total + x) for total, x in zip(totals, surplus[place], strict=True)), default=0.0)
+
+        best = min(range(len(surplus)), key=strays)
+        self._surplus = [total + x for total, x in zip(totals, surplus[best], strict=True)]
         return self._closed.pop(best)
 
 

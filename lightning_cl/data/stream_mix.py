@@ -46,22 +46,32 @@ class StreamMix:
         self.epoch, self._taken = epoch, 0
         self._owed = [0.0] * len(self.mixes)
         self._drawn = [0] * len(self.mixes)
+        self._slots = [0] * len(self.mixes)  # in the buffer, when the sample that is waited for was drawn
         # Where tasks have shares: what each of them is behind its own.
         self._behind: list[dict[str, float]] = [{} for _ in self.mixes]
 
     def place(self) -> dict[str, Any]:
         """Where it stands."""
         behind = [dict(tasks) for tasks in self._behind]
-        return {"taken": self._taken, "owed": list(self._owed), "drawn": list(self._drawn), "behind": behind}
+        return {
+            "taken": self._taken,
+            "owed": list(self._owed),
+            "drawn": list(self._drawn),
+            "slots": list(self._slots),
+            "behind": behind,
+        }
 
     def go_to(self, epoch: int, place: dict[str, Any]) -> None:
         """Goes on from a :meth:`place`."""
         self.begin(epoch)
         self._taken = place["taken"]
         # A mix that was added since begins with nothing.
-        for number, parts in enumerate(zip(place["owed"], place["drawn"], place["behind"], strict=True)):
+        for number, parts in enumerate(
+            zip(place["owed"], place["drawn"], place["slots"], place["behind"], strict=True)
+        ):
             if number < len(self.mixes):
-                self._owed[number], self._drawn[number], self._behind[number] = parts[0], parts[1], dict(parts[2])
+                self._owed[number], self._drawn[number], self._slots[number] = parts[:3]
+                self._behind[number] = dict(parts[3])
 
     def items(self, batches_done: Callable[[], int]) -> Iterator[Item]:
         """The samples from here on.
@@ -82,9 +92,17 @@ class StreamMix:
             self._owe(sample, batches_done())
             yield Item(sample, Part(False, _length(sample)))
 
-    def ratio(self, batches_done: int) -> float:
-        """The share of everything that is replayed, after so many batches of the task."""
-        return sum(mix.curve.at(self._progress(batches_done)) for mix in self.mixes)
+    def surplus(self, block: Sequence[Item], batches_done: int) -> list[float]:
+        """How much more of each source there is in a block than its share, in weight."""
+        weights = {id(mix.buffer): 0 for mix in self.mixes}
+        total = 0
+        for item in block:
+            weight = loss_tokens(item.sample) or 0
+            total += weight
+            if item.part.replayed:
+                weights[id(item.part.owner)] += weight
+        shares = [mix.curve.at(self._progress(batches_done)) for mix in self.mixes]
+        return [weights[id(mix.buffer)] - share * total for mix, share in zip(self.mixes, shares, strict=True)]
 
     def _progress(self, batches_done: int) -> float:
         return min(batches_done / self._batches, 1.0) if self._batches else 0.0
@@ -105,13 +123,17 @@ class StreamMix:
             behind = self._behind[place]
             # The larger share first among equals, which all are at the beginning.
             task = max(shares, key=lambda name: (behind.get(name, 0.0), shares[name]), default=None)
-            number = mix.buffer.pick(seed_of(mix.seed, self.epoch, self._drawn[place]), task)
+            # One draw until it is paid: drawn anew while the buffer fills, short samples would be due first.
+            self._slots[place] = self._slots[place] or mix.buffer.slots
+            number = mix.buffer.pick(seed_of(mix.seed, self.epoch, self._drawn[place]), task, self._slots[place])
             if number is None:
+                self._slots[place] = 0
                 continue
             info = mix.buffer.info(number)
             weight = max(info.loss_tokens, 1) if info.loss_tokens >= 0 else 1
             if self._owed[place] >= weight / 2:
                 self._drawn[place] += 1
+                self._slots[place] = 0
                 self._owed[place] -= weight
                 counted = 1 if mix.draw == "proportional" else weight
                 for name, share in shares.items():
