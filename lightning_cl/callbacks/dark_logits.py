@@ -36,8 +36,9 @@ class Replayed(NamedTuple):
 
     Attributes:
         hidden: ``[positions, width]``, what the head reads, with its graph (the logits themselves, without a head).
-        values: ``[positions, k]``, stored logits.
-        indices: their classes.
+        values: ``[positions, k + 1]``, stored logits, and last what all other classes came to; ``[positions, k]`` where
+            all classes of all positions were stored.
+        indices: ``[positions, k]``, the classes of the first k.
         labels: ``[positions]``; None where the batch has none that are known.
         call: what the head is taken from.
         classes: the number of logits of a position.
@@ -132,7 +133,8 @@ class DarkLogits:
             samples: as the data set gives them.
 
         Returns:
-            of each sample ``top_logits`` (fp16) and ``top_classes``, both ``[positions, min(top_k, classes)]``.
+            of each sample ``top_logits`` (fp16 ``[positions, top_k + 1]``, what all other classes come to last) and
+            ``top_classes`` (``[positions, top_k]``); with at most `top_k` classes, both ``[positions, classes]``.
         """
         found: list[dict[str, Tensor]] = [{} for _ in samples]
         with leaving_no_trace(pl_module), torch.no_grad():
@@ -304,12 +306,23 @@ def _length(sample: Any) -> int:
 
 def _joined(values: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One below the other; a smaller head's fewer logits are filled up by unknown ones."""
-    k = max(side.shape[-1] for side in values)
-    pad = [(0, k - side.shape[-1]) for side in values]
-    return (
-        torch.cat([torch.nn.functional.pad(v.float(), p, value=UNKNOWN) for v, p in zip(values, pad, strict=True)]),
-        torch.cat([torch.nn.functional.pad(i.long(), p) for i, p in zip(indices, pad, strict=True)]),
-    )
+    k = max(side.shape[-1] for side in indices)
+    others = any(v.shape[-1] > i.shape[-1] for v, i in zip(values, indices, strict=True))
+    filled = [_filled(v, i, k) for v, i in zip(values, indices, strict=True)]
+    joined = torch.cat([v for v, _ in filled])
+    return joined if others else joined[:, :k], torch.cat([i for _, i in filled])
+
+
+def _filled(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``[positions, k + 1]`` values, that of all others last, and ``[positions, k]`` classes."""
+    own = indices.shape[-1]
+    of_classes, of_others = values[:, :own].float(), values[:, own:].float()
+    pad = torch.nn.functional.pad
+    of_classes = pad(of_classes, (0, k - own), value=UNKNOWN)
+    of_others = pad(of_others, (0, 1 - of_others.shape[-1]), value=UNKNOWN)
+    places = indices.long()
+    # A class of its own once more: any other would be missing among all others.
+    return torch.cat([of_classes, of_others], -1), torch.cat([places, places[:, -1:].expand(-1, k - own)], -1)
 
 
 def _labels(batch: Any, shifted: bool, shape: torch.Size) -> Tensor | None:
@@ -329,4 +342,4 @@ def _labels(batch: Any, shifted: bool, shape: torch.Size) -> Tensor | None:
 
 def bytes_of_position(classes: int, top_k: int) -> int:
     """What the logits of one position take."""
-    return min(classes, top_k) * (2 + index_type(classes).itemsize)
+    return min(classes, top_k) * (2 + index_type(classes).itemsize) + (2 if top_k < classes else 0)

@@ -27,30 +27,33 @@ from lightning_cl.data.mixing import MixMode
 class DERpp(Replay):
     """DER++ (Buzzega et al. 2020, NeurIPS, eq. 6): replay that also holds the model to its own earlier logits.
 
-    Beside each sample that ``Replay`` keeps, the k largest logits of the positions that bear loss are stored (of a
-    classifier with at most k classes, all of them). At a replayed position the loss is
+    Beside each sample that ``Replay`` keeps, the k largest logits of the positions that bear loss are stored, and the
+    ``logsumexp`` of all others as if they were one class more (of a classifier with at most k classes, all logits and
+    nothing else). At a replayed position the loss is
 
     ::
 
-        its own (the labels' cross-entropy)  +  alpha · 1/k Σ_i ((z_i − mean z) − (v_i − mean v))²
+        its own (the labels' cross-entropy)  +  alpha · 1/n Σ_i ((z_i − mean z) − (v_i − mean v))²
 
-    with the model's logits z and the stored ones v of those k classes, each side mean-centred: a softmax does not see
-    what is added to all logits, so neither does this
-    (:func:`~lightning_cl.functional.dark_experience.dark_loss`). The sum over a batch's replayed positions is divided
-    by all of its positions that bear loss, as the mean of the module's own loss is. So accumulated batches are one
-    batch, and several ranks one process, as far as they are for that loss. In the paper's letters, where new and
-    replayed samples have a mean each, β is ``ratio / (1 − ratio)``, and α is ``alpha`` times as much: `ratio` is the
-    dose of both, `alpha` their proportion (0.1 to 1 in the paper).
+    with the model's logits z and the stored ones v of those n = k + 1 classes (all others in one; n = k if there are
+    none), each side mean-centred: a softmax does not see what is added to the logits of all classes, so neither does
+    this (:func:`~lightning_cl.functional.dark_experience.dark_loss`). The k alone would not do: a new task that raises
+    all other classes leaves them as they were among themselves. Classes that a head gets later are among all others,
+    where there are any. The sum over a batch's replayed positions is divided by all of its positions that bear loss, as
+    the mean of the module's own loss is. So accumulated batches are one batch, and several ranks one process, as far as
+    they are for that loss. In the paper's letters, where new and replayed samples have a mean each, β is
+    ``ratio / (1 − ratio)``, and α is ``alpha`` times as much: `ratio` is the dose of both, `alpha` their proportion
+    (0.1 to 1 in the paper).
 
     Two things differ from the paper. Logits are those of the end of the task, in evaluation mode, and not those of the
     moment of insertion; with ``fill="training"`` they are of that moment, before the step, and in evaluation mode too.
     And the two terms are taken on the same replayed samples, with one pass through the model and not three.
 
-    Memory: 4 bytes per stored logit (6 for a vocabulary above 65,536): with 64 of them 256 bytes (384) per position
-    that bears loss, on disk, beside the sample's own. A budget counts samples or their tokens, and not the logits; in
-    ``bytes`` there is none. Compute per step: the head once more for the replayed positions; no pass through the model
-    (with `outputs`, one). At a task's end, one forward pass over the samples that are kept; with ``fill="training"`` at
-    every batch, over those of its samples that are kept.
+    Memory: 4 bytes per stored logit (6 for a vocabulary above 65,536) and 2 for all others: with 64 of them 258 bytes
+    (386) per position that bears loss, on disk, beside the sample's own. A budget counts samples or their tokens, and
+    not the logits; in ``bytes`` there is none. Compute per step: the head once more for the replayed positions; no pass
+    through the model (with `outputs`, one). At a task's end, one forward pass over the samples that are kept; with
+    ``fill="training"`` at every batch, over those of its samples that are kept.
 
     Args:
         buffer_size: the budget, over all tasks, in `unit`.
@@ -59,7 +62,7 @@ class DERpp(Replay):
         policy: which samples are kept, as that of ``Replay``.
         mode: ``replace`` or ``add``, as that of ``Replay``.
         seed: seed of what is kept and drawn.
-        top_k: how many logits of a position are stored.
+        top_k: how many logits of a position are stored, one by one.
         outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
             ``.logits``.
         unit: what the budget counts: ``samples`` or ``tokens``.

@@ -23,18 +23,23 @@ def index_type(classes: int) -> torch.dtype:
 
 
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each position, as they are stored: ``2k`` bytes of values, ``2k`` or ``4k`` of indices.
+    """The k largest logits of each position, as they are stored, and what all others come to: ``logsumexp`` of them.
 
-    Values are mean-centred over the k (:func:`dark_loss` does not see the mean), so that fp16 holds them to a relative
-    error of 2⁻¹¹ whatever was added to all logits; beyond ±65,504 they are cut off. A logit of −∞ stays −∞, and takes
-    no part in the mean.
+    ``2(k + 1)`` bytes of values and ``2k`` or ``4k`` of indices per position. All others are one class, of which the
+    probability is kept: without it nothing would be known of how the k stand against the rest. With `k` at least
+    `classes` there are no others, and no value for them.
+
+    Values are mean-centred (:func:`dark_loss` does not see the mean), so that fp16 holds them to a relative error of
+    2⁻¹¹ whatever was added to all logits; beyond ±65,504 they are cut off. A logit of −∞ stays −∞, and takes no part
+    in the mean. Memory beyond the logits: one or two fp32 copies of them.
 
     Args:
         logits: ``[…, classes]`` in any floating-point type.
         k: how many; with at least `classes`, all of them in their own order.
 
     Returns:
-        values, fp16 ``[…, min(k, classes)]``, and their classes in the type of :func:`index_type`.
+        values, fp16 ``[…, k + 1]``, that of all others last, and the classes of the first k, ``[…, k]`` in the type of
+        :func:`index_type`; with no others both ``[…, classes]``.
 
     Raises:
         ValueError: if k is below 1.
@@ -45,9 +50,9 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     classes = logits.shape[-1]
     if k < classes:
         values, indices = logits.topk(k, -1)
+        values = torch.cat([values.float(), _others(logits, indices, UNKNOWN)], -1)
     else:
-        values, indices = logits, torch.arange(classes, device=logits.device).expand(logits.shape)
-    values = values.float()
+        values, indices = logits.float(), torch.arange(classes, device=logits.device).expand(logits.shape)
     ruled_out = values == UNKNOWN
     mean = values.masked_fill(ruled_out, 0.0).sum(-1, keepdim=True) / (~ruled_out).sum(-1, keepdim=True)
     largest = torch.finfo(torch.float16).max
@@ -68,12 +73,13 @@ def head_top_logits(
         chunk_bytes: size of a chunk's fp32 logits; at least one position.
 
     Returns:
-        values and indices, ``[positions, min(k, classes)]``.
+        values ``[positions, k + 1]`` and indices ``[positions, k]``; with `k` at least `classes`, both
+        ``[positions, classes]``.
     """
-    rows, k = max(1, chunk_bytes // (4 * classes)), min(k, classes)
+    rows, kept = max(1, chunk_bytes // (4 * classes)), min(k, classes)
     # Not by `cat`: autocast on the CPU refuses fp16.
-    values = torch.empty(len(hidden), k, dtype=torch.float16)
-    indices = torch.empty(len(hidden), k, dtype=index_type(classes))
+    values = torch.empty(len(hidden), kept + (k < classes), dtype=torch.float16)
+    indices = torch.empty(len(hidden), kept, dtype=index_type(classes))
     with torch.no_grad():
         for start in range(0, len(hidden), rows):
             found = top_logits(head(hidden[start : start + rows]), k)
@@ -86,21 +92,24 @@ def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Litera
 
     ::
 
-        1/k Σ_i ((z_i − mean z) − (v_i − mean v))²
+        1/n Σ_i ((z_i − mean z) − (v_i − mean v))²
 
-    of a position, over its k stored classes: the variance of ``z − v``, and the least that the mean square of
-    ``z − v`` can be made by adding a constant to all logits, which no softmax sees. The paper writes the sum over all
-    classes, its authors' code takes the mean, as here: so a factor has the same effect for every k, and theirs (0.1 to
-    0.5) keep their size. Its gradient is ``2/k · (d_i − mean d)`` with ``d = z − v``, and exactly 0 in all other
-    classes.
+    of a position, over its k stored classes and, as one more, all others with ``z = logsumexp`` of their logits
+    (``n = k + 1``; ``n = k`` where all classes are stored): the variance of ``z − v``, and the least that the mean
+    square of ``z − v`` can be made by adding a constant to all logits of all classes, which no softmax sees. It is 0
+    only where the stored classes have their probabilities again. The paper writes the sum over all classes, its
+    authors' code takes the mean, as here: so a factor has the same effect for every k, and theirs (0.1 to 0.5) keep
+    their size. Its gradient is ``g_i = 2/n · (d_i − mean d)`` with ``d = z − v`` in a stored class, and that of all
+    others is shared out among them as a softmax over them. How they stand to each other it does not see.
 
-    Classes of which nothing is known (a value of −∞) are left out of both means. No gradient flows to the values.
-    Memory beyond the logits: a few times ``4k`` bytes per position; never an fp32 copy of the logits.
+    Stored classes of which nothing is known (a value of −∞) are left out of both means. Classes that a head has got
+    since then are among all others, where there are any. No gradient flows to the values. Memory beyond the logits: a
+    few times ``CHUNK_BYTES`` (fp32 logits of a chunk of positions), and a few times ``4k`` bytes per position.
 
     Args:
         logits: ``[…, classes]`` in any floating-point type.
-        values: ``[…, k]``, as :func:`top_logits` gives them.
-        indices: ``[…, k]``, their classes; integers of any type.
+        values: ``[…, k + 1]``, as :func:`top_logits` gives them; ``[…, k]``: nothing is known of all others.
+        indices: ``[…, k]``, the classes of the first k; integers of any type.
         reduction: ``mean`` over the positions (all axes but the last; 0 if there are none) or their ``sum``.
 
     Returns:
@@ -109,15 +118,18 @@ def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Litera
     Raises:
         ValueError: if the shapes do not fit each other or the reduction is unknown.
     """
-    if values.shape != indices.shape or values.shape[:-1] != logits.shape[:-1]:
+    positions, k = logits.shape[:-1], indices.shape[-1]
+    if not positions == values.shape[:-1] == indices.shape[:-1] or values.shape[-1] not in (k, k + 1):
         raise ValueError(
             f"logits of shape {list(logits.shape)}, values of shape {list(values.shape)}, indices of shape"
-            f" {list(indices.shape)}: expected the same positions, and an index for each value"
+            f" {list(indices.shape)}: expected the same positions, and an index for each value, or for each but the"
+            " last, which is that of all other classes"
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
-    total = _sum(logits, values, indices)
-    return total / max(values[..., 0].numel(), 1) if reduction == "mean" else total
+    rows, kept, places = (side.reshape(positions.numel(), side.shape[-1]) for side in (logits, values, indices))
+    total = head_dark_loss(rows, kept, places, _same, logits.shape[-1])
+    return total / max(positions.numel(), 1) if reduction == "mean" else total
 
 
 def head_dark_loss(
@@ -125,11 +137,12 @@ def head_dark_loss(
 ) -> Tensor:
     """The sum of :func:`dark_loss` over positions, from hidden states: logits exist for one chunk at a time.
 
-    With a gradient and several chunks, the backward pass computes each chunk's logits again.
+    With a gradient and several chunks, the backward pass computes each chunk's logits again. Memory: a few times
+    `chunk_bytes`.
 
     Args:
         hidden: ``[positions, width]``.
-        values: ``[positions, k]``.
+        values: ``[positions, k + 1]``, or ``[positions, k]`` where nothing is known of all others.
         indices: ``[positions, k]``.
         head: gives logits ``[m, classes]`` of ``[m, width]``.
         classes: the number of logits of a position.
@@ -151,9 +164,22 @@ def head_dark_loss(
     return total
 
 
+def _same(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _others(logits: Tensor, indices: Tensor, left_out: float) -> Tensor:
+    """``logsumexp`` of all logits but those, ``[…, 1]`` in fp32; `left_out` is put in the place of those."""
+    return logits.float().scatter(-1, indices, left_out).logsumexp(-1, keepdim=True)
+
+
 def _sum(logits: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    # The k columns first: an fp32 copy of all logits would be the largest tensor of the step.
-    student = logits.gather(-1, indices.to(torch.int64)).float()
+    places = indices.to(torch.int64)
+    student = logits.gather(-1, places).float()
+    if values.shape[-1] > places.shape[-1]:
+        # The least number and not −∞: where all others are ruled out, the gradient of −∞ alone would be NaN.
+        others = _others(logits, places, torch.finfo(torch.float32).min)
+        student = torch.cat([student, others], -1)
     known = values != UNKNOWN
     difference = (student - values.detach().float()).masked_fill(~known, 0.0)
     count = known.sum(-1, keepdim=True).clamp(min=1)

@@ -33,6 +33,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_cl import DER, EWC, CausalLM, DERpp, Replay, TaskDataModule, TrainedBPE, fit_tasks
 from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.callbacks.dark_logits import _joined
+from lightning_cl.functional import dark_loss, top_logits
 
 TASKS = {name: classification(seed, 40) for seed, name in enumerate("abc", 1)}
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,16 +44,21 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def kept(z, k):
-    """What is stored of a position's logits: the k largest, centred, in half precision."""
+    """What is stored of a position's logits: the k largest, and all others as one, centred, in half precision."""
     order = sorted(range(len(z)), key=lambda i: -float(z[i]))[:k]
-    top = z[order]
+    top = with_others(z, order)
     return order, (top - top.mean()).half().float()
+
+
+def with_others(z, order):
+    rest = sorted(set(range(len(z))) - set(order))
+    return torch.cat([z[order], z[rest].exp().sum().log()[None]]) if rest else z[order]
 
 
 def distance(z, teacher, k):
     """Of one position."""
     order, v = kept(teacher, k)
-    d = z[order] - v
+    d = with_others(z, order) - v
     return ((d - d.mean()) ** 2).mean()
 
 
@@ -338,18 +345,18 @@ def test_what_is_stored_are_the_logits_of_the_end_of_the_task_in_evaluation_mode
         torch.testing.assert_close(extra["top_logits"][0].float()[order], values, rtol=1e-3, atol=1e-5)
 
 
-def test_lm_stores_the_positions_that_bear_loss_in_four_bytes_a_logit(tmp_path):
+def test_lm_stores_the_positions_that_bear_loss_in_four_bytes_a_logit_and_two_for_all_others(tmp_path):
     method = DERpp(60, 0.3, top_k=4)
     fit(tmp_path, [method], seeded(SomebodysLM), LM_TASKS)
     for number in method.buffer.numbers:
         sample, extra = method.buffer.get(number), method.buffer.extra(number)
         positions = int((torch.as_tensor(sample["labels"])[1:] != -100).sum())
         assert {name: tuple(t.shape) for name, t in extra.items()} == {
-            "top_logits": (positions, 4),
+            "top_logits": (positions, 5),
             "top_classes": (positions, 4),
         }
-        assert sum(t.numel() * t.element_size() for t in extra.values()) == positions * 4 * 4
-    assert method.report()["logit_bytes_per_position"] == 16
+        assert sum(t.numel() * t.element_size() for t in extra.values()) == positions * (4 * 4 + 2)
+    assert method.report()["logit_bytes_per_position"] == 4 * 4 + 2
 
 
 def test_while_training_logits_are_those_of_the_step_that_saw_the_sample_first(tmp_path):
@@ -540,6 +547,47 @@ def test_a_head_that_has_grown_is_asked_about_the_classes_that_were_there(tmp_pa
     plain_fit(tmp_path, [method], module, 3)  # samples with three and with five logits in one batch
     assert {method.buffer.extra(n)["top_logits"].shape[-1] for n in method.buffer.numbers} == {3, 5}
     assert any(added for _, added in method.added)
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 4])
+def test_samples_with_and_without_a_value_of_all_others_share_a_batch(tmp_path, top_k):
+    """Of three classes and of five, by hand: one row at a time, each with what was stored of it."""
+    method, module = Noting(40, 0.5, 1.0, top_k=top_k, outputs=logits_of), seeded(Growing)
+    plain_fit(tmp_path, [method], module, 1)
+    module.widen_head()
+    plain_fit(tmp_path, [method], module, 2)
+    befores, extras = [], []
+
+    class Before(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            befores.append(pl_module(batch[0]).detach())
+            extras.append({number: method.buffer.extra(number) for number in method.buffer.numbers})
+
+    method.added.clear()
+    method.kinds.clear()
+    plain_fit(tmp_path, [method, Before()], module, 3)
+    shapes = set()
+    for logits, stored, (_, added), kinds in zip(befores, extras, method.added, method.kinds, strict=True):
+        total = 0.0
+        for z, (part,) in zip(logits, kinds, strict=True):
+            if part.replayed:
+                extra = stored[part.number]
+                (v,), (order,) = extra["top_logits"].float(), extra["top_classes"].tolist()
+                own = with_others(z, order) if len(v) > len(order) else z[order]
+                d = own - v
+                total += float(((d - d.mean()) ** 2).mean())
+                shapes.add((len(v), len(order)))
+        assert (added or 0.0) == pytest.approx(total / len(logits), rel=1e-4, abs=1e-7)
+    of_three = (3, 2) if top_k == 2 else (3, 3)
+    assert shapes == {of_three, (top_k + 1, top_k)}
+
+
+def test_samples_of_another_top_k_in_a_batch_are_each_held_to_their_own():
+    old, new = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    sets = [top_logits(old[:1], 2), top_logits(old[1:2], 4), top_logits(old[2:], 7)]
+    values, indices = _joined(*zip(*sets, strict=True))
+    alone = sum(dark_loss(new[i : i + 1], *kept, "sum") for i, kept in enumerate(sets))
+    torch.testing.assert_close(dark_loss(new, values, indices, "sum"), alone)
 
 
 def test_a_head_that_has_shrunk_is_an_error(tmp_path):
