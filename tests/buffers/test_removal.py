@@ -357,7 +357,6 @@ def test_killed_at_any_write_of_a_removal_it_is_finished_by_the_next(tmp_path, m
     buffer = disk(whole)
     fill(buffer, range(12))
     state = through_a_file(buffer.state_dict())
-    buffer.write_index()
     opened, killed = Path.open, 0
     for count in itertools.count():
         folder = tmp_path / str(count)
