@@ -64,7 +64,7 @@ def fit_tasks(
         data = TaskDataModule(data)
     methods = {name for _, name in named(methods_of(trainer))}
     checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
-    coordinator = _prepare(trainer, module, data, resumed=checkpoint_path is not None)
+    coordinator = _prepare(trainer, module, data, checkpoint_path)
     try:
         with restored_limits(trainer) as limits:
             _train(trainer, module, data, coordinator, checkpoint_path, limits)
@@ -123,13 +123,15 @@ def run_folder(trainer: L.Trainer) -> Path:
 # ---------------------------------------------------------------------- before the first task
 
 
-def _prepare(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, resumed: bool) -> TaskCoordinator:
+def _prepare(
+    trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, checkpoint_path: Path | None
+) -> TaskCoordinator:
     check_trainer(trainer, module)
     _check_settings(trainer, module)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
     coordinator = TaskCoordinator.of(trainer)
-    coordinator.begin_sequence(trainer, data, resumed)
+    coordinator.begin_sequence(trainer, data, checkpoint_path)
     # Before the first evaluation, which makes ModelCheckpoint fix its folder.
     _remember_scored(trainer, coordinator)
     data.driven = True

@@ -489,24 +489,35 @@ class ReplayBuffer:
             except ValueError as error:
                 raise type(error)(f"folder={str(self.store.folder)!r}: {error}") from error
 
+    def flush(self) -> None:
+        """Lets other processes see what was stored."""
+        self.store.flush()
+
     def commit(self) -> None:
         """Makes what was stored outlive a crash."""
         self.store.commit()
 
-    def compact(self, least: int = 1 << 20) -> None:
-        """Gives room on the disk back, if much is taken by samples that were let go; between tasks.
+    def compact(self, least: int = 1 << 20, agreed: Callable[[bool], bool] = bool) -> None:
+        """Gives room on the disk back, if most of it is taken by samples that were let go; between tasks.
+
+        What is replaced is deleted the next time: checkpoints from before cannot be gone on with then.
 
         Args:
-            least: bytes that are worth it: checkpoints from before cannot be gone on with some time later.
+            least: bytes that are worth it.
+            agreed: gets whether this process would do it, and gives whether all do.
         """
+        if not isinstance(self.store, DiskStore):
+            return
+        self.store.delete_replaced()
         slots = list(self._slots())
         before = [self._numbers[slot] for slot in slots]
-        numbers = self.store.compact(before, least)
-        if numbers is not None:
-            for slot, number in zip(slots, numbers, strict=True):
-                self._numbers[slot] = number
-            self._renumber_held(before, numbers)
-            self.write_index()
+        if not agreed(self.store.is_wasteful(before, least)):
+            return
+        numbers = self.store.rewrite(before)
+        for slot, number in zip(slots, numbers, strict=True):
+            self._numbers[slot] = number
+        self._renumber_held(before, numbers)
+        self.write_index()
 
     def write_index(self) -> None:
         """Writes beside the segments which records are in the buffer: ``live.json``, and what :meth:`adopt` reads."""
@@ -550,12 +561,12 @@ class ReplayBuffer:
             "store": self.store.state_dict(numbers),
         }
 
-    def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
+    def load_state_dict(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> None:
         """Restores :meth:`state_dict`. What was removed since stays removed.
 
         Args:
             state: of a buffer with this budget and policy.
-            folder: where the files are looked for that are not where they were.
+            folders: where the files are looked for that are not where they were.
 
         Raises:
             ValueError: if the state is of a buffer with another budget, policy, storage or tokenizer.
@@ -568,7 +579,7 @@ class ReplayBuffer:
                 raise ValueError(
                     f"{argument}={ours!r} does not fit the checkpoint, which was written with {state[name]!r}"
                 )
-        numbers = self.store.load_state_dict(state["store"], folder)
+        numbers = self.store.load_state_dict(state["store"], folders)
         self._clear()
         self._rng.setstate(state["rng"])
         self.seen_of = Counter(state["seen_of"])

@@ -21,7 +21,6 @@ from lightning_cl.buffers.segment import RemovedError, Segment
 from lightning_cl.buffers.store import Info, Store, as_numbers, digest
 
 _BITS = 32  # of a record's number within its segment
-_LEAST_TO_COMPACT = 1 << 20  # bytes
 _GONE = ".gone.{}"  # a segment that is being deleted
 
 
@@ -30,7 +29,7 @@ class DiskStore:
 
     Records are immutable, and files only grow, so that every checkpoint finds its own. Each process that writes begins
     a segment of its own: two runs that go on from one checkpoint never write to one file. What was evicted takes room
-    until :meth:`compact`, at a task's boundary; files that it replaces are deleted at the boundary after that.
+    until :meth:`rewrite`, at a task's boundary; files that it replaces are deleted at the boundary after that.
 
     A removed sample's content is overwritten in every segment of the folders that this store knows, and 16 bytes that
     stand for it, with their checksum, are kept in ``removed.bin`` there: it is not stored again, also not after a
@@ -68,6 +67,16 @@ class DiskStore:
         if self._folder is None:
             raise RuntimeError("the buffer's folder is not known yet")
         return self._folder
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its folder is known."""
+        return self._folder is not None
+
+    def flush(self) -> None:
+        """Lets other processes see what was appended."""
+        if self.writes and self._writer is not None:
+            self._segments[self._writer].flush()
 
     @property
     def has_folder(self) -> bool:
@@ -189,22 +198,26 @@ class DiskStore:
         """Whether a sample of this content was erased."""
         return bool(self._removed) and digest(encode(sample)) in self._removed
 
-    def compact(self, numbers: Sequence[int], least: int = _LEAST_TO_COMPACT) -> Sequence[int] | None:
-        """Copies the records into a new segment, if more than half of the room, and `least` bytes, are not theirs.
-
-        What it replaces is deleted at the boundary after that: checkpoints that were written before cannot be gone on
-        with then. Only files of this store's own folder: what another run has written stays as it is.
-        """
+    def delete_replaced(self) -> None:
+        """Deletes what the last :meth:`rewrite` has replaced; the checkpoint that needs none of it is written."""
         if self.writes:
-            for folder in self._outdated:  # the checkpoint that did not need them any more is written
+            for folder in self._outdated:
                 with suppress(FileNotFoundError):
                     folder.rename(folder.with_name(_GONE.format(folder.name)))  # at once, and not file by file
             self._finish_erasing()
         self._outdated = []
+
+    def is_wasteful(self, numbers: Sequence[int], least: int) -> bool:
+        """Whether more than half of the room, and `least` bytes, are not these records'. For the rank that writes."""
         wanted = sum(self.info(number).size for number in numbers)
         total = sum(segment.size() for segment in self._segments)
-        if total - wanted < least or total <= 2 * wanted:
-            return None
+        return total - wanted >= least and total > 2 * wanted
+
+    def rewrite(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Copies the records into a new segment, and gives their new numbers; on all ranks.
+
+        What it replaces stays until :meth:`delete_replaced`; what lies in another run's folder stays for good.
+        """
         old = list(self._segments)
         fresh = None
         if self.writes:
@@ -311,12 +324,12 @@ class DiskStore:
             ids.append("")
         return {"kind": "disk", "segments": folders, "ids": ids, "numbers": as_numbers(numbers)}
 
-    def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
+    def load_state_dict(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> Tensor:
         """Finds the records again, and reads each once to see that it is whole.
 
         Args:
             state: of :meth:`state_dict`.
-            folder: where segments are looked for that are not where they were: another run folder's place.
+            folders: where segments are looked for that are not where they were.
 
         Raises:
             ValueError: if the checkpoint's buffer is not on disk, or is of another tokenizer.
@@ -329,7 +342,7 @@ class DiskStore:
             )
         self._segments, self._writer, self._expected = [], None, 0
         for path, identity in zip(map(Path, state["segments"]), state["ids"], strict=True):
-            self._segments.append(self._open(path, folder, identity))
+            self._segments.append(self._open(path, folders, identity))
         wanted = defaultdict(list)
         for number in state["numbers"].tolist():
             wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
@@ -399,8 +412,9 @@ class DiskStore:
             wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
         return {str(self._segments[place].folder.resolve()): records for place, records in sorted(wanted.items())}
 
-    def _open(self, path: Path, folder: Path | None = None, identity: str = "") -> Segment:
-        candidates = [path, *(place / path.name for place in (self._folder, folder) if place is not None)]
+    def _open(self, path: Path, folders: Sequence[Path] = (), identity: str = "") -> Segment:
+        places = [*([] if self._folder is None else [self._folder]), *folders]
+        candidates = [path, *(place / path.name for place in places)]
         found = [Segment(candidate) for candidate in dict.fromkeys(candidates) if candidate.is_dir()]
         segment = next((segment for segment in found if identity in ("", segment.id)), None)
         if segment is None:

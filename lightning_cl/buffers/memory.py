@@ -132,12 +132,11 @@ class MemoryStore:
         """Whether a sample of this content was erased."""
         return bool(self._removed) and digest(encode(sample)) in self._removed
 
+    def flush(self) -> None:
+        """Nothing."""
+
     def commit(self) -> None:
         """Nothing: checkpoints hold the samples."""
-
-    def compact(self, numbers: Sequence[int], least: int = 0) -> Sequence[int] | None:
-        """Nothing: there are no others."""
-        return None
 
     def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The samples themselves: many small ones joined into few large tensors, which are saved much faster."""
@@ -163,7 +162,7 @@ class MemoryStore:
             "next": self._next,
         }
 
-    def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
+    def load_state_dict(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> Tensor:
         """Restores :meth:`state_dict`.
 
         Raises:

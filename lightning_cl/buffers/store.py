@@ -97,16 +97,16 @@ class Store(Protocol):
     def knows_removed(self, sample: Any) -> bool:
         """Whether a sample of this content was erased."""
 
+    def flush(self) -> None:
+        """Lets other processes see what was appended."""
+
     def commit(self) -> None:
         """Makes what was appended outlive a crash."""
-
-    def compact(self, numbers: Sequence[int], least: int = 0) -> Sequence[int] | None:
-        """Gives room of evicted records back, if there is much: the new numbers of the others, or None."""
 
     def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
         """What a checkpoint needs to find these records again."""
 
-    def load_state_dict(self, state: dict[str, Any], folder: Path | None) -> Tensor:
+    def load_state_dict(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> Tensor:
         """Restores :meth:`state_dict`; gives the numbers of its records."""
 
 

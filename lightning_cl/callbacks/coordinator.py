@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -62,6 +63,7 @@ class TaskCoordinator(Callback):
         self._loaded = False
         self._checked = False
         self.is_resumed = False
+        self.checkpoint_path: Path | None = None  # that a sequence goes on from
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
@@ -298,8 +300,9 @@ class TaskCoordinator(Callback):
 
     # ------------------------------------------------------------------ state
 
-    def begin_sequence(self, trainer: L.Trainer, data: TaskDataModule, resumed: bool) -> None:
+    def begin_sequence(self, trainer: L.Trainer, data: TaskDataModule, checkpoint_path: Path | None) -> None:
         """A sequence starts, from its beginning or from a checkpoint (called by ``fit_tasks``)."""
+        self.checkpoint_path, resumed = checkpoint_path, checkpoint_path is not None
         self.driven, self.data = True, data
         self.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False

@@ -71,7 +71,6 @@ class GeneralReplay(Replay):
             buffer_size, ratio, mode=mode, seed=seed, unit=unit, storage=storage, folder=folder, fill="task_end"
         )
         self.data = data
-        self._adopted = True  # what is kept is this data, whatever lies in the folder
         if is_text_source(data):
             check_text_source(data, _NAME, "data")
         elif not is_data(data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from lightning_cl.buffers.encoding import encode
 from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
-from lightning_cl.callbacks.checks import named
+from lightning_cl.callbacks.checks import named, refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.passes import progress, to_device
 from lightning_cl.callbacks.ranking import losses_of, ranking_of
@@ -28,6 +29,7 @@ from lightning_cl.data.mixing import seed_of
 from lightning_cl.data.plannable import task_indices, why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.trained import Trained
+from lightning_cl.random_state import untouched_random_state
 
 _WORTH_COMPACTING = 1 << 30  # bytes: a buffer of text never comes so far, and all its checkpoints stay good
 _ORDERED = 4096  # records that are laid out in random order at once
@@ -95,6 +97,7 @@ class MemoryCallback(ContinualCallback):
         self._owner: MemoryCallback | None = None
         self._offered = (0, 0)  # epoch and batch that were offered last while training
         self._located = self._adopted = False
+        self._run: weakref.ref[L.Trainer] | None = None
 
     @property
     def buffer(self) -> ReplayBuffer:
@@ -115,6 +118,8 @@ class MemoryCallback(ContinualCallback):
 
     @override
     def on_run_start(self, trainer: L.Trainer) -> None:
+        if self._run is None or self._run() is not trainer:  # another run: a folder of its own
+            self._run, self._located, self._adopted = weakref.ref(trainer), False, False
         if self.shares is not None:
             self._owner = self._find_owner(trainer)
 
@@ -152,15 +157,22 @@ class MemoryCallback(ContinualCallback):
         if self.shares is None:
             self.locate(trainer)
             resumed = coordinator.is_resumed or trainer.ckpt_path is not None
-            if self.folder is not None and not self._adopted and len(self._own) == 0 and not resumed:
+            if self.folder is not None and not self._adopted and len(self._own) == 0 and not resumed and self.takes_in:
                 self._own.adopt()
+                self._check_lengths(trainer)
                 self._hold()
+                trainer.strategy.barrier("adopt")  # nobody writes before all have looked
             self._adopted = True
+            if self._own.policy.looks != "nothing":
+                refuse_sharded(
+                    trainer, f"{type(self).__name__}(policy={self._own.policy_name!r}) looks at single samples with"
+                )
 
     def locate(self, trainer: L.Trainer) -> None:
         """Finds out where the buffer lies; what is in it already goes there. On all ranks."""
         store = self._own.store
-        if self._located or self.storage == "memory" or not (isinstance(store, DiskStore) or _keeps_files(trainer)):
+        wanted = _keeps_files(trainer) or (self.folder is not None and not trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._located or self.storage == "memory" or not (isinstance(store, DiskStore) or wanted):
             return
         self._located = True
         name = next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
@@ -170,12 +182,23 @@ class MemoryCallback(ContinualCallback):
         first = trainer.strategy.broadcast(DiskStore.first_free(folder))
         data = TaskCoordinator.of(trainer).data
         fingerprint = data.fingerprint() if data is not None else None
-        target = store if isinstance(store, DiskStore) else DiskStore(None)
+        # One that a checkpoint has opened has no folder yet; one of an earlier run keeps its own.
+        target = store if isinstance(store, DiskStore) and not store.is_placed else DiskStore(None)
         target.place(folder, first, trainer.is_global_zero)
         if fingerprint is not None:
             target.expect_tokenizer(fingerprint)
         if target is not store:
             self._own.move_to(target)
+
+    def _check_lengths(self, trainer: L.Trainer) -> None:
+        """Samples that an earlier run has left must fit this one's."""
+        data = TaskCoordinator.of(trainer).data
+        longest = max(self._own.columns(self._own.numbers)["length"], default=0)
+        if data is not None and fingerprinted(data) and longest > data.max_length:
+            raise ValueError(
+                f"{type(self).__name__}(folder={self.folder!r}): a sample there has {longest} tokens, more than"
+                f" TaskDataModule(max_length={data.max_length}); give at least {longest}, or another folder"
+            )
 
     def _hold(self) -> None:
         """What is stored while a task is trained is replayed from the next one on, in map-style data."""
@@ -249,6 +272,11 @@ class MemoryCallback(ContinualCallback):
 
     @override
     def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
+        with untouched_random_state():
+            self._fill_with(trainer, pl_module, trained)
+
+    def _fill_with(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
+        """Offers a batch's new samples."""
         if self.shares is not None or not self.takes_in or self.fill != "training" or trained.epoch > 0:
             return
         if (trained.epoch, trained.number) <= self._offered:
@@ -263,17 +291,20 @@ class MemoryCallback(ContinualCallback):
             if slot is not None:
                 chosen[slot] = place
         self._keep(trainer, pl_module, chosen, trained.sample, trained.index)
+        if trainer.world_size > 1:
+            self._own.flush()  # the other ranks read it
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.shares is not None:
             return
         if self.takes_in and self.fill == "task_end":
-            self._fill_from(trainer, pl_module)
+            with untouched_random_state():  # a data set may draw
+                self._fill_from(trainer, pl_module)
         self._own.commit()
         self._hold()
         trainer.strategy.barrier("buffer")
-        self._own.compact(_WORTH_COMPACTING)
+        self._own.compact(_WORTH_COMPACTING, trainer.strategy.broadcast)
         self._own.write_index()
         trainer.strategy.barrier("buffer")
 
@@ -417,8 +448,21 @@ class MemoryCallback(ContinualCallback):
         if self.shares is None:
             if self.storage == "disk" and state["buffer"]["store"]["kind"] == "disk" and not self._located:
                 self._own.store = DiskStore(None)
-            self._own.load_state_dict(state["buffer"])
+            self._own.load_state_dict(state["buffer"], self._look_in())
             self._offered = tuple(state["offered"])
+
+    def _look_in(self) -> list[Path]:
+        """Where the buffer's files may be, if not where they were: a run's folder can be moved."""
+        trainer = None if self._run is None else self._run()
+        if trainer is None:
+            return []
+        coordinator = TaskCoordinator.of(trainer)
+        path = coordinator.checkpoint_path or trainer.ckpt_path
+        name = next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
+        above = (
+            [] if path is None else [folder / "buffers" / name for folder in list(Path(path).absolute().parents)[:4]]
+        )
+        return [*([] if self.folder is None else [Path(self.folder)]), *above]
 
     @override
     def state_bytes(self) -> int:
@@ -450,6 +494,11 @@ def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
             f"{name} cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a"
             " torch DataLoader over a map-style data set (with __len__ and __getitem__) and a batch_size"
         )
+
+
+def fingerprinted(data: Any) -> bool:
+    """Whether the tasks are text."""
+    return data.fingerprint() is not None
 
 
 def _keeps_files(trainer: L.Trainer) -> bool:

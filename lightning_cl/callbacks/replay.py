@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.base import check_choice
+from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.interference import Interference
 from lightning_cl.callbacks.memory import Fill, MemoryCallback, Storage, check_plannable
@@ -30,7 +31,7 @@ class Replay(MemoryCallback):
     samples have the share `ratio` of the loss-bearing tokens (of the samples, where there are no tokens), in every
     window of batches, with packing, accumulation, several ranks and streams. Loss masks travel with the samples.
 
-    Memory: none but of the index (24 bytes per sample); on disk 4 bytes and a bit per token, and 64 bytes per sample.
+    Memory: none but of the index (36 bytes per sample); on disk 4 bytes and a bit per token, and 64 bytes per sample.
     Compute: none per step in ``replace`` mode, where the batch keeps its number of samples and a pass over the new data
     takes ``1 / (1 − ratio)`` times the steps (if replayed samples are as long as new ones); ``ratio / (1 − ratio)`` of
     a step in ``add`` mode.
@@ -135,6 +136,8 @@ class Replay(MemoryCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_together(trainer)
+        if self.draw == "interfered":
+            refuse_sharded(trainer, f"{type(self).__name__}(draw='interfered') looks at single samples with")
 
     @override
     def observe_gradients(
@@ -192,18 +195,21 @@ def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: 
     Raises:
         ValueError: if the share changes over the task and nobody can know how long the task is.
     """
-    batches = _batches_of_task(trainer, loader)
+    batches = _batches_of_task(trainer)
     if isinstance(loader, StreamLoader):
-        if not mix.curve.is_constant and batches is None:
+        limit = trainer.limit_train_batches
+        by_epochs = limit * _epochs_of_task(trainer) if isinstance(limit, int) else math.inf
+        known = min(by_epochs, math.inf if batches is None else batches)
+        if not mix.curve.is_constant and math.isinf(known):
             raise ValueError("ratio: a share that changes over a stream needs to know its length; set max_steps")
-        loader.mix_in(mix, batches)
+        loader.mix_in(mix, None if math.isinf(known) else known)
         return
     epochs = _epochs_of_task(trainer)
     if not mix.curve.is_constant and math.isinf(epochs) and batches is None:
         raise ValueError(
             "ratio: a share that changes over a task needs to know its length; set max_epochs or max_steps"
         )
-    loader.mix_in(mix, epochs, batches)
+    loader.mix_in(mix, epochs, batches, trainer.limit_train_batches)
 
 
 def _epochs_of_task(trainer: L.Trainer) -> float:
@@ -212,7 +218,7 @@ def _epochs_of_task(trainer: L.Trainer) -> float:
     return math.inf if epochs is None or epochs == -1 else max(float(epochs), 1.0)
 
 
-def _batches_of_task(trainer: L.Trainer, loader: Any) -> float | None:
+def _batches_of_task(trainer: L.Trainer) -> float | None:
     """The most batches that this task is trained on; None if only its data ends it."""
     limits = TaskCoordinator.of(trainer).limits
     steps = limits.max_steps if limits is not None else trainer.max_steps

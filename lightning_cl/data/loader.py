@@ -136,24 +136,28 @@ class TaskLoader:
         """Worker processes that load samples."""
         return int(self._settings.get("num_workers", 0))
 
-    def mix_in(self, mix: Mix, epochs: float = 1.0, batches: float | None = None) -> None:
+    def mix_in(self, mix: Mix, epochs: float = 1.0, batches: float | None = None, limit: int | float = 1.0) -> None:
         """Lets the samples of a buffer take part in the batches from now on, beside those of other buffers.
 
         Args:
             mix: what, and how much of it.
             epochs: how many the task has at most; for a share that changes over it.
             batches: how many batches it has at most.
+            limit: of the batches of an epoch, as ``limit_train_batches``.
 
         Raises:
             ValueError: if there is no room for it beside what is mixed in already.
         """
         if len(mix.buffer.held) > 0 and mix.curve.largest > 0:
             mixes = [*self._samples.mixes, mix]
-            self._samples = Samples(self.dataset, mixes, 1.0 if math.isinf(epochs) else epochs)
+            self._samples = Samples(self.dataset, mixes)
             self._blocks = self._block_plan()
-            if batches is not None and not self._samples.is_constant:
+            length = len(self)
+            if not self._samples.is_constant and length > 0:
                 # An epoch's length is known now, with what is replayed in it.
-                self._samples.epochs = max(min(epochs, batches / max(len(self), 1)), 1e-9)
+                shown = min(limit, length) if isinstance(limit, int) else int(length * limit)
+                total = min(epochs * shown, math.inf if batches is None else batches)
+                self._samples.epochs, self._samples.shown = max(total, 1.0) / length, shown / length
                 self._blocks = self._block_plan()
 
     def padding_share(self) -> float | None:
@@ -320,8 +324,10 @@ class TaskLoader:
             room = (epochs * length * size - len(slots) - len(order)) if number == epochs - 1 else None
             groups = interleave(order, samples.sources(number), samples.weight, samples.span(number), room)
             slots += [index for group in groups for index in group]
-        ends = list(cuts(len(slots), epochs * length, size))[epoch * length : (epoch + 1) * length]
-        return [slots[begin:end] for begin, end in ends]
+        if samples.epochs == int(samples.epochs):
+            ends = list(cuts(len(slots), epochs * length, size))[epoch * length : (epoch + 1) * length]
+            return [slots[begin:end] for begin, end in ends]
+        return plan_batches(slots, size)[epoch * length : (epoch + 1) * length]  # it ends within the last epoch
 
     def _order(self, epoch: int) -> list[int]:
         if self.order_sampler is not None:

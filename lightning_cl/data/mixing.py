@@ -42,15 +42,17 @@ class Span(NamedTuple):
     Attributes:
         epoch: how many epochs of this task came before: what they owe is carried over, so that a ratio below one
             sample per epoch is kept too.
-        epochs: how many the task has (any positive number).
+        epochs: how long the task is, in whole epochs (any positive number).
+        shown: how much of each epoch is trained on.
     """
 
     epoch: int = 0
     epochs: float = 1.0
+    shown: float = 1.0
 
     def progress(self, share: float) -> float:
         """Of the task, at a share of this epoch."""
-        return min((self.epoch + share) / self.epochs, 1.0)
+        return min((self.epoch * self.shown + share) / self.epochs, 1.0)
 
 
 def plan_mixed_batches(
@@ -90,6 +92,10 @@ def plan_mixed_batches(
         new_weight = sum(weight(i) for i in order)
         length = mixed_length(len(order), new_weight, sources, batch_size, drop_last)
     most = max(length * batch_size - len(order), 0)
+    if span.epochs < 1 and not all(source.curve.is_constant for source in sources):
+        # The task ends within this epoch, and the share stays what it is then: what is behind is never seen.
+        groups = interleave(order, sources, weight, span)
+        return plan_batches([index for group in groups for index in group], batch_size, drop_last)[:length]
     slots = [index for group in interleave(order, sources, weight, span, most) for index in group]
     if drop_last:
         slots += [next(sources[0].draw) for _ in range(length * batch_size - len(slots))]

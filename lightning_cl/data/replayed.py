@@ -106,15 +106,17 @@ class Samples:
     Args:
         new: the task's data set, map-style.
         mixes: what is mixed in, if anything.
-        epochs: how many the task has; for shares that change over it.
 
     Attributes:
+        epochs: how long the task is, in whole epochs; for shares that change over it.
+        shown: how much of each epoch is trained on.
         parts: for each mix its buffer, and the numbers of the records that were in it when the task began.
         weights: loss-bearing tokens of all samples; None where shares are of samples, not of tokens.
     """
 
-    def __init__(self, new: Any, mixes: Sequence[Mix] = (), epochs: float = 1.0) -> None:
-        self.new, self.mixes, self.epochs = new, list(mixes), epochs
+    def __init__(self, new: Any, mixes: Sequence[Mix] = ()) -> None:
+        self.new, self.mixes = new, list(mixes)
+        self.epochs, self.shown = 1.0, 1.0
         self.parts = [(mix.buffer, array("q", mix.buffer.held)) for mix in self.mixes]
         self._ends = [len(new)]
         for _, numbers in self.parts:
@@ -205,7 +207,7 @@ class Samples:
 
     def span(self, epoch: int) -> Span:
         """Which part of the task an epoch is."""
-        return Span(epoch, self.epochs)
+        return Span(epoch, self.epochs, self.shown)
 
     @property
     def replays(self) -> bool:

@@ -61,8 +61,8 @@ class StreamLoader:
         self._surplus: list[float] = []
         self._given = 0  # batches of this task
         self._waiting: deque[_Given] = deque()  # batches that nobody has begun with
-        # Of those begun with last; the first of them for its place, where all others are in flight.
-        self._latest: deque[_Given] = deque([self._nothing()], maxlen=3)
+        self._latest: deque[_Given] = deque(maxlen=2)  # of those begun with last
+        self._position = 0  # the number of the last of them
         self._goal: dict[str, Any] | None = None
 
     @property
@@ -98,16 +98,18 @@ class StreamLoader:
     def _start(self, epoch: int) -> None:
         self._mix.begin(epoch)
         self._open, self._closed, self._surplus = [], [], []
-        self._latest = deque([self._nothing()], maxlen=3)
+        self._latest.clear()
+        self._position = 0
 
     def __iter__(self) -> Iterator[Any]:
         goal, self._goal = self._goal, None
+        pending: list[list[list[Item]]] = []
         if goal is not None and goal["epoch"] == self._mix.epoch:
-            self._continue(goal)
+            pending = self._continue(goal)
         else:
             self._start(self._mix.epoch)
-        begun = self._latest[-1].place["position"]
-        batches = self._batches()
+        begun = self._position
+        batches: Iterator[list[list[Item]]] = chain(pending, self._batches())
         first = next(batches, None)
         if first is None and begun > 0:  # it stood at the end of a pass: the next one follows
             self._start(self._mix.epoch + 1)
@@ -116,10 +118,11 @@ class StreamLoader:
         if first is None:
             raise ValueError(f"{self._samples}: there is no token to predict in it")
         self._waiting.clear()
-        for rows in chain([first], batches):
-            everywhere, place = rows
+        number = self._position
+        for everywhere in chain([first], batches):
+            number += 1
             own = share_of_rank(everywhere, self.rank, self.world_size)
-            self._waiting.append(_Given(_size(own), place, [[item.part for item in row] for row in own], everywhere))
+            self._waiting.append(_Given(number, _size(own), [[item.part for item in row] for row in own], everywhere))
             packed = self.block_length is not None
             yield self.collate_fn([[item.sample for item in row] if packed else row[0].sample for row in own])
 
@@ -133,66 +136,71 @@ class StreamLoader:
             return None, None
         given = self._waiting.popleft()
         self._latest.append(given)
+        self._position = given.number
         for name, count in given.size.items():
             self.counts[name] += count
         new = [item.sample for row in given.rows for item in row if not item.part.replayed]
-        trained = Trained(self._mix.epoch, given.place["position"], new)
-        given.rows.clear()
-        return (given.kinds if self._mix.mixes else None), trained
+        return (given.kinds if self._mix.mixes else None), Trained(self._mix.epoch, given.number, new)
 
     def place(self, in_flight: int = 0) -> dict[str, Any]:
         """Where the loader stands, and what was trained on in this task.
+
+        Batches that were put together and not trained on are a part of it: what is replayed in them was drawn from the
+        buffer as it was then.
 
         Args:
             in_flight: how many of the batches that were begun with last have not been trained on.
         """
         counts = dict(self.counts)
         begun = list(self._latest)
-        for given in begun[len(begun) - in_flight :]:
+        untrained = begun[len(begun) - in_flight :]
+        for given in untrained:
             for name, count in given.size.items():
                 counts[name] -= count
-        last = begun[max(len(begun) - in_flight - 1, 0)]
-        return {"epoch": self._mix.epoch, "counts": counts, **last.place}
+        pending = [
+            [[self._mix.remember(item) for item in row] for row in given.rows] for given in [*untrained, *self._waiting]
+        ]
+        position = max(self._position - in_flight, 0)
+        return {"epoch": self._mix.epoch, "counts": counts, "position": position, "pending": pending, **self._here()}
 
     def go_to(self, place: dict[str, Any]) -> None:
         """The next iterator goes on from a :meth:`place`."""
         self._goal = place
-        self._mix.epoch = place["epoch"]
+        self._mix.epoch, self._position = place["epoch"], place["position"]
         self.counts = dict(place["counts"])
-        self._latest = deque([self._nothing() | place], maxlen=3)
+        self._latest.clear()
 
-    def _continue(self, goal: dict[str, Any]) -> None:
+    def _continue(self, goal: dict[str, Any]) -> list[list[list[Item]]]:
+        """Restores a :meth:`place`, and gives the batches that were put together already."""
         self._mix.go_to(goal["epoch"], goal["mix"])
         self._open, self._closed = (self._recalled(goal[name]) for name in ("open", "closed"))
         self._surplus = list(goal["surplus"])
-        self._given = goal["given"]
-        self._latest = deque([self._nothing() | goal], maxlen=3)
+        self._given, self._position = goal["given"], goal["position"]
+        self._latest.clear()
+        pending = [self._recalled(rows) for rows in goal["pending"]]
+        return [rows for rows in pending if rows]
 
     def _recalled(self, blocks: list[list[dict[str, Any]]]) -> list[list[Item]]:
         recalled = [[self._mix.recall(item) for item in block] for block in blocks]
         there = [[item for item in block if item is not None] for block in recalled]
         return [block for block in there if block]
 
-    def _nothing(self) -> _Given:
-        return _Given({}, self._here(0), [], [])
-
-    def _here(self, number: int) -> dict[str, Any]:
-        """Where one stands behind the batch of this number."""
+    def _here(self) -> dict[str, Any]:
+        """Where one stands behind the last batch that was put together."""
         opened, closed = (
             [[self._mix.remember(item) for item in block] for block in blocks] for blocks in (self._open, self._closed)
         )
         blocks = {"open": opened, "closed": closed, "surplus": list(self._surplus)}
-        return {"position": number, "given": self._given, "mix": self._mix.place(), **blocks}
+        return {"given": self._given, "mix": self._mix.place(), **blocks}
 
-    def _batches(self) -> Iterator[tuple[list[list[Item]], dict[str, Any]]]:
-        """Batches of all ranks, each with the place behind it."""
-        number = self._latest[-1].place["position"]
+    def _batches(self) -> Iterator[list[list[Item]]]:
+        """Batches of all ranks."""
         items = self._mix.items(lambda: self._given)
         rows = ([item] for item in items) if self.block_length is None else self._blocks(items, self.block_length)
         size = self.batch_size * self.world_size
         while batch := list(islice(rows, size)):
-            number, self._given = number + 1, self._given + 1
-            yield batch, self._here(number)
+            self._given += 1
+            yield batch
 
     def _blocks(self, items: Iterator[Item], length: int) -> Iterator[list[Item]]:
         """First fit over a few open blocks; one that is nearly full, or the oldest, is closed.
@@ -234,19 +242,16 @@ class _Given(NamedTuple):
     """A batch that was given out.
 
     Attributes:
+        number: in this pass, from 1.
         size: samples and loss-bearing tokens on this rank, as in the loader's counts.
-        place: behind it.
         kinds: of its rows on this rank.
         rows: on all ranks.
     """
 
+    number: int
     size: dict[str, int]
-    place: dict[str, Any]
     kinds: Kinds
     rows: list[list[Item]]
-
-    def __or__(self, place: dict[str, Any]) -> _Given:
-        return self._replace(place={name: place[name] for name in self.place})
 
 
 def _used(block: Sequence[Item]) -> int:

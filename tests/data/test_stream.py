@@ -212,7 +212,7 @@ def test_counts_are_those_of_the_samples_less_what_is_in_flight():
     assert loader.place(1)["counts"]["new_samples"] == 3
     assert loader.place(1)["counts"]["new_tokens"] == 9
     place = loader.place(1)
-    assert (place["epoch"], place["position"], place["mix"]["taken"]) == (0, 1, 3)
+    assert (place["epoch"], place["position"], [len(rows) for rows in place["pending"]]) == (0, 1, [3, 3])
 
 
 def test_a_pass_apart_disturbs_neither_place_nor_counts():
