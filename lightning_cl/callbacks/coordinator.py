@@ -52,6 +52,7 @@ class TaskCoordinator(Callback):
         self.pristine: dict[int, tuple[Callback, dict[str, Any]]] = {}
         self.costs: list[dict[str, float]] = []
         self.applied: dict[str, Tensor] = {}  # what several proximal penalties have applied in this step
+        self.begin_seconds = 0.0  # what methods spent before this task's training
         self._seconds_before = 0.0
         self._clock: float | None = None
         self._handles: list[RemovableHandle] = []
@@ -263,9 +264,11 @@ class TaskCoordinator(Callback):
             method.on_task_end(trainer, pl_module)
             method.tasks_done += 1
         self.ended = True
+        begun, self.begin_seconds = self.begin_seconds, 0.0
         self.costs.append(
             {
                 "steps": trainer.global_step - self.first_step,
+                "begin_seconds": begun,
                 "train_seconds": trained,
                 "end_seconds": time.monotonic() - start,
                 **self._sample_counts(trainer),
@@ -345,6 +348,7 @@ class TaskCoordinator(Callback):
             "started": self.started and not self.at_boundary,
             "ended": self.ended and not self.at_boundary,
             "first_step": self.first_step,
+            "begin_seconds": self.begin_seconds,
             "train_seconds": self._train_seconds(),
             "fingerprint": self.data.fingerprint() if self.data is not None else None,
             "costs": [dict(cost) for cost in self.costs],
@@ -396,6 +400,7 @@ class TaskCoordinator(Callback):
         self.position = TaskPosition(state["index"], state["name"], max(len(self.names), state["index"] + 1))
         self.started, self.ended, self.first_step = state["started"], state["ended"], state["first_step"]
         self._seconds_before = state["train_seconds"] if self.started else 0.0
+        self.begin_seconds = state["begin_seconds"] if self.started else 0.0
         self.costs = [dict(cost) for cost in state["costs"]]
         self._resumed = {"loader": state["loader"], "random_states": state["random_states"]}
         for method, name in named(self.methods(trainer)):

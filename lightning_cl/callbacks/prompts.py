@@ -6,13 +6,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 from typing_extensions import override
 
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.data.module import TaskDataModule
-from lightning_cl.generation import answers, prompt_tokens
+from lightning_cl.generation import answers, generator_of, prompt_tokens
 from lightning_cl.random_state import untouched_random_state
 
 
@@ -60,7 +59,7 @@ class PromptSamples(ContinualCallback):
     ) -> None:
         if trained in self.answers or ckpt_path is not None:
             return
-        if trained == 0 and not (data.is_set_up and _generator(pl_module)):
+        if trained == 0 and not (data.is_set_up and generator_of(pl_module)):
             return  # nothing is built yet: `on_task_start` asks
         self._ask(trainer, pl_module, data, trained)
 
@@ -74,7 +73,7 @@ class PromptSamples(ContinualCallback):
                 self._ask(trainer, pl_module, data, 0)
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
-        model = _generator(pl_module)
+        model = generator_of(pl_module)
         if model is None:
             raise MisconfigurationException(
                 f"PromptSamples: nothing in {type(pl_module).__name__} can generate text; it needs a transformers model"
@@ -98,11 +97,3 @@ class PromptSamples(ContinualCallback):
     @override
     def report(self) -> dict[str, Any]:
         return {"prompts": self.prompts, "answers": {str(k): v for k, v in self.answers.items()}}
-
-
-def _generator(pl_module: nn.Module) -> Any:
-    """The outermost submodule that generates text."""
-    for module in pl_module.modules():
-        if module is not pl_module and callable(getattr(module, "generate", None)) and hasattr(module, "config"):
-            return module
-    return None

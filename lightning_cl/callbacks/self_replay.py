@@ -89,6 +89,8 @@ class SelfReplay(MemoryCallback):
         ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or `prompts` cannot be read.
     """
 
+    takes_in = False
+
     def __init__(
         self,
         samples: int = 500,
@@ -231,6 +233,7 @@ class SelfReplay(MemoryCallback):
             "tokens": writer.tokens,
             "seconds": time.monotonic() - start,
         }
+        coordinator.begin_seconds += time.monotonic() - start
         self._tell(name)
 
     def _prompts(

@@ -38,7 +38,8 @@ def build_report(
         "costs": {
             "tasks": [{"task": name, **cost} for name, cost in zip(trained, costs, strict=False)],
             "evaluation_seconds": matrix.seconds,
-            "total_seconds": matrix.seconds + sum(c["train_seconds"] + c["end_seconds"] for c in costs),
+            "total_seconds": matrix.seconds
+            + sum(c.get("begin_seconds", 0.0) + c["train_seconds"] + c["end_seconds"] for c in costs),
             "state_bytes": {name: method.state_bytes() for method, name in methods},
         },
         "methods": {name: method.report() for method, name in methods if method is not matrix},
@@ -145,7 +146,7 @@ def _advice(kept: float, methods: list[str]) -> str:
         return "To keep more: a larger Replay(ratio=…)."
     if penalties:
         return f"To keep more: Replay beside {penalties[0]}, or a higher strength as long as the average gains."
-    return "To keep more: Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC."
+    return "To keep more: Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC or SelfReplay."
 
 
 def _cost_rows(report: dict[str, Any]) -> list[list[str]]:

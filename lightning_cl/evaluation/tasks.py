@@ -72,8 +72,10 @@ def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
         batches = len(loader) if hasattr(loader, "__len__") else None
         size = f"{batches} batches an epoch" if batches is not None else "a stream of unknown length"
         notes = [f"     {line}" for line in data.describe(task)]
-        if isinstance(loader, TaskLoader) and index > 0 and mixing:
-            for method in mixing:
+        # In the first task there are no earlier ones; general data and the model's own is there.
+        present = [method for method in mixing if index > 0 or not getattr(method, "takes_in", True)]
+        if isinstance(loader, TaskLoader) and present:
+            for method in present:
                 method.mix_into(trainer, loader)
             batches = len(loader)
             notes.append(f"     with replay: {batches} batches an epoch")

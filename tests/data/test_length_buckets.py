@@ -53,7 +53,7 @@ def mixed(loader, mode="replace") -> TaskLoader:
     buffer = ReplayBuffer(100)
     for index in range(100):
         buffer.add(old[index], "earlier")
-    loader.mix_in(Mix(buffer, 0.25, mode, seed=5))
+    loader.mix_in(Mix.constant(buffer, 0.25, mode, seed=5))
     return loader
 
 
