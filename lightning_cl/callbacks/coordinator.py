@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_cl.callbacks.all_ranks import from_all_ranks
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import FORMAT, check_state, check_trainer, methods_of, named
 from lightning_cl.data.loader import TaskLoader
@@ -334,7 +335,7 @@ class TaskCoordinator(Callback):
         self.at_boundary = True
         self.first_step = trainer.global_step
         # Whoever resumes from here starts the next task from these states; so does the run that goes on.
-        self._resumed = {"loader": None, "random_states": _gather(get_random_state())}
+        self._resumed = {"loader": None, "random_states": from_all_ranks(get_random_state())}
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -355,7 +356,7 @@ class TaskCoordinator(Callback):
             "loader": self._place(trainer, loader),
             "random_states": self._resumed["random_states"]
             if self.at_boundary and self._resumed is not None
-            else _gather(get_random_state()),
+            else from_all_ranks(get_random_state()),
             "methods": {
                 name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
                 for method, name in named(self.methods(trainer))
@@ -443,12 +444,3 @@ def _after_step_hook(coordinator: TaskCoordinator, trainer: L.Trainer, pl_module
             coordinator._after_step(trainer, pl_module, optimizer)
 
     return hook
-
-
-def _gather(value: Any) -> list[Any]:
-    """One value per rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 
 from lightning_cl.buffers import ReplayBuffer
+from lightning_cl.callbacks.all_ranks import from_all_ranks
 from lightning_cl.callbacks.passes import leaving_no_trace, to_device, training_loss
 from lightning_cl.data.replayed import Samples
 from lightning_cl.random_state import seed_of
@@ -109,12 +109,4 @@ class Interference:
                 loss = training_loss(trainer, pl_module, to_device(trainer, loader.collate_fn(row)))
                 if loss is not None and bool(loss.isfinite()):
                     own[number] = float(loss)
-        return {number: loss for part in _from_all(own) for number, loss in part.items()}
-
-
-def _from_all(value: dict[int, float]) -> Sequence[dict[int, float]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+        return {number: loss for part in from_all_ranks(own) for number, loss in part.items()}

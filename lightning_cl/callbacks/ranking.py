@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_cl.callbacks.all_ranks import from_all_ranks
 from lightning_cl.callbacks.passes import leaving_no_trace, loss_positions, progress, to_device, training_loss
 from lightning_cl.functional.selection import herding, k_center
 
@@ -43,7 +44,7 @@ def losses_of(
             loss = training_loss(trainer, pl_module, to_device(trainer, loader.collate_fn([loader.dataset[index]])))
             value = 0.0 if loss is None else float(loss)
             own[index] = max(value, 0.0) if value == value and abs(value) != float("inf") else 0.0
-    return {index: value for part in _from_all(own) for index, value in part.items()}
+    return {index: value for part in from_all_ranks(own) for index, value in part.items()}
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def ranking_of(
                     " could stand for a sample; give policy='reservoir'"
                 )
             own[index] = _pooled(found[-1], batch).cpu()
-    states = {index: state for part in _from_all(own) for index, state in part.items()}
+    states = {index: state for part in from_all_ranks(own) for index, state in part.items()}
     if not states:
         return {}
     places = _RANKINGS[method](torch.stack([states[index] for index in candidates]), count)
@@ -135,11 +136,3 @@ def _pooled(states: Tensor, batch: Any) -> Tensor:
     if states.ndim == 3 and positions is not None and states.shape[1] == positions.shape[1] + 1 and positions.any():
         rows = states[:, :-1][positions].float()
     return rows.mean(0)
-
-
-def _from_all(value: Any) -> list[Any]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
