@@ -1,6 +1,8 @@
 """Time of a training step with each method, as ratios to a plain step, and of the Fisher pass.
 
-    python tests/benchmarks/step_time.py
+    python tests/benchmarks/step_time.py [Replay …]
+
+With names, only the methods whose names begin so.
 
 The yardstick: a Llama-type model of 20 million parameters, 8 sequences of 128 tokens, AdamW, one thread. Every method's
 step is run right after a plain step of the same kind, and the figure is the median of the ratios: machines are noisy.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -18,7 +21,7 @@ import lightning as L
 import torch
 from torch.utils.data import Dataset
 
-from lightning_cl import EWC, KFACEWC, L2SP, MAS, SI, CausalLM, LwF, Replay, RWalk
+from lightning_cl import AGEM, DER, EWC, KFACEWC, L2SP, MAS, SI, CausalLM, DERpp, LwF, Replay, RWalk
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.functional import add_penalty_gradient_
 
@@ -102,12 +105,19 @@ def main() -> None:
         "LwF": lambda: [LwF(1.0)],
         "LwF top 64": lambda: [LwF(1.0, top_k=64)],
         "Replay 25 %": lambda: [Replay(64, 0.25)],
+        "Replay in training": lambda: [Replay(64, 0.25, fill="training")],
+        "Replay interfered": lambda: [Replay(64, 0.25, draw="interfered")],
+        "DERpp 25 %": lambda: [DERpp(ratio=0.25, buffer_size=64)],
+        "DER 25 %": lambda: [DER(ratio=0.25, buffer_size=64)],
+        "AGEM": lambda: [AGEM(64)],
         "EWC + SI + Replay": lambda: [EWC(0.01, samples=16), SI(0.01), Replay(64, 0.25)],
     }
     plain, _ = seconds_per_step([])
     base = statistics.median(plain)
     print(f"plain step: {base:.2f} CPU s (1.00)")
     for name, make in makers.items():
+        if sys.argv[1:] and not name.startswith(tuple(sys.argv[1:])):
+            continue
         before, _ = seconds_per_step([])
         steps, end = seconds_per_step(make())
         after, _ = seconds_per_step([])
