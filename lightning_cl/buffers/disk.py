@@ -114,6 +114,16 @@ class DiskStore:
         place = self._begin()
         return place << _BITS | self._segments[place].append(encode(sample, extra), task, position, label)
 
+    def begin(self) -> Path:
+        """Begins this process's segment before there is anything to write, so that other ranks can be told of it."""
+        return self._segments[self._begin()].folder
+
+    def expect_in(self, folder: Path) -> None:
+        """Says where the rank that writes has begun its segment."""
+        if not self.writes:
+            self._writer, self._expected_folder = len(self._segments), folder
+            self._next = int(folder.name) + 1
+
     def expect(self, count: int) -> range:
         """The numbers of records that another rank, which writes for all, is about to append."""
         if self._writer is None:

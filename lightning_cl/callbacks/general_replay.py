@@ -14,9 +14,11 @@ from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.memory import Storage, check_plannable
 from lightning_cl.callbacks.passes import progress
 from lightning_cl.callbacks.replay import Replay
+from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing import MixMode
 from lightning_cl.data.ratio import PER_TASK
 from lightning_cl.data.records import check_text_source, is_text_source
+from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.task_list import describe_source, is_data
 from lightning_cl.data.text_tasks import TokenStream
 
@@ -92,12 +94,26 @@ class GeneralReplay(Replay):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # Here, and not when the first loader is built: data that cannot be used is found before anything is trained.
-        resumed = TaskCoordinator.of(trainer).is_resumed or trainer.ckpt_path is not None
-        if stage == "fit" and not resumed and self.buffer.seen == 0 and self.replays:
+        # Here, and not when the first loader is built: data that cannot be used is found before anything is evaluated.
+        # A plain fit reads its checkpoint later, and with it perhaps this data.
+        coordinator = TaskCoordinator.of(trainer)
+        if stage == "fit" and coordinator.driven and not coordinator.is_resumed and self.buffer.seen == 0:
             self._read(trainer)
 
+    @property
+    @override
+    def mixes(self) -> bool:
+        return self.replays
+
+    @override
+    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+        if self.buffer.seen == 0:
+            self._read(trainer)
+        super().mix_into(trainer, loader)
+
     def _read(self, trainer: L.Trainer) -> None:
+        if not self.replays:
+            return
         name, data = type(self).__name__, TaskCoordinator.of(trainer).data
         if is_text_source(self.data):
             if data is None or not hasattr(data.tokenizer, "get_vocab"):

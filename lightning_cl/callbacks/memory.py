@@ -187,6 +187,9 @@ class MemoryCallback(ContinualCallback):
         target.place(folder, first, trainer.is_global_zero)
         if fingerprint is not None:
             target.expect_tokenizer(fingerprint)
+        if trainer.world_size > 1:
+            # Another run may have taken the number: the ranks hear where the records really go.
+            target.expect_in(trainer.strategy.broadcast(target.begin() if trainer.is_global_zero else folder))
         if target is not store:
             self._own.move_to(target)
 
