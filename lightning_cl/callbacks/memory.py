@@ -97,6 +97,7 @@ class MemoryCallback(ContinualCallback):
         self._owner: MemoryCallback | None = None
         self._offered = (0, 0)  # epoch and batch that were offered last while training
         self._located = self._adopted = False
+        self._needed: dict[str, int] = {}  # bytes that a task's samples take at most
         self._run: weakref.ref[L.Trainer] | None = None
 
     @property
@@ -154,8 +155,9 @@ class MemoryCallback(ContinualCallback):
         coordinator = TaskCoordinator.of(trainer)
         if not coordinator.driven:
             self.on_run_start(trainer)
-        if self.shares is None:
+        if self.shares is None and stage == "fit":  # between tasks the loggers, whose folder it is, are silent
             self.locate(trainer)
+            self._check_room()
             resumed = coordinator.is_resumed or trainer.ckpt_path is not None
             if self.folder is not None and not self._adopted and len(self._own) == 0 and not resumed and self.takes_in:
                 self._own.adopt()
@@ -251,16 +253,18 @@ class MemoryCallback(ContinualCallback):
                     f"{name}(buffer_size={self._own.capacity}): a sample of task {task!r} takes {cost}"
                     f" {self._own.unit}, more than the whole budget; give at least {cost}"
                 )
-        self._check_room(loader, sample, task)
-
-    def _check_room(self, loader: Any, sample: Any, task: str) -> None:
-        """A disk that is sure to be too full is found before training."""
-        store = self._own.store
-        if not isinstance(store, DiskStore) or not store.writes or not self._located:
-            return
         size = encode(sample).size + 64
         kept = {"samples": self._own.capacity, "bytes": self._own.capacity // size}.get(self._own.unit, 0)
-        needed, free = size * min(kept, len(loader.dataset)), store.free_bytes()
+        self._needed[task] = size * min(kept, len(loader.dataset))
+
+    def _check_room(self) -> None:
+        """A disk that is sure to be too full is found before training."""
+        store = self._own.store
+        if not isinstance(store, DiskStore) or not store.writes or not self._needed:
+            return
+        task = max(self._needed, key=lambda name: self._needed[name])
+        needed, free = self._needed[task], store.free_bytes()
+        self._needed.clear()
         if needed > free:
             raise OSError(
                 f"{type(self).__name__}: the buffer of task {task!r} takes about {needed:,} bytes, and {store.folder}"
