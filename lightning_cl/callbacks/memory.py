@@ -157,7 +157,6 @@ class MemoryCallback(ContinualCallback):
             self.on_run_start(trainer)
         if self.shares is None and stage == "fit":  # between tasks the loggers, whose folder it is, are silent
             self.locate(trainer)
-            self._check_room()
             resumed = coordinator.is_resumed or trainer.ckpt_path is not None
             if self.folder is not None and not self._adopted and len(self._own) == 0 and not resumed and self.takes_in:
                 self._own.adopt()
@@ -275,6 +274,7 @@ class MemoryCallback(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_room()
         self._offered = (0, 0)
 
     @override
