@@ -148,7 +148,7 @@ def test_a_ratio_outside_zero_and_one_is_named_with_what_is_right(ratio):
         (SI, "damping", float("nan"), "positive, finite"),
         (SI, "damping", "0.1", "positive, finite"),
         (Replay, "mode", "insert", "'add'"),
-        (Replay, "policy", "fifo", "task_balanced"),
+        (Replay, "policy", "lifo", "task_balanced"),
         (Replay, "buffer_size", 0, ""),
     ],
 )
