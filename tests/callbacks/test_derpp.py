@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import re
 
 import datasets
 import lightning as L
@@ -38,6 +39,11 @@ from lightning_cl.functional import dark_loss, top_logits
 
 TASKS = {name: classification(seed, 40) for seed, name in enumerate("abc", 1)}
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def name_of(value):
+    """A parameter's name without addresses: processes that share the tests must call them alike."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 # ---------------------------------------------------------------------- the reference: plain torch, one row at a time
@@ -147,7 +153,7 @@ def run(root, method, module, tasks=TASKS, **settings):
         (DER, {"alpha": 5.0}),
         (DER, {"alpha": 0.0}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_classifier_in_lockstep_with_a_plain_loop_over_three_tasks(tmp_path, kind, settings):
     method = kind(30, 0.4, outputs=logits_of, **settings)
@@ -186,7 +192,7 @@ LM_MODULES = {
         ("gemma2 with soft-capped logits", DERpp, {"alpha": 1.0, "top_k": 3}),
         ("tied", DER, {"alpha": 1.0, "top_k": 3}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_lm_in_lockstep_with_a_plain_loop(tmp_path, module, kind, settings):
     method = kind(16, 0.4, **settings)
@@ -379,7 +385,7 @@ def test_while_training_logits_are_those_of_the_step_that_saw_the_sample_first(t
 # ---------------------------------------------------------------------- what must not matter
 
 
-@pytest.mark.parametrize("settings", [{}, {"mode": "add"}, {"fill": "training"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"mode": "add"}, {"fill": "training"}], ids=name_of)
 def test_alpha_zero_is_replay_bit_for_bit(tmp_path, settings):
     kinds = {"dropout": 0.3, "batch_norm": True, "optimizer": adamw}
     dark, plain = DERpp(30, 0.4, alpha=0.0, outputs=logits_of, **settings), Replay(30, 0.4, **settings)
@@ -669,7 +675,7 @@ class Weighted(SomebodysLM):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tasks", "settings"), [(Smoothed, TASKS, {"outputs": logits_of}), (Weighted, LM_TASKS, {})], ids=str
+    ("kind", "tasks", "settings"), [(Smoothed, TASKS, {"outputs": logits_of}), (Weighted, LM_TASKS, {})], ids=name_of
 )
 def test_der_refuses_a_loss_that_it_cannot_take_labels_off(tmp_path, kind, tasks, settings):
     module = seeded(kind)
@@ -705,7 +711,7 @@ def test_no_hook_is_left_behind(tmp_path):
         {"buffer_size": 0},
         {"unit": "bytes"},
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_arguments_out_of_range_are_named(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

@@ -341,7 +341,7 @@ def everything():
         "lwf": LwF(0.5, outputs=logits_of),
         "lwf base": LwF(0.3, outputs=logits_of, teacher="base", where="replayed"),
         "ewc": EWC("auto", outputs=logits_of, state_dtype="bfloat16", state_device="cpu", mode="separate"),
-        "replay": Replay(20, 0.3),
+        "replay": Replay(20, 0.3, storage="memory"),
     }
 
 
