@@ -230,6 +230,6 @@ def test_a_checkpoint_of_another_format_says_which_one_is_read(tmp_path):
     state = torch.load(path, weights_only=True)
     state["lightning_cl"]["format"] = 99
     torch.save(state, path)
-    match = r"ckpt_path: .*0-a\.ckpt was written in format 99 .*reads format 2"
+    match = r"ckpt_path: .*0-a\.ckpt was written in format 99 .*reads format 3"
     tasks = {"a": classification(0), "b": classification(1)}
     refused(tmp_path, Classifier(), tasks, MisconfigurationException, match, [], path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import zipfile
 from array import array
@@ -11,21 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_cl.buffers.disk import DiskStore
 from lightning_cl.buffers.encoding import encode
-from lightning_cl.buffers.heap import LargestFirst
+from lightning_cl.buffers.folder import Stored, found_in
 from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.layout import ALIGNMENT, RECORD, DamagedFileError
 from lightning_cl.buffers.memory import MemoryStore
 from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
-from lightning_cl.buffers.segment import RemovedError
-from lightning_cl.buffers.store import Info, Store, as_numbers, wait_for_all_ranks
+from lightning_cl.buffers.selection import Selection, spread
+from lightning_cl.buffers.store import Info, Store, as_numbers, wait_for_all_ranks, was_removed
 from lightning_cl.buffers.tokens import token_count
 from lightning_cl.files import replace_file
 from lightning_cl.random_state import seed_of
@@ -34,22 +32,6 @@ Unit = Literal["samples", "tokens", "bytes"]
 _EMPTY, _WAITING = -1, -2
 _STATE = "buffer.pt"
 _RECORD_BYTES = RECORD.itemsize  # what a record takes beside its content
-
-
-class Stored(NamedTuple):
-    """A stored sample, as a predicate of :meth:`ReplayBuffer.remove` sees it.
-
-    Attributes:
-        sample: the sample.
-        task: the name of its task.
-        position: its place in its task's training data; −1: unknown.
-        label: its class; −1: none.
-    """
-
-    sample: Any
-    task: str
-    position: int
-    label: int
 
 
 class ReplayBuffer:
@@ -100,16 +82,11 @@ class ReplayBuffer:
         self._clear()
 
     def _clear(self) -> None:
-        # One entry per slot: the record's number, or one of the marks; its key, cost and group.
-        self._numbers, self._keys = array("q"), array("d")
-        self._costs, self._groups, self._tasks = array("q"), array("i"), array("i")
+        self._selection = Selection(self.capacity)
+        # One entry per slot of it: the record's number, or one of the marks, and the task.
+        self._numbers, self._tasks = array("q"), array("i")
         self._task_names: list[str] = []
-        self._free: list[int] = []
-        self._names: list[str] = []
-        self._heaps: list[LargestFirst] = []
-        self._used: list[int] = []  # of each group: its cost
-        self._limits: list[float] = []  # of each group: no key from here on is taken in
-        self._total = self._count = 0
+        self._count = 0
         self._per_task: Counter[str] = Counter()
         self._held: array[int] | None = None
 
@@ -193,17 +170,13 @@ class ReplayBuffer:
         return self.store.info(number)
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
-        """Of records: ``length``, ``loss_tokens`` and ``task`` (a number, see :meth:`task_name`)."""
+        """Of records: ``length``, ``loss_tokens`` and ``task`` (its place in :attr:`task_names`)."""
         if array("q", numbers) == array("q", self.numbers):
             tasks = array("i", (self._tasks[slot] for slot in self._slots()))
         else:
             places = {name: place for place, name in enumerate(self._task_names)}
             tasks = array("i", (places[self.store.info(number).task] for number in numbers))
         return {**self.store.columns(numbers), "task": tasks}
-
-    def task_name(self, task: int) -> str:
-        """The name of a task in :meth:`columns`; tasks have rising numbers in their order."""
-        return self._task_names[task]
 
     def counts(self) -> dict[str, int]:
         """How many samples of each task are stored."""
@@ -238,7 +211,7 @@ class ReplayBuffer:
         Returns:
             the number of its record; None if it was left out, or removed before.
         """
-        if self.store.remembers_removed and self.store.knows_removed(sample):
+        if was_removed(self.store, sample):
             return None
         label = label_of(sample) if self.policy.group == "class" else None
         slot = self.choose_slot(task, self.cost(sample), label, weight, rank)
@@ -283,23 +256,18 @@ class ReplayBuffer:
             )
         key = draw_key(self.policy, self._rng, self.seen, weight, rank)
         self.seen_of[task] += 1
-        group = self._group(task, label)
-        if key >= self._limits[group]:
+        slot, gone = self._selection.choose(self._group(task, label), key, cost)
+        for left in gone:
+            self._let_go(left)
+        if slot is None:
             return None
-        self._used[group] += cost
-        self._total += cost
-        while self._total > self.capacity:
-            largest = max(range(len(self._used)), key=self._used.__getitem__)
-            heap = self._heaps[largest]
-            if largest == group and key >= heap.largest():  # the newcomer itself has to go
-                self._limits[group] = min(self._limits[group], key)
-                self._used[group] -= cost
-                self._total -= cost
-                return None
-            gone = heap.pop()
-            self._limits[largest] = min(self._limits[largest], self._keys[gone])
-            self._release(gone)
-        return self._insert(group, key, cost, task)
+        if task not in self._task_names:
+            self._task_names.append(task)
+        if slot == len(self._numbers):
+            self._numbers.append(_WAITING)
+            self._tasks.append(0)
+        self._numbers[slot], self._tasks[slot] = _WAITING, self._task_names.index(task)
+        return slot
 
     def put(
         self,
@@ -328,8 +296,14 @@ class ReplayBuffer:
         self.put_number(slot, number)
         return number
 
+    def put_expected(self, slots: Sequence[int]) -> None:
+        """Says that the rank that writes stores samples under these slots, one after the other."""
+        assert isinstance(self.store, DiskStore)
+        for slot, number in zip(slots, self.store.expect(len(slots)), strict=True):
+            self.put_number(slot, number)
+
     def put_number(self, slot: int, number: int) -> None:
-        """Says which record another rank has stored, or stores, for a slot."""
+        """Says which record of the store is in a slot."""
         self._numbers[slot] = number
         self._count += 1
         self._per_task[self._task_names[self._tasks[slot]]] += 1
@@ -340,55 +314,24 @@ class ReplayBuffer:
 
     def give_back(self, slot: int) -> None:
         """Leaves a slot of :meth:`choose_slot` empty after all."""
-        self._heaps[self._groups[slot]].remove({slot})
-        self._release(slot)
+        self._drop([slot])
 
-    def limit(self, group: str) -> float:
-        """No key from here on is taken into a group."""
-        return self._limits[self._names.index(group)] if group in self._names else math.inf
-
-    def _group(self, task: str, label: int | None) -> int:
+    def _group(self, task: str, label: int | None) -> str:
         kind = self.policy.group
         if kind == "class" and label is None:
             raise ValueError(
                 f"policy='class_balanced': a sample of task {task!r} has no class; expected (input, class) or a"
                 " dictionary with `label` or `labels`, a whole number"
             )
-        name = {"all": "", "task": task, "class": str(label)}[kind]
-        if name not in self._names:
-            self._names.append(name)
-            self._heaps.append(LargestFirst(self._keys))
-            self._used.append(0)
-            self._limits.append(math.inf)
-            return len(self._names) - 1
-        return self._names.index(name)
+        return {"all": "", "task": task, "class": str(label)}[kind]
 
-    def _insert(self, group: int, key: float, cost: int, task: str) -> int:
-        columns: tuple[array[Any], ...] = (self._numbers, self._keys, self._costs, self._groups, self._tasks)
-        if task not in self._task_names:
-            self._task_names.append(task)
-        row = (_WAITING, key, cost, group, self._task_names.index(task))
-        if self._free:
-            slot = self._free.pop()
-            for column, value in zip(columns, row, strict=True):
-                column[slot] = value
-        else:
-            slot = len(self._numbers)
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-        self._heaps[group].push(slot)
-        return slot
-
-    def _release(self, slot: int) -> None:
+    def _let_go(self, slot: int) -> None:
         number = self._numbers[slot]
         if number >= 0:
             self._count -= 1
             self._per_task[self._task_names[self._tasks[slot]]] -= 1
             self.store.evict(number)
         self._numbers[slot] = _EMPTY
-        self._free.append(slot)
-        self._used[self._groups[slot]] -= self._costs[slot]
-        self._total -= self._costs[slot]
 
     # ------------------------------------------------------------------ removing
 
@@ -409,7 +352,7 @@ class ReplayBuffer:
         wait_for_all_ranks()
         # Everything that is on the disk, and not only what may still be drawn.
         stores = [self.store, *self.store.copies()]
-        found = [store.keys([n for n, stored in stored_in(store) if predicate(stored)]) for store in stores]
+        found = [found_in(store, predicate) for store in stores]
         wait_for_all_ranks()  # they have read what is about to be erased
         for store, keys in zip(stores, found, strict=True):
             store.erase(keys)
@@ -421,12 +364,9 @@ class ReplayBuffer:
         return (slot for slot, number in enumerate(self._numbers) if number >= 0)
 
     def _drop(self, slots: Sequence[int]) -> None:
-        for group, heap in enumerate(self._heaps):
-            mine = {slot for slot in slots if self._groups[slot] == group}
-            if mine:
-                heap.remove(mine)
+        self._selection.release(slots)
         for slot in slots:
-            self._release(slot)
+            self._let_go(slot)
 
     def clear(self) -> None:
         """Lets all samples go; what was seen is forgotten too."""
@@ -445,7 +385,7 @@ class ReplayBuffer:
         self._held = array("q", self.numbers)
         self.store.hold(self._held)
 
-    def move_to(self, store: Store) -> None:
+    def move_to(self, store: DiskStore) -> None:
         """Keeps samples in another store from now on; what is there goes along."""
         old, self.store = self.store, store
         store.refuse(old.removed)
@@ -457,9 +397,12 @@ class ReplayBuffer:
                 self._numbers[slot] = store.append(old.get(number), info.task, info.position, info.label, extra)
             store.commit()
         else:
-            for slot, expected in zip(slots, store.expect(len(slots)), strict=True):
-                self._numbers[slot] = expected
+            self._number(slots, store.expect(len(slots)))
         self._renumber_held(before, [self._numbers[slot] for slot in slots])
+
+    def _number(self, slots: Sequence[int], numbers: Sequence[int]) -> None:
+        for slot, number in zip(slots, numbers, strict=True):
+            self._numbers[slot] = number
 
     def _renumber_held(self, before: Sequence[int], after: Sequence[int]) -> None:
         if self._held is not None:
@@ -514,8 +457,7 @@ class ReplayBuffer:
         if not agreed(self.store.is_wasteful(before, least)):
             return
         numbers = self.store.rewrite(before)
-        for slot, number in zip(slots, numbers, strict=True):
-            self._numbers[slot] = number
+        self._number(slots, numbers)
         self._renumber_held(before, numbers)
         self.write_index()
 
@@ -538,25 +480,15 @@ class ReplayBuffer:
         numbers += [number for number in held if number not in stored]
         places = {number: place for place, number in enumerate(numbers)}
 
-        def column(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-            return torch.tensor([values[slot] for slot in slots], dtype=dtype)
-
         return {
             "capacity": self.capacity,
             "unit": self.unit,
             "policy_name": self.policy_name,
             "rng": self._rng.getstate(),
             "seen_of": dict(self.seen_of),
-            # Where they are, too: what is drawn from a stream's buffer depends on it.
-            "slots": as_numbers(slots),
-            "free": as_numbers(self._free),
-            "keys": column(self._keys, torch.float64),
-            "costs": column(self._costs, torch.int64),
-            "groups": column(self._groups, torch.int32),
-            "tasks": column(self._tasks, torch.int32),
+            **self._selection.state_dict(slots),
+            "tasks": torch.tensor([self._tasks[slot] for slot in slots], dtype=torch.int32),
             "task_names": list(self._task_names),
-            "names": list(self._names),
-            "limits": list(self._limits),
             "held": None if self._held is None else as_numbers([places[number] for number in held]),
             "store": self.store.state_dict(numbers),
         }
@@ -583,72 +515,13 @@ class ReplayBuffer:
         self._clear()
         self._rng.setstate(state["rng"])
         self.seen_of = Counter(state["seen_of"])
-        self._names, self._limits = list(state["names"]), list(state["limits"])
-        slots, self._free = state["slots"].tolist(), state["free"].tolist()
-        size, count = len(slots) + len(self._free), len(slots)  # behind the count are some that are only held
-
-        def column(kind: str, values: Tensor, empty: int = 0) -> array[Any]:
-            whole = np.full(size, empty, dtype=kind)
-            whole[slots] = values.numpy()
-            return array(kind, whole.tobytes())
-
-        self._numbers = column("q", numbers[:count], _EMPTY)
+        self._selection.load_state_dict(state)
+        self._count = len(state["slots"])  # behind them are some that are only held
+        self._numbers = spread("q", state, numbers[: self._count], _EMPTY)
+        self._tasks, self._task_names = spread("i", state, state["tasks"]), list(state["task_names"])
         if state["held"] is not None:
             self._held = array("q", numbers[state["held"]].tolist())
             self.store.hold(self._held)
-        self._keys, self._costs = column("d", state["keys"]), column("q", state["costs"])
-        self._groups, self._tasks = column("i", state["groups"]), column("i", state["tasks"])
-        self._task_names = list(state["task_names"])
-        members: list[list[int]] = [[] for _ in self._names]
-        self._used = [0] * len(self._names)
-        for slot in slots:
-            members[self._groups[slot]].append(slot)
-            self._used[self._groups[slot]] += self._costs[slot]
-        self._heaps = [LargestFirst(self._keys, slots) for slots in members]
-        self._total, self._count = sum(self._used), count
         self._per_task = Counter(self.tasks)
         # What was removed after the checkpoint was written.
         self._drop([slot for slot in self._slots() if self.store.is_erased(self._numbers[slot])])
-
-
-def stored_in(store: Store) -> Iterator[tuple[int, Stored]]:
-    """Every record that a store still holds, with its number; also those that no buffer draws any more."""
-    for number in store.every():
-        info = store.info(number)
-        try:
-            yield number, Stored(store.get(number), info.task, info.position, info.label)
-        except RemovedError:
-            continue
-
-
-def remove_from_folder(folder: str | Path, predicate: Callable[[Stored], bool]) -> int:
-    """Removes samples for good from the folder of a buffer on disk, without a run.
-
-    A run that goes on from a checkpoint, whichever, does not find them (:meth:`ReplayBuffer.remove`).
-
-    Args:
-        folder: with the buffer's segments, as ``<run>/buffers/Replay``.
-        predicate: gets a :class:`Stored`, says whether it shall go.
-
-    Returns:
-        how many were removed.
-
-    Raises:
-        FileNotFoundError: if there is no buffer in the folder.
-    """
-    store = DiskStore(Path(folder))
-    store.attach()
-    keys = store.keys([number for number, stored in stored_in(store) if predicate(stored)])
-    store.erase(keys)
-    return len(keys)
-
-
-def read_folder(folder: str | Path) -> Iterator[Stored]:
-    """The samples of a buffer's folder, also those that were let go and still lie there.
-
-    Raises:
-        FileNotFoundError: if there is no buffer in the folder.
-    """
-    store = DiskStore(Path(folder))
-    store.attach()
-    return (stored for _, stored in stored_in(store))

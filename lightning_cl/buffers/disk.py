@@ -18,7 +18,7 @@ from lightning_cl.buffers.encoding import decode, decode_extra, encode
 from lightning_cl.buffers.layout import DamagedFileError
 from lightning_cl.buffers.removed import list_removed, read_removed
 from lightning_cl.buffers.segment import RemovedError, Segment
-from lightning_cl.buffers.store import Info, Store, as_numbers, digest
+from lightning_cl.buffers.store import Info, Store, as_numbers
 
 _BITS = 32  # of a record's number within its segment
 _GONE = ".gone.{}"  # a segment that is being deleted
@@ -152,15 +152,11 @@ class DiskStore:
         others._removed = self._removed
         return [others]
 
-    def keys(self, numbers: Iterable[int]) -> dict[int, bytes]:
-        """16 bytes that stand for the content of records, without what was stored beside them."""
-        return {number: digest(encode(self.get(number))) for number in numbers}
-
     def erase(self, keys: dict[int, bytes]) -> None:
         """Overwrites the content of records on the disk, and never stores the same content again.
 
         Args:
-            keys: of the records (:meth:`keys`).
+            keys: of the records (:func:`~lightning_cl.buffers.store.keys_of`).
         """
         self.refuse(keys.values())
         if self.writes:
@@ -198,15 +194,6 @@ class DiskStore:
     def removed(self) -> set[bytes]:
         """The keys of everything that was erased."""
         return self._removed
-
-    @property
-    def remembers_removed(self) -> bool:
-        """Whether anything was ever erased."""
-        return bool(self._removed)
-
-    def knows_removed(self, sample: Any) -> bool:
-        """Whether a sample of this content was erased."""
-        return bool(self._removed) and digest(encode(sample)) in self._removed
 
     def delete_replaced(self) -> None:
         """Deletes what the last :meth:`rewrite` has replaced; the checkpoint that needs none of it is written."""

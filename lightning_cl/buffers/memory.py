@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_cl.buffers.encoding import Encoded, decode, decode_extra, encode
 from lightning_cl.buffers.segment import RemovedError
-from lightning_cl.buffers.store import Info, Store, as_numbers, digest
+from lightning_cl.buffers.store import Info, Store, as_numbers
 
 _PARTS = ("ids", "mask", "blob")
 
@@ -51,10 +51,6 @@ class MemoryStore:
         self._info[number] = Info(task, encoded.length, encoded.loss_tokens, encoded.size, position, label)
         return number
 
-    def expect(self, count: int) -> range:
-        """Not here: each rank holds its own samples."""
-        raise NotImplementedError
-
     def get(self, number: int) -> Any:
         """The sample of a record."""
         encoded = self._of(number)
@@ -85,10 +81,6 @@ class MemoryStore:
     def copies(self) -> Sequence[Store]:
         """None: checkpoints cannot be reached."""
         return []
-
-    def keys(self, numbers: Iterable[int]) -> dict[int, bytes]:
-        """Bytes that stand for the content of records, without what was stored beside them."""
-        return {number: digest(encode(self.get(number))) for number in numbers}
 
     def erase(self, keys: dict[int, bytes]) -> None:
         """Forgets records, and never stores the same content again."""
@@ -122,15 +114,6 @@ class MemoryStore:
     def removed(self) -> set[bytes]:
         """The keys of everything that was erased."""
         return self._removed
-
-    @property
-    def remembers_removed(self) -> bool:
-        """Whether anything was ever erased."""
-        return bool(self._removed)
-
-    def knows_removed(self, sample: Any) -> bool:
-        """Whether a sample of this content was erased."""
-        return bool(self._removed) and digest(encode(sample)) in self._removed
 
     def flush(self) -> None:
         """Nothing."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_cl.buffers.encoding import Encoded
+from lightning_cl.buffers.encoding import Encoded, encode
 
 
 class Info(NamedTuple):
@@ -47,9 +47,6 @@ class Store(Protocol):
     ) -> int:
         """Stores a sample and gives its number."""
 
-    def expect(self, count: int) -> range:
-        """The numbers of records that another rank, which writes for all, is about to append."""
-
     def get(self, number: int) -> Any:
         """The sample of a record; RemovedError if it was erased."""
 
@@ -71,11 +68,8 @@ class Store(Protocol):
     def copies(self) -> Sequence[Store]:
         """What lies beside the records of this store and may hold the same samples."""
 
-    def keys(self, numbers: Iterable[int]) -> dict[int, bytes]:
-        """Bytes that stand for the content of records, without what was stored beside them."""
-
     def erase(self, keys: dict[int, bytes]) -> None:
-        """Overwrites the content of records, given by :meth:`keys`, and never stores the same content again."""
+        """Overwrites the content of records, given by :func:`keys_of`, and never stores the same content again."""
 
     def refuse(self, keys: Iterable[bytes]) -> None:
         """Never stores these contents from now on."""
@@ -89,13 +83,6 @@ class Store(Protocol):
     @property
     def removed(self) -> set[bytes]:
         """The keys of everything that was erased."""
-
-    @property
-    def remembers_removed(self) -> bool:
-        """Whether anything was ever erased."""
-
-    def knows_removed(self, sample: Any) -> bool:
-        """Whether a sample of this content was erased."""
 
     def flush(self) -> None:
         """Lets other processes see what was appended."""
@@ -114,6 +101,16 @@ def wait_for_all_ranks() -> None:
     """Returns when every rank has come here, if there are several."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def keys_of(store: Store, numbers: Iterable[int]) -> dict[int, bytes]:
+    """16 bytes that stand for the content of records, without what was stored beside them."""
+    return {number: digest(encode(store.get(number))) for number in numbers}
+
+
+def was_removed(store: Store, sample: Any) -> bool:
+    """Whether a sample of this content was erased, and is not to come back."""
+    return bool(store.removed) and digest(encode(sample)) in store.removed
 
 
 def digest(sample: Encoded) -> bytes:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.callbacks.base import ContinualCallback
 
-FORMAT = 2
+FORMAT = 3
 """Of the ``lightning_cl`` entry of a checkpoint."""
 
 

@@ -143,7 +143,7 @@ class DERpp(Replay):
     @override
     def extras(
         self, trainer: L.Trainer, pl_module: L.LightningModule, samples: Sequence[Any]
-    ) -> list[dict[str, Tensor]] | None:
+    ) -> list[dict[str, Tensor]]:
         return self._dark.of_samples(trainer, pl_module, samples)
 
     # ------------------------------------------------------------------ the term

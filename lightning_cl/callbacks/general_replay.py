@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.memory import Storage, check_plannable
-from lightning_cl.callbacks.passes import progress
+from lightning_cl.callbacks.filling import cost_of, keep
+from lightning_cl.callbacks.memory import Storage
 from lightning_cl.callbacks.replay import Replay
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing import MixMode
@@ -87,11 +87,6 @@ class GeneralReplay(Replay):
         return None
 
     @override
-    def check_loader(self, loader: Any, task: str) -> None:
-        super().check_loader(loader, task)
-        check_plannable(loader, type(self).__name__, task)
-
-    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         # Here, and not when the first loader is built: data that cannot be used is found before anything is evaluated.
@@ -134,10 +129,13 @@ class GeneralReplay(Replay):
             raise ValueError(f"{name}(data=…): there is nothing in it")
         chosen: dict[int, int] = {}
         for index in range(len(samples)):
-            slot = self.buffer.choose_slot(_NAME, self._cost(samples, index))
+            slot = self.buffer.choose_slot(_NAME, cost_of(self.buffer, samples, index))
             if slot is not None:
                 chosen[slot] = index
-        self._keep_from(trainer, samples, chosen)
+        keep(trainer, self.buffer, _NAME, chosen, samples.__getitem__, label=f"{name}: keeping samples")
+        self.buffer.commit()
+        self.buffer.write_index()
+        trainer.strategy.barrier(name)
 
     def _first(self, stream: Iterator[Any]) -> Iterator[Any]:
         """As much of a stream as the budget holds: it may be endless."""
@@ -147,20 +145,3 @@ class GeneralReplay(Replay):
             if total > self.buffer.capacity:
                 return
             yield sample
-
-    def _keep_from(self, trainer: L.Trainer, samples: Any, chosen: dict[int, int]) -> None:
-        buffer, store = self.buffer, self.buffer.store
-        if store.remembers_removed:  # what was removed does not come back
-            for slot in [slot for slot in chosen if buffer.is_waiting(slot)]:
-                if store.knows_removed(samples[chosen[slot]]):
-                    buffer.give_back(slot)
-        slots = sorted((slot for slot in chosen if buffer.is_waiting(slot)), key=lambda slot: chosen[slot])
-        if store.writes:
-            for slot in progress(trainer, slots, f"{type(self).__name__}: keeping samples"):
-                buffer.put(slot, samples[chosen[slot]], _NAME, position=chosen[slot])
-            buffer.commit()
-            buffer.write_index()
-        else:
-            for slot, number in zip(slots, store.expect(len(slots)), strict=True):
-                buffer.put_number(slot, number)
-        trainer.strategy.barrier(type(self).__name__)

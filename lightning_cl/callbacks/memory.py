@@ -22,11 +22,11 @@ from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
 from lightning_cl.callbacks.checks import named, refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.passes import progress, to_device
-from lightning_cl.callbacks.ranking import losses_of, ranking_of
+from lightning_cl.callbacks.filling import Extras, cost_of, offer_batch, offer_task
+from lightning_cl.callbacks.passes import to_device
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing import seed_of
-from lightning_cl.data.plannable import task_indices, why_not_plannable
+from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.trained import Trained
 from lightning_cl.random_state import untouched_random_state
@@ -95,8 +95,8 @@ class MemoryCallback(ContinualCallback):
             )
         self.seed, self.folder, self.shares = seed, folder, buffer
         self._owner: MemoryCallback | None = None
-        self._offered = (0, 0)  # epoch and batch that were offered last while training
-        self._located = self._adopted = False
+        self._offered = 0  # the number of the batch, of the first pass, that was offered last while training
+        self._located = False
         self._needed: dict[str, int] = {}  # bytes that a task's samples take at most
         self._run: weakref.ref[L.Trainer] | None = None
 
@@ -120,9 +120,13 @@ class MemoryCallback(ContinualCallback):
     @override
     def on_run_start(self, trainer: L.Trainer) -> None:
         if self._run is None or self._run() is not trainer:  # another run: a folder of its own
-            self._run, self._located, self._adopted = weakref.ref(trainer), False, False
+            self._run, self._located = weakref.ref(trainer), False
         if self.shares is not None:
             self._owner = self._find_owner(trainer)
+
+    def _name(self, trainer: L.Trainer) -> str:
+        """Of this callback in its Trainer."""
+        return next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
 
     def _find_owner(self, trainer: L.Trainer) -> MemoryCallback:
         methods = named(TaskCoordinator.methods(trainer))
@@ -156,29 +160,30 @@ class MemoryCallback(ContinualCallback):
         if not coordinator.driven:
             self.on_run_start(trainer)
         if self.shares is None and stage == "fit":  # between tasks the loggers, whose folder it is, are silent
-            self.locate(trainer)
-            resumed = coordinator.is_resumed or trainer.ckpt_path is not None
-            if self.folder is not None and not self._adopted and len(self._own) == 0 and not resumed and self.takes_in:
+            located = self.locate(trainer)
+            if located and self.folder is not None and self.takes_in and not coordinator.is_resumed and not self._own:
                 self._own.adopt()
                 self._check_lengths(trainer)
                 self._hold()
                 trainer.strategy.barrier("adopt")  # nobody writes before all have looked
-            self._adopted = True
             if self._own.policy.looks != "nothing":
                 refuse_sharded(
                     trainer, f"{type(self).__name__}(policy={self._own.policy_name!r}) looks at single samples with"
                 )
 
-    def locate(self, trainer: L.Trainer) -> None:
-        """Finds out where the buffer lies; what is in it already goes there. On all ranks."""
+    def locate(self, trainer: L.Trainer) -> bool:
+        """Finds out where the buffer lies, once in a run; what is in it already goes there. On all ranks.
+
+        Returns:
+            whether it was found out now.
+        """
         store = self._own.store
         wanted = _keeps_files(trainer) or (self.folder is not None and not trainer.fast_dev_run)  # type: ignore[attr-defined]
         if self._located or self.storage == "memory" or not (isinstance(store, DiskStore) or wanted):
-            return
+            return False
         self._located = True
-        name = next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
         base = Path(trainer.log_dir or trainer.default_root_dir)
-        folder = Path(self.folder) if self.folder is not None else base / "buffers" / name
+        folder = Path(self.folder) if self.folder is not None else base / "buffers" / self._name(trainer)
         self._check_apart(trainer, folder)
         first = trainer.strategy.broadcast(DiskStore.first_free(folder))
         data = TaskCoordinator.of(trainer).data
@@ -193,12 +198,13 @@ class MemoryCallback(ContinualCallback):
             target.expect_in(trainer.strategy.broadcast(target.begin() if trainer.is_global_zero else folder))
         if target is not store:
             self._own.move_to(target)
+        return True
 
     def _check_lengths(self, trainer: L.Trainer) -> None:
         """Samples that an earlier run has left must fit this one's."""
         data = TaskCoordinator.of(trainer).data
         longest = max(self._own.columns(self._own.numbers)["length"], default=0)
-        if data is not None and fingerprinted(data) and longest > data.max_length:
+        if data is not None and data.fingerprint() is not None and longest > data.max_length:
             raise ValueError(
                 f"{type(self).__name__}(folder={self.folder!r}): a sample there has {longest} tokens, more than"
                 f" TaskDataModule(max_length={data.max_length}); give at least {longest}, or another folder"
@@ -246,7 +252,7 @@ class MemoryCallback(ContinualCallback):
             length_of = getattr(loader.dataset, "length", None)
             if length_of is not None:
                 indices = range(len(loader.dataset))
-                cost = max((self._cost(loader.dataset, i) for i in indices), default=cost)
+                cost = max((cost_of(self._own, loader.dataset, i) for i in indices), default=cost)
             if cost > self._own.capacity:
                 raise ValueError(
                     f"{name}(buffer_size={self._own.capacity}): a sample of task {task!r} takes {cost}"
@@ -275,29 +281,18 @@ class MemoryCallback(ContinualCallback):
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_room()
-        self._offered = (0, 0)
+        self._offered = 0
 
     @override
     def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
-        with untouched_random_state():
-            self._fill_with(trainer, pl_module, trained)
-
-    def _fill_with(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
-        """Offers a batch's new samples."""
         if self.shares is not None or not self.takes_in or self.fill != "training" or trained.epoch > 0:
             return
-        if (trained.epoch, trained.number) <= self._offered:
+        if trained.number <= self._offered:
             return  # a batch that is trained on again, after an exception
         assert self.task is not None
-        self._offered = (trained.epoch, trained.number)
-        chosen: dict[int, int] = {}
-        for place in range(len(trained)):
-            sample = trained.sample(place)
-            label = label_of(sample) if self._own.policy.group == "class" else None
-            slot = self._own.choose_slot(self.task.name, self._own.cost(sample), label)
-            if slot is not None:
-                chosen[slot] = place
-        self._keep(trainer, pl_module, chosen, trained.sample, trained.index)
+        self._offered = trained.number
+        with untouched_random_state():  # a data set may draw
+            offer_batch(trainer, self._own, self.task.name, trained, self._extras(trainer, pl_module))
         if trainer.world_size > 1:
             self._own.flush()  # the other ranks read it
 
@@ -306,8 +301,14 @@ class MemoryCallback(ContinualCallback):
         if self.shares is not None:
             return
         if self.takes_in and self.fill == "task_end":
-            with untouched_random_state():  # a data set may draw
-                self._fill_from(trainer, pl_module)
+            assert self.task is not None
+            loader: Any = trainer.train_dataloader
+            name, seed = type(self).__name__, self.seed + self.tasks_done
+            check_plannable(loader, name)
+            with untouched_random_state():
+                offer_task(
+                    trainer, pl_module, loader, self._own, self.task, seed, name, self._extras(trainer, pl_module)
+                )
         self._own.commit()
         self._hold()
         trainer.strategy.barrier("buffer")
@@ -315,93 +316,16 @@ class MemoryCallback(ContinualCallback):
         self._own.write_index()
         trainer.strategy.barrier("buffer")
 
-    def _fill_from(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Offers the task's training set."""
-        assert self.task is not None
-        loader: Any = trainer.train_dataloader
-        if not isinstance(loader, TaskLoader):
-            check_plannable(loader, type(self).__name__)
-        indices, dataset, policy = task_indices(loader), loader.dataset, self._own.policy
-        weights: dict[int, float] = {}
-        ranks: dict[int, int] = {}
-        name = type(self).__name__
-        if policy.looks == "loss":
-            weights = losses_of(trainer, pl_module, loader, indices, f"{name}: surprise of {self.task}")
-        elif policy.looks == "states":
-            most = self._room_of_one_more_task() if self._own.unit == "samples" else len(indices)
-            label = f"{name}: hidden states of {self.task}"
-            method = self._own.policy_name
-            ranks = ranking_of(trainer, pl_module, loader, indices, method, most, self.seed + self.tasks_done, label)
-            self._own.seen_of[self.task.name] += len(indices) - len(ranks)  # the others are seen, and left out
-            indices = [index for index in indices if index in ranks]
-        chosen: dict[int, int] = {}
-        for index in indices:
-            label_value = label_of(dataset[index]) if policy.group == "class" else None
-            slot = self._own.choose_slot(
-                self.task.name, self._cost(dataset, index), label_value, weights.get(index, 1.0), ranks.get(index)
-            )
-            if slot is not None:
-                chosen[slot] = index  # a later sample may take the slot again: only the last one is loaded
-        chosen = {slot: index for slot, index in chosen.items() if self._own.is_waiting(slot)}
-        self._keep(trainer, pl_module, chosen, dataset.__getitem__, lambda index: index, show=True)
-
-    def _room_of_one_more_task(self) -> int:
-        """The most samples that a task can have where tasks share equally: a ranking need not be longer."""
-        left, counts = self._own.capacity, sorted(self._own.counts().values())
-        for place, count in enumerate(counts):
-            share = -(-left // (len(counts) - place + 1))
-            if count >= share:
-                return share
-            left -= count
-        return left
-
-    def _cost(self, dataset: Any, index: int) -> int:
-        """What a sample takes of the budget; not loaded, where its length tells."""
-        length_of = getattr(dataset, "length", None)
-        if self._own.unit == "samples":
-            return 1
-        if length_of is None:
-            return self._own.cost(dataset[index])
-        return self._own.cost_of_tokens(length_of(index))
-
-    def _keep(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        chosen: dict[int, int],
-        load: Any,
-        position_of: Any,
-        show: bool = False,
-    ) -> None:
-        """Stores what was chosen: slot to place, in the order of the places."""
-        assert self.task is not None
-        buffer, store = self._own, self._own.store
-        chosen = {slot: place for slot, place in chosen.items() if buffer.is_waiting(slot)}
-        slots = sorted(chosen, key=lambda slot: chosen[slot])
-        if store.remembers_removed:  # what was removed does not come back
-            for slot in [slot for slot in slots if store.knows_removed(load(chosen[slot]))]:
-                buffer.give_back(slot)
-                slots.remove(slot)
-        if not store.writes:
-            for slot, number in zip(slots, store.expect(len(slots)), strict=True):
-                buffer.put_number(slot, number)
-            return
-        label = f"{type(self).__name__}: keeping samples of {self.task}"
-        wants_extras = type(self).extras is not MemoryCallback.extras
-        size = 64 if wants_extras else 1
-        groups = [slots[start : start + size] for start in range(0, len(slots), size)]
-        for group in progress(trainer, groups, label) if show else groups:
-            samples = [load(chosen[slot]) for slot in group]
-            extras = self.extras(trainer, pl_module, samples) if wants_extras else None
-            for place, slot in enumerate(group):
-                extra = extras[place] if extras is not None else None
-                buffer.put(slot, samples[place], self.task.name, position=position_of(chosen[slot]), extra=extra)
+    def _extras(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Extras | None:
+        if type(self).extras is MemoryCallback.extras:
+            return None
+        return lambda samples: self.extras(trainer, pl_module, samples)
 
     def extras(
         self, trainer: L.Trainer, pl_module: L.LightningModule, samples: Sequence[Any]
-    ) -> list[dict[str, Tensor]] | None:
-        """Tensors to be stored beside samples that were chosen; None for nothing."""
-        return None
+    ) -> list[dict[str, Tensor]]:
+        """Tensors to be stored beside samples that were chosen."""
+        return [{} for _ in samples]
 
     # ------------------------------------------------------------------ reading
 
@@ -443,7 +367,7 @@ class MemoryCallback(ContinualCallback):
     def continual_state(self) -> dict[str, Any]:
         if self.shares is not None:
             return {"shares": self.shares}
-        return {"buffer": self._own.state_dict(), "offered": list(self._offered)}
+        return {"buffer": self._own.state_dict(), "offered": self._offered}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
@@ -456,7 +380,7 @@ class MemoryCallback(ContinualCallback):
             if self.storage == "disk" and state["buffer"]["store"]["kind"] == "disk" and not self._located:
                 self._own.store = DiskStore(None)
             self._own.load_state_dict(state["buffer"], self._look_in())
-            self._offered = tuple(state["offered"])
+            self._offered = state["offered"]
 
     def _look_in(self) -> list[Path]:
         """Where the buffer's files may be, if not where they were: a run's folder can be moved."""
@@ -465,11 +389,10 @@ class MemoryCallback(ContinualCallback):
             return []
         coordinator = TaskCoordinator.of(trainer)
         path = coordinator.checkpoint_path or trainer.ckpt_path
-        name = next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
-        above = (
-            [] if path is None else [folder / "buffers" / name for folder in list(Path(path).absolute().parents)[:4]]
-        )
-        return [*([] if self.folder is None else [Path(self.folder)]), *above]
+        name = self._name(trainer)
+        above = [] if path is None else list(Path(path).absolute().parents)[:4]
+        given = [] if self.folder is None else [Path(self.folder)]
+        return [*given, *(folder / "buffers" / name for folder in above)]
 
     @override
     def state_bytes(self) -> int:
@@ -501,11 +424,6 @@ def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
             f"{name} cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a"
             " torch DataLoader over a map-style data set (with __len__ and __getitem__) and a batch_size"
         )
-
-
-def fingerprinted(data: Any) -> bool:
-    """Whether the tasks are text."""
-    return data.fingerprint() is not None
 
 
 def _keeps_files(trainer: L.Trainer) -> bool:

@@ -268,8 +268,7 @@ class SelfReplay(MemoryCallback):
         """Puts samples with their tasks in the place of what is in the buffer; says how many."""
         self.buffer.clear()
         for sample, task in samples:
-            if not self.buffer.store.knows_removed(sample):  # by somebody who wants it forgotten
-                self.buffer.add(sample, task)
+            self.buffer.add(sample, task)  # not what somebody wants forgotten
         return len(self.buffer)
 
     def _tell(self, name: str) -> None:

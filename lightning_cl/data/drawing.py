@@ -64,7 +64,7 @@ def groups_of(
     elif draw == "recency":
         sizes = [2.0**age for age in range(len(groups))]
     else:
-        names = [buffer.task_name(task) for task in members]
+        names = [buffer.task_names[task] for task in members]
         sizes = [
             buffer.seen_of[name] * weight_of(group) / len(group) for name, group in zip(names, groups, strict=True)
         ]

@@ -201,10 +201,6 @@ class Samples:
         """Whether no share changes over the task."""
         return all(mix.curve.is_constant for mix in self.mixes)
 
-    def ratio_at(self, progress: float) -> float:
-        """The share of everything that is replayed."""
-        return sum(mix.curve.at(progress) for mix in self.mixes)
-
     def span(self, epoch: int) -> Span:
         """Which part of the task an epoch is."""
         return Span(epoch, self.epochs, self.shown)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from lightning_cl.buffers import MemoryStore, ReplayBuffer
+from lightning_cl.buffers import MemoryStore
 from lightning_cl.buffers.segment import RemovedError
 from lightning_cl.data.mixing import seed_of
 from lightning_cl.data.ratio import check_sum, odds_at
@@ -164,10 +164,12 @@ class StreamMix:
 
 def shares_of_tasks(mix: Mix) -> dict[str, float]:
     """What each task has of the replayed weight (``proportional``: samples); empty where samples are drawn alike."""
+    if mix.draw == "uniform":
+        return {}
     buffer = mix.buffer
     counts = buffer.counts()
     names = [name for name in buffer.task_names if name in counts]
-    if mix.draw == "uniform" or mix.draw == "interfered" or len(names) < 2:
+    if len(names) < 2:
         return {}
     if mix.draw == "task":
         sizes = [1.0] * len(names)
@@ -180,6 +182,3 @@ def shares_of_tasks(mix: Mix) -> dict[str, float]:
 
 def _length(sample: Any) -> int | None:
     return len(sample["input_ids"]) if loss_tokens(sample) is not None else None
-
-
-__all__ = ["Item", "ReplayBuffer", "StreamMix"]
