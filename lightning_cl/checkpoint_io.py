@@ -12,6 +12,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from lightning_cl.files import sync
+
 
 class DurableCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary name beside the target, syncs, and renames: a kill at any byte leaves no half a checkpoint.
@@ -36,11 +38,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself
-        finally:
-            os.close(folder)
+        sync(target.parent)  # the new name itself
 
 
 def resolve_checkpoint(

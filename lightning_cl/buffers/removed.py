@@ -8,7 +8,8 @@ import zlib
 from pathlib import Path
 
 from lightning_cl.buffers.layout import DamagedFileError
-from lightning_cl.buffers.segment import naming, sync
+from lightning_cl.buffers.segment import naming
+from lightning_cl.files import sync
 
 _NAME = "removed.bin"
 _ENTRY = struct.Struct("<16sI")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
-import secrets
 import shutil
 import time
 import zlib
@@ -29,6 +27,8 @@ from lightning_cl.buffers.layout import (
     header,
     read_record,
 )
+from lightning_cl.buffers.names import Names
+from lightning_cl.files import sync
 
 KINDS = ("records", "tokens", "mask", "blobs")
 _WRITE_BEHIND = 1 << 20  # bytes that wait to be written together
@@ -72,15 +72,8 @@ class Segment:
             check_header(self.path(kind), kind)
         self._maps: dict[str, mmap.mmap] = {}
         self._touched = 0
-        self.tasks: list[str] = []
-        self.forms: list[str] = []
-        self.info: dict[str, Any] = {}
-        self.id = ""
-        self._names_read = 0
-        self._read_names()
-        if not self.id:
-            raise DamagedFileError(f"{self.path('names')}: its first line is missing or damaged")
-        self._waiting: dict[str, bytearray] = {kind: bytearray() for kind in (*KINDS, "names")}
+        self._names = Names(self.path("names"))
+        self._waiting: dict[str, bytearray] = {kind: bytearray() for kind in KINDS}
         self._ends = {kind: os.path.getsize(self.path(kind)) - HEADER_SIZE for kind in KINDS}
         self._ends["records"] -= self._ends["records"] % RECORD.itemsize
         self.count = self._written = self._records_in_file()
@@ -101,8 +94,7 @@ class Segment:
                 temporary.mkdir(parents=True)
                 for kind in KINDS:
                     (temporary / f"{kind}.bin").write_bytes(header(kind))
-                entry = {"info": info, "id": secrets.token_hex(8)}
-                (temporary / "names.jsonl").write_bytes(_named_line(entry))
+                (temporary / "names.jsonl").write_bytes(Names.first_line(info))
                 temporary.rename(folder)
         except OSError as error:
             if error.errno == errno.ENOTEMPTY:
@@ -111,6 +103,16 @@ class Segment:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return cls(folder, writable=True)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What its writer said of it."""
+        return self._names.info
+
+    @property
+    def id(self) -> str:
+        """What no other segment has."""
+        return self._names.id
 
     def path(self, kind: str) -> Path:
         """The file of a kind."""
@@ -139,8 +141,8 @@ class Segment:
             sample.loss_tokens,
             self._ends["blobs"],
             len(sample.blob),
-            self._name("task", self.tasks, task),
-            self._name("form", self.forms, sample.form),
+            self._names.number_of("task", task),
+            self._names.number_of("form", sample.form),
             position,
             label,
             0,
@@ -175,20 +177,17 @@ class Segment:
         Raises:
             OSError: if the disk is full; the records before stay as they are.
         """
-        if not any(self._waiting.values()):
-            return
-        for kind in ("names", "tokens", "mask", "blobs", "records"):  # the records last: they point to the others
+        with naming(self._names.path):
+            self._names.flush()
+        for kind in ("tokens", "mask", "blobs", "records"):  # the records last: they point to the others
             data = self._waiting[kind]
             if not data:
                 continue
             with naming(self.path(kind)), self.path(kind).open("r+b") as file:
                 # Where the last whole write ended, and not the end of the file: a failed write may have left a part.
-                place = self._names_read if kind == "names" else HEADER_SIZE + self._ends[kind] - len(data)
-                file.seek(place)
+                file.seek(HEADER_SIZE + self._ends[kind] - len(data))
                 file.write(data)
                 file.flush()
-            if kind == "names":
-                self._names_read += len(data)
             self._waiting[kind] = bytearray()
         self._written = self.count
 
@@ -236,14 +235,6 @@ class Segment:
         self._waiting[kind] += data
         self._ends[kind] += len(data)
 
-    def _name(self, kind: str, known: list[str], name: str) -> int:
-        if known and known[-1] == name:
-            return len(known) - 1
-        if name not in known:
-            known.append(name)
-            self._waiting["names"] += _named_line({kind: len(known) - 1, "name": name})
-        return known.index(name)
-
     # ------------------------------------------------------------------ reading
 
     def record(self, number: int) -> Record:
@@ -275,15 +266,11 @@ class Segment:
             raise DamagedFileError(
                 f"{self.folder}: the content of record {number} is damaged, in {self._files_of(record)}"
             )
-        return Content(self._form(record.form), ids, mask, blob)
+        return Content(self._names.name_of("form", record.form), ids, mask, blob)
 
     def task_of(self, record: Record) -> str:
         """The name of a record's task."""
-        if record.task >= len(self.tasks):
-            self._read_names()
-        if record.task >= len(self.tasks):
-            raise DamagedFileError(f"{self.path('names')}: it does not name task {record.task}")
-        return self.tasks[record.task]
+        return self._names.name_of("task", record.task)
 
     def number_of_records(self) -> int:
         """How many there are, with those that another process has written since."""
@@ -309,19 +296,6 @@ class Segment:
         for number in numbers:
             with suppress(RemovedError):
                 self.read(number)
-
-    def close(self) -> None:
-        """Gives files and memory back."""
-        for mapped in self._maps.values():
-            mapped.close()
-        self._maps.clear()
-
-    def _form(self, form: int) -> str:
-        if form >= len(self.forms):
-            self._read_names()
-        if form >= len(self.forms):
-            raise DamagedFileError(f"{self.path('names')}: it does not name form {form}")
-        return self.forms[form]
 
     def _files_of(self, record: Record) -> str:
         sizes = {"tokens": record.length, "mask": record.length, "blobs": record.blob_size}
@@ -373,19 +347,6 @@ class Segment:
                         each.madvise(mmap.MADV_DONTNEED)
         return data
 
-    def _read_names(self) -> None:
-        with self.path("names").open("rb") as file:
-            file.seek(self._names_read)
-            for line in file:
-                entry = _entry_of(line)
-                if entry is None:
-                    break  # being written, or damaged: an error for a record that needs it or what follows
-                self._names_read += len(line)
-                if "info" in entry:
-                    self.info, self.id = entry["info"], entry["id"]
-                else:
-                    (self.tasks if "task" in entry else self.forms).append(entry["name"])
-
 
 def _spans(record: Record) -> dict[str, tuple[int, int]]:
     """Where in each file a record's content begins, behind the header, and its bytes."""
@@ -394,22 +355,6 @@ def _spans(record: Record) -> dict[str, tuple[int, int]]:
         "mask": (record.start // 8, -(-record.length // 8)),
         "blobs": (record.blob, record.blob_size),
     }
-
-
-def _named_line(entry: dict[str, Any]) -> bytes:
-    """A line of ``names.jsonl``, with its checksum."""
-    crc = zlib.crc32(json.dumps(entry).encode())
-    return json.dumps({**entry, "crc": crc}).encode() + b"\n"
-
-
-def _entry_of(line: bytes) -> dict[str, Any] | None:
-    """What a line of ``names.jsonl`` says; None if it is not as it was written."""
-    try:
-        entry = json.loads(line)
-        del entry["crc"]
-    except (ValueError, TypeError, KeyError):
-        return None
-    return entry if line == _named_line(entry) else None
 
 
 @contextmanager
@@ -428,12 +373,3 @@ def naming(path: Path) -> Iterator[None]:
             f"{path}: the disk is full ({left} bytes are left). What was stored before is whole: make room and resume"
             " from the last checkpoint, or give a smaller buffer_size or another folder",
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Has the disk keep a folder's names, or a file's content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from lightning_cl.callbacks.passes import (
     training_loss,
 )
 from lightning_cl.callbacks.student import Call, Student
-from lightning_cl.callbacks.task_samples import TaskSamples
+from lightning_cl.callbacks.task_samples import TaskSamples, groups_of_like_length
 from lightning_cl.data.row_kinds import Kinds, Part
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.functional.dark_experience import UNKNOWN, head_dark_loss, head_top_logits, index_type
@@ -288,15 +288,7 @@ def _groups(samples: Sequence[Any], loader: Any) -> Iterator[list[int]]:
     size = getattr(loader, "batch_size", None)
     rows = size if isinstance(size, int) else 8
     lengths = [_length(sample) for sample in samples]
-    longest = getattr(loader, "block_length", None) or max(lengths, default=1)
-    group: list[int] = []
-    for place in sorted(range(len(samples)), key=lambda place: lengths[place]):
-        if group and ((len(group) + 1) * lengths[place] > rows * longest or len(group) == max(rows, _MOST_SAMPLES)):
-            yield group
-            group = []
-        group.append(place)
-    if group:
-        yield group
+    return groups_of_like_length(lengths, rows, getattr(loader, "block_length", None), max(rows, _MOST_SAMPLES))
 
 
 def _length(sample: Any) -> int:

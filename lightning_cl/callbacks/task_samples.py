@@ -122,16 +122,11 @@ class TaskSamples:
             yield from (self._chosen[start : start + rows] for start in range(0, len(self._chosen), rows))
             return
         lengths = {index: length_of(index) for _, index in self._chosen}
-        longest = getattr(self.loader, "block_length", None) or max(lengths.values(), default=1)
-        group: list[tuple[int, int]] = []
-        # From short to long: the last one is the longest of its batch.
-        for item in sorted(self._chosen, key=lambda item: (lengths[item[1]], item)):
-            if group and ((len(group) + 1) * lengths[item[1]] > rows * longest or len(group) == _MOST_SAMPLES):
-                yield group
-                group = []
-            group.append(item)
-        if group:
-            yield group
+        longest = getattr(self.loader, "block_length", None)
+        # Equal lengths in the order of the numbers.
+        items = sorted(self._chosen)
+        for group in groups_of_like_length([lengths[index] for _, index in items], rows, longest):
+            yield [items[place] for place in group]
 
     def _batch(self, indices: Sequence[int]) -> Any:
         dataset, collate = self.loader.dataset, self.loader.collate_fn
@@ -150,6 +145,28 @@ class TaskSamples:
                 numbers = [(number + row) * self.trainer.world_size + self.trainer.global_rank for row in range(rows)]
                 yield numbers, rows_of(batch, slice(start, start + rows))
                 number += rows
+
+
+def groups_of_like_length(
+    lengths: Sequence[int], rows: int, longest: int | None = None, most: int = _MOST_SAMPLES
+) -> Iterator[list[int]]:
+    """Samples, by place, in batches with at most as many tokens as so many of the longest, from short to long.
+
+    Args:
+        lengths: tokens of each.
+        rows: of the longest, in a batch.
+        longest: tokens of a row; by default, of the longest sample.
+        most: samples in a batch.
+    """
+    longest = longest or max(lengths, default=1)
+    group: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if group and ((len(group) + 1) * lengths[place] > rows * longest or len(group) == most):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
 
 
 def check_samples(samples: int, batch_size: int | None) -> None:
