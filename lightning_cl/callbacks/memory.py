@@ -402,11 +402,13 @@ class MemoryCallback(ContinualCallback):
     def report(self) -> dict[str, Any]:
         if self.shares is not None:
             return {"buffer": self.shares}
+        store = self._own.store
         return {
             "policy": self._own.policy_name,
             "buffer_size": self._own.capacity,
             "unit": self._own.unit,
-            "storage": "disk" if isinstance(self._own.store, DiskStore) else "memory",
+            "storage": "disk" if isinstance(store, DiskStore) else "memory",
+            "folder": str(store.folder) if isinstance(store, DiskStore) and store.has_folder else None,
             "stored": self._own.counts(),
             "seen": self._own.seen,
         }

@@ -89,7 +89,17 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
     lines += [f"  left out: {words}" for cost in report["costs"]["tasks"] if (words := _left_out(cost))]
     if folder is not None:
         lines += ["", f"  {folder / 'report.json'}, matrix.csv, matrix.png"]
+        lines += _kept_on_disk(report)
     return "\n".join(lines) + "\n"
+
+
+def _kept_on_disk(report: dict[str, Any]) -> list[str]:
+    """Where buffers lie: a checkpoint alone does not hold them."""
+    methods = {name: method for name, method in report["methods"].items() if method.get("folder")}
+    return [
+        f"  {method['folder']}: the {sum(method['stored'].values()):,} samples that {name} keeps; checkpoints need it"
+        for name, method in methods.items()
+    ]
 
 
 def row_names(report: dict[str, Any]) -> list[str]:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 from toys import Classifier, classification, trainer
 
-from lightning_cl import Replay, TaskDataModule, fit_tasks
+from lightning_cl import Replay, TaskDataModule, TaskMatrix, fit_tasks
 from lightning_cl.buffers import DiskStore, ReplayBuffer, remove_from_folder
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.memory import MemoryCallback
@@ -27,6 +28,7 @@ from lightning_cl.data import TrainedBPE
 from lightning_cl.data.ratio import Curve
 from lightning_cl.data.replayed import Mix
 from lightning_cl.data.stream import StreamLoader
+from lightning_cl.evaluation import build_report, format_report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -818,3 +820,17 @@ def test_a_run_that_goes_on_in_another_folder_leaves_the_first_ones_files_alone(
     assert stored(replays[0]) == stored(replays[1])
     after = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
     assert before == after
+
+
+def test_the_buffer_lies_in_the_folder_of_its_own_run_and_the_report_says_where(tmp_path):
+    """Also where tasks are evaluated first: loggers, whose folder it is, are silent then."""
+    logger = CSVLogger(tmp_path / "logs", name="run")
+    data = TaskDataModule({name: classification(seed) for seed, name in enumerate("ab")})
+    replay, matrix = Replay(15, 0.3), TaskMatrix()
+    run(tmp_path, replay, callbacks=[matrix], module=Classifier(), data=data, logger=logger)
+    folder = tmp_path / "logs" / "run" / "version_0"
+    assert sorted(path.name for path in (folder / "buffers" / "Replay").iterdir()) == ["0000", "buffer.pt", "live.json"]
+    assert not (tmp_path / "buffers").exists()
+    costs = [{"steps": 1, "train_seconds": 1.0, "end_seconds": 1.0}] * 2
+    text = format_report(build_report(matrix, costs, [(replay, "Replay"), (matrix, "TaskMatrix")]), folder)
+    assert f"{folder / 'buffers' / 'Replay'}: the 15 samples that Replay keeps" in text
