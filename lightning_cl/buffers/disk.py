@@ -147,7 +147,7 @@ class DiskStore:
         self._open_expected()
         known = {segment.folder.resolve() for segment in self._segments}
         others = DiskStore(None, writes=self.writes)
-        for folder in self._folders():
+        for folder in self.folders:
             others._segments += [Segment(path) for path in _segments_in(folder) if path.resolve() not in known]
         others._removed = self._removed
         return [others]
@@ -168,7 +168,7 @@ class DiskStore:
         """What a killed process has begun."""
         for segment in self._segments:
             segment.finish_erasing()
-        for folder in self._folders():
+        for folder in self.folders:
             for path in folder.glob(_GONE.format("*")):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -176,11 +176,13 @@ class DiskStore:
         """Never stores these contents from now on, also not after a resume."""
         keys = set(keys)
         if self.writes and keys:
-            for folder in self._folders():
+            for folder in self.folders:
                 list_removed(folder, keys)
         self._removed |= keys
 
-    def _folders(self) -> list[Path]:
+    @property
+    def folders(self) -> list[Path]:
+        """Where records may lie: its own folder first, and those of the runs that it goes on from."""
         own = [] if self._folder is None else [self._folder]
         return list(dict.fromkeys([*own, *(segment.folder.parent for segment in self._segments)]))
 
@@ -425,7 +427,7 @@ class DiskStore:
         return segment
 
     def _read_removed(self) -> None:
-        for folder in self._folders():
+        for folder in self.folders:
             self._removed |= read_removed(folder)
 
 

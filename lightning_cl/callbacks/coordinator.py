@@ -64,7 +64,6 @@ class TaskCoordinator(Callback):
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
-        self.is_resumed = False
         self.checkpoint_path: Path | None = None  # that a sequence goes on from
 
     @classmethod
@@ -101,7 +100,6 @@ class TaskCoordinator(Callback):
         if stage == "fit":
             if not self.driven:
                 self.names, self.at_boundary = [], False
-                self.is_resumed = trainer.ckpt_path is not None
             check_trainer(trainer, pl_module)
             let_methods_mix(trainer, self.methods(trainer), check=not self.driven, on_loader=self._before_first_batch)
 
@@ -306,7 +304,7 @@ class TaskCoordinator(Callback):
 
     def begin_sequence(self, trainer: L.Trainer, data: TaskDataModule, checkpoint_path: Path | None) -> None:
         """A sequence starts, from its beginning or from a checkpoint (called by ``fit_tasks``)."""
-        self.checkpoint_path, resumed = checkpoint_path, checkpoint_path is not None
+        self.checkpoint_path = checkpoint_path
         self.driven, self.data = True, data
         self.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
@@ -315,16 +313,16 @@ class TaskCoordinator(Callback):
             trainer.global_step,
             [],
         )
-        self._resumed, self.is_resumed = None, resumed
+        self._resumed = None
         for method in self.methods(trainer):
             method.on_run_start(trainer)
-        if not resumed:
+        if checkpoint_path is None:
             for method in self.methods(trainer):
                 method.on_sequence_start()
 
     def end_sequence(self) -> None:
         """``fit_tasks`` returns, or failed: a plain fit is a task by itself again."""
-        self.driven, self.data, self.limits, self.lr = False, None, None, None
+        self.driven, self.data, self.limits, self.lr, self.checkpoint_path = False, None, None, None, None
 
     def begin_task(self, position: TaskPosition) -> None:
         """A fresh task is about to be fitted (called by ``fit_tasks``)."""

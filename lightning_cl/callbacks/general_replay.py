@@ -92,7 +92,7 @@ class GeneralReplay(Replay):
         # Here, and not when the first loader is built: data that cannot be used is found before anything is evaluated.
         # A plain fit reads its checkpoint later, and with it perhaps this data.
         coordinator = TaskCoordinator.of(trainer)
-        if stage == "fit" and coordinator.driven and not coordinator.is_resumed and self.buffer.seen == 0:
+        if stage == "fit" and coordinator.driven and coordinator.checkpoint_path is None and self.buffer.seen == 0:
             self._read(trainer)
 
     @property

@@ -161,7 +161,8 @@ class MemoryCallback(ContinualCallback):
             self.on_run_start(trainer)
         if self.shares is None and stage == "fit":  # between tasks the loggers, whose folder it is, are silent
             located = self.locate(trainer)
-            if located and self.folder is not None and self.takes_in and not coordinator.is_resumed and not self._own:
+            fresh = coordinator.checkpoint_path is None and len(self._own) == 0
+            if located and self.folder is not None and self.takes_in and fresh:
                 self._own.adopt()
                 self._check_lengths(trainer)
                 self._hold()
@@ -408,7 +409,7 @@ class MemoryCallback(ContinualCallback):
             "buffer_size": self._own.capacity,
             "unit": self._own.unit,
             "storage": "disk" if isinstance(store, DiskStore) else "memory",
-            "folder": str(store.folder) if isinstance(store, DiskStore) and store.has_folder else None,
+            "folders": [str(f) for f in store.folders if f.is_dir()] if isinstance(store, DiskStore) else [],
             "stored": self._own.counts(),
             "seen": self._own.seen,
         }

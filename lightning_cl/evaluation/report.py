@@ -95,9 +95,10 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
 
 def _kept_on_disk(report: dict[str, Any]) -> list[str]:
     """Where buffers lie: a checkpoint alone does not hold them."""
-    methods = {name: method for name, method in report["methods"].items() if method.get("folder")}
+    methods = {name: method for name, method in report["methods"].items() if method.get("folders")}
     return [
-        f"  {method['folder']}: the {sum(method['stored'].values()):,} samples that {name} keeps; checkpoints need it"
+        f"  {', '.join(method['folders'])}: the {sum(method['stored'].values()):,} samples that {name} keeps; its"
+        " checkpoints need them"
         for name, method in methods.items()
     ]
 
