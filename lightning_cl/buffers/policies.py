@@ -30,23 +30,21 @@ class Policy(NamedTuple):
         group: what competes for room among itself: ``all``, the ``task`` or the ``class``.
         key: ``random``, ``weighted``, ``newest`` or a ``rank`` that is given with the sample.
         looks: what has to be known of a sample: ``nothing``, its ``loss`` or its hidden ``states``.
-        words: for reports.
     """
 
     group: Literal["all", "task", "class"]
     key: Literal["random", "weighted", "newest", "rank"]
     looks: Literal["nothing", "loss", "states"]
-    words: str
 
 
 POLICIES: dict[str, Policy] = {
-    "reservoir": Policy("all", "random", "nothing", "uniform over all samples seen (reservoir)"),
-    "task_balanced": Policy("task", "random", "nothing", "equal shares of the tasks, uniform within each"),
-    "class_balanced": Policy("class", "random", "nothing", "equal shares of the classes, uniform within each"),
-    "fifo": Policy("all", "newest", "nothing", "the newest samples (first in, first out)"),
-    "herding": Policy("task", "rank", "states", "equal shares of the tasks, nearest to each one's mean (herding)"),
-    "k_center": Policy("task", "rank", "states", "equal shares of the tasks, spread over each one (k-centre)"),
-    "surprise": Policy("all", "weighted", "loss", "in proportion to the loss at the end of the task (surprise)"),
+    "reservoir": Policy("all", "random", "nothing"),
+    "task_balanced": Policy("task", "random", "nothing"),
+    "class_balanced": Policy("class", "random", "nothing"),
+    "fifo": Policy("all", "newest", "nothing"),
+    "herding": Policy("task", "rank", "states"),
+    "k_center": Policy("task", "rank", "states"),
+    "surprise": Policy("all", "weighted", "loss"),
 }
 
 

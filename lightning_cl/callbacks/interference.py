@@ -42,7 +42,6 @@ class Interference:
         self._worst: list[int] = []  # record numbers, the worst last
         self._surplus = 0.0  # weight that was replayed beyond the plan's
         self._places: dict[int, int] = {}
-        self.rises: list[float] = []
 
     def before_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures some samples, in every tenth step."""
@@ -53,15 +52,19 @@ class Interference:
             self._before = self._losses(trainer, pl_module)
         self._steps += 1
 
-    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures the same samples again."""
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
+        """Measures the same samples again.
+
+        Returns:
+            by how much the step has raised the loss of the one that it has hurt most; None where nothing was measured.
+        """
         if not self._candidates:
-            return
+            return None
         after = self._losses(trainer, pl_module)
         rises = {number: after[number] - self._before[number] for number in after if number in self._before}
         self._worst = sorted((n for n in rises if rises[n] > 0), key=lambda n: (rises[n], n))
-        self.rises.append(max(rises.values(), default=0.0))
         self._candidates = []
+        return max(rises.values(), default=None)
 
     def attach(self, samples: Samples, place: int) -> None:
         """Says where a loader has the buffer's samples."""

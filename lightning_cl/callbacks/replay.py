@@ -148,8 +148,9 @@ class Replay(MemoryCallback):
 
     @override
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        if self._interference is not None:
-            self._interference.after_step(trainer, pl_module)
+        rise = self._interference.after_step(trainer, pl_module) if self._interference is not None else None
+        if rise is not None:
+            self.log_scalar("interference", rise)
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
