@@ -84,13 +84,14 @@ class Selection:
         return self._names.index(group)
 
     def _enter(self, group: int, key: float, cost: int) -> int:
-        columns: tuple[array[Any], ...] = (self._keys, self._costs, self._groups)
-        slot = self._free.pop() if self._free else len(self._keys)
-        for column, value in zip(columns, (key, cost, group), strict=True):
-            if slot == len(column):
-                column.append(value)
-            else:
-                column[slot] = value
+        if self._free:
+            slot = self._free.pop()
+            self._keys[slot], self._costs[slot], self._groups[slot] = key, cost, group
+        else:
+            slot = len(self._keys)
+            self._keys.append(key)
+            self._costs.append(cost)
+            self._groups.append(group)
         self._heaps[group].push(slot)
         return slot
 
