@@ -122,10 +122,7 @@ class Replay(MemoryCallback):
             mix.chooser = self._interference = Interference(self.buffer, mix.seed)
             if self._interference_state is not None:  # of this task, before it was interrupted
                 self._interference.load_state_dict(self._interference_state)
-        try:
-            mix_into_loader(trainer, loader, mix)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}({error})") from error
+        mix_into_loader(trainer, loader, mix, type(self).__name__)
 
     def _task_number(self, trainer: L.Trainer) -> int:
         """t: how many tasks there are up to this one, with those that an earlier run has left in the buffer."""
@@ -190,12 +187,26 @@ def check_together(trainer: L.Trainer) -> None:
         raise MisconfigurationException(f"mode: {modes}: expected the same for all callbacks that replay")
 
 
-def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix) -> None:
+def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix, owner: str) -> None:
     """Mixes a buffer into a task's loader.
 
+    Args:
+        trainer: inside ``fit``.
+        loader: of the task.
+        mix: what, and how much of it.
+        owner: the callback's name, for messages.
+
     Raises:
-        ValueError: if the share changes over the task and nobody can know how long the task is.
+        MisconfigurationException: if the share changes over the task and nobody can know how long the task is, or if
+            the loader cannot take it.
     """
+    try:
+        _mix_in(trainer, loader, mix)
+    except ValueError as error:
+        raise MisconfigurationException(f"{owner}({error})") from error
+
+
+def _mix_in(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix) -> None:
     batches = _batches_of_task(trainer)
     if isinstance(loader, StreamLoader):
         limit = trainer.limit_train_batches

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_cl.cache import cache_folder
+from lightning_cl.callbacks.all_ranks import from_all_ranks
 from lightning_cl.callbacks.passes import forward_context, progress
 from lightning_cl.data.rehearsal import Written
 from lightning_cl.files import replace_file
@@ -94,7 +94,7 @@ class SampleWriter:
                     done = self._batch([prompts[row] for row in rows], [seeds[row] for row in rows], end_ids)
                     _write(file, done)
                 texts.update(zip(rows, done, strict=True))
-        for part in _of_all_ranks(texts, ranks):
+        for part in from_all_ranks(texts):
             texts.update(part)
         self.tokens += sum(len(text.ids) for text in texts.values())
         return [texts[row] for row in range(len(prompts))]
@@ -152,11 +152,3 @@ def _write(file: Path, texts: list[Written]) -> None:
         replace_file(file, lambda path: path.write_text(content, encoding="utf-8"))
     except OSError as error:
         rank_zero_warn(f"{file}: rehearsal samples cannot be kept there ({error}); a run that is killed starts anew")
-
-
-def _of_all_ranks(texts: dict[int, Written], ranks: int) -> list[dict[int, Written]]:
-    if ranks == 1:
-        return [texts]
-    parts: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(parts, texts)
-    return parts

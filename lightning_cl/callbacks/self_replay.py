@@ -172,11 +172,8 @@ class SelfReplay(MemoryCallback):
             self._write(trainer)
             self._written_for = self.tasks_done
         curve = curve_of(self.ratio, self.tasks_done + 1)
-        seed = seed_of(self.seed, self.tasks_done)
-        try:
-            mix_into_loader(trainer, loader, Mix(self.buffer, curve, self.mode, seed=seed))
-        except ValueError as error:
-            raise MisconfigurationException(f"SelfReplay({error})") from error
+        mix = Mix(self.buffer, curve, self.mode, seed=seed_of(self.seed, self.tasks_done))
+        mix_into_loader(trainer, loader, mix, "SelfReplay")
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

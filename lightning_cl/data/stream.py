@@ -228,7 +228,7 @@ class StreamLoader:
 
     def _best_closed(self) -> list[Item]:
         surplus = [self._mix.surplus(block, self._given) for block in self._closed]
-        totals = self._surplus or [0.0] * len(self._mix.mixes)
+        totals = self._surplus or [0.0] * len(surplus[0])
 
         def strays(place: int) -> float:
             return max((abs(total + x) for total, x in zip(totals, surplus[place], strict=True)), default=0.0)

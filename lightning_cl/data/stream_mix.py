@@ -93,16 +93,18 @@ class StreamMix:
             yield Item(sample, Part(False, _length(sample)))
 
     def surplus(self, block: Sequence[Item], batches_done: int) -> list[float]:
-        """How much more of each source there is in a block than its share, in weight."""
-        weights = {id(mix.buffer): 0 for mix in self.mixes}
-        total = 0
+        """How much more of each buffer there is in a block than its share, in weight."""
+        shares: dict[int, float] = {}
+        for mix in self.mixes:  # two may replay one buffer
+            share = mix.curve.at(self._progress(batches_done))
+            shares[id(mix.buffer)] = shares.get(id(mix.buffer), 0.0) + share
+        weights, total = dict.fromkeys(shares, 0), 0
         for item in block:
             weight = loss_tokens(item.sample) or 0
             total += weight
             if item.part.replayed:
                 weights[id(item.part.owner)] += weight
-        shares = [mix.curve.at(self._progress(batches_done)) for mix in self.mixes]
-        return [weights[id(mix.buffer)] - share * total for mix, share in zip(self.mixes, shares, strict=True)]
+        return [weights[buffer] - share * total for buffer, share in shares.items()]
 
     def _progress(self, batches_done: int) -> float:
         return min(batches_done / self._batches, 1.0) if self._batches else 0.0
