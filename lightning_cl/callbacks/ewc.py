@@ -40,11 +40,12 @@ class EWC(QuadraticPenalty):
     whole batch while it runs (``batch_size=1`` where they are many).
 
     Args:
-        strength: the factor λ. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``): 0.001 to 0.01
-            for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
+        strength: the factor λ, or ``auto``. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``):
+            0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
         estimator: where the labels of the Fisher come from. ``sample``: one draw per position from the model's own
             softmax. ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``:
-            ``sample`` where the logits can be reached, else ``empirical``.
+            where the logits can be reached, ``exact`` for outputs that are not those of tokens with at most 32
+            positions times classes (one backward pass each), and ``sample`` for all others; else ``empirical``.
         samples: how many samples of a task the Fisher is measured on; all, if there are fewer.
         mode: ``online``: ``F ← decay · (F + F_new)``, the anchor is the latest task's weights. ``separate``: one
             penalty per task, which add up to one quadratic with importance ``Σ F_t`` and anchor ``Σ F_t θ_t / Σ F_t``.
@@ -66,7 +67,7 @@ class EWC(QuadraticPenalty):
 
     def __init__(
         self,
-        strength: Strength = 0.01,
+        strength: Strength = "auto",
         estimator: Estimator = "auto",
         samples: int = 512,
         mode: Literal["online", "separate"] = "online",

@@ -16,6 +16,8 @@ from lightning_cl.functional.fisher import expected_label_losses_of_batch, label
 Estimator = Literal["auto", "sample", "empirical", "exact", "batched"]
 ESTIMATORS = ("auto", "sample", "empirical", "exact", "batched")
 _EXACT_LIMIT = 4096
+# With `auto`: a Fisher without the noise of drawn labels is worth so many backward passes.
+_EXACT_BY_ITSELF = 32
 
 
 class FisherLosses:
@@ -62,10 +64,12 @@ class FisherLosses:
                     " estimator='empirical'"
                 )
             return self._with_data_labels(batch, numbers)
-        selected, samples, _ = select(batch, logits, self.read_logits.shifted)
-        if self.estimator == "exact":
+        selected, samples, mask = select(batch, logits, self.read_logits.shifted)
+        most = int(torch.bincount(samples).max()) if len(samples) else 0
+        # Outputs that are not those of tokens have as many positions in every sample, so all batches decide alike.
+        is_small = mask is None and most * selected.shape[-1] <= _EXACT_BY_ITSELF
+        if self.estimator == "exact" or (self.estimator == "auto" and is_small):
             self.used.add("exact")
-            most = int(torch.bincount(samples).max()) if len(samples) else 0
             if most * selected.shape[-1] > _EXACT_LIMIT:
                 raise MisconfigurationException(
                     f"{self.owner}(estimator='exact'): a sample has {most} positions with {selected.shape[-1]}"

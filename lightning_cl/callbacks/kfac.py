@@ -75,7 +75,7 @@ class KFACEWC(EWC):
 
     def __init__(
         self,
-        strength: Strength = 0.01,
+        strength: Strength = "auto",
         estimator: Estimator = "auto",
         samples: int = 512,
         decay: float = 1.0,

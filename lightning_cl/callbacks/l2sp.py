@@ -38,7 +38,7 @@ class L2SP(QuadraticPenalty):
 
     def __init__(
         self,
-        strength: Strength = 0.01,
+        strength: Strength = "auto",
         anchor: Literal["previous", "start"] = "previous",
         apply: Apply = "gradient",
         **settings: Any,

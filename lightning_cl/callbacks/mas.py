@@ -57,7 +57,7 @@ class MAS(QuadraticPenalty):
 
     def __init__(
         self,
-        strength: Strength = 0.01,
+        strength: Strength = "auto",
         samples: int = 512,
         normalize: bool = True,
         outputs: OutputsFunction | None = None,

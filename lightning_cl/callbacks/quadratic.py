@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -47,10 +48,12 @@ class QuadraticPenalty(ContinualCallback):
 
     Args:
         strength: the factor; 0 applies nothing and still measures the importance. ``auto``: chosen in every task so
-            that the penalty has the stated `share` (:class:`~lightning_cl.callbacks.auto_strength.AutoStrength`).
+            that the penalty has the stated `share` (:class:`~lightning_cl.callbacks.auto_strength.AutoStrength`), in
+            both modes; the report says what was chosen.
         apply: ``gradient`` or ``proximal``.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of what it moves the weights relative to the optimizer's step).
+        share: with ``strength="auto"``, the norm of the penalty's gradient relative to the largest one of the task's
+            gradient so far (``proximal``: of what it moves the weights relative to the optimizer's step, both per
+            learning rate). It rises where a task saturates.
         state_dtype: of the importance; ``bfloat16`` halves it, to a relative rounding of 0.4 %. The anchor has the
             parameters' own type, so that it is exact.
         state_device: ``model``: importance and anchor are beside the parameters. ``cpu``: in the memory of the machine,
@@ -67,7 +70,7 @@ class QuadraticPenalty(ContinualCallback):
 
     def __init__(
         self,
-        strength: Strength = 0.01,
+        strength: Strength = "auto",
         apply: Apply = "gradient",
         share: float = 0.1,
         state_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -168,9 +171,12 @@ class QuadraticPenalty(ContinualCallback):
         groups = self._stepped(pl_module, optimizer)
         if self._before:
             before, self._before = self._before, {}
-            wanted = _norm(p - before[name] for own, _ in groups for name, p in own.items())
-            pull = _norm(force * rate for own, rate in groups for _, _, force in self.forces(own))
-            self._choose(trainer, wanted, pull)
+            # Per learning rate: a schedule that ends near zero changes neither what the task wants nor the strength.
+            largest = max((rate for own, rate in groups if own), default=0.0)
+            if largest > 0:
+                wanted = _norm(p - before[name] for own, _ in groups for name, p in own.items()) / largest
+                pull = _norm(force * (rate / largest) for own, rate in groups for _, _, force in self.forces(own))
+                self._choose(trainer, wanted, pull)
         if self.factor > 0:
             for own, rate in groups:
                 self.move_weights(own, self.factor, rate, applied)
@@ -348,6 +354,21 @@ class QuadraticPenalty(ContinualCallback):
         held = [f"{type(self).__name__}, {_held(entry)}" for entry in self._diagnosis if "strength" in entry]
         importance = list(self._diagnosis)
         return {"strength": self.strength, "apply": self.apply, "importance": importance, **chosen, "sentences": held}
+
+
+def check_damping(damping: float | str) -> float | Literal["auto"]:
+    """A damping, or ``auto``.
+
+    Raises:
+        ValueError: if it is neither a positive, finite number nor ``auto``.
+    """
+    if damping == "auto":
+        return "auto"
+    if isinstance(damping, (str, bool)) or not isinstance(damping, (int, float)):
+        raise ValueError(f"damping={damping!r}: expected a positive number, or 'auto'")
+    if not math.isfinite(damping) or damping <= 0:
+        raise ValueError(f"damping={damping!r}: expected a positive, finite number, or 'auto'")
+    return float(damping)
 
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -13,10 +12,10 @@ from typing_extensions import override
 from lightning_cl.callbacks.base import all_parameters, tensor_bytes, trainable_parameters
 from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.placement import fit_to, full_cpu
-from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength, check_damping
 from lightning_cl.callbacks.step_watch import StepWatch
-from lightning_cl.functional import normalize_importance, path_integral_step_
-from lightning_cl.functional.riemannian_walk import path_score_, running_fisher_, to_unit_range
+from lightning_cl.functional import normalize_importance, path_integral_step_, relative_damping
+from lightning_cl.functional.riemannian_walk import path_length, path_score_, running_fisher_, to_unit_range
 
 _SUMS = ("fisher", "score", "_window_squares", "_window_drop", "_window_start", "_task_score")
 
@@ -45,7 +44,9 @@ class RWalk(QuadraticPenalty):
         strength: the factor, or ``auto``.
         rate: α, the weight of the newest squared gradients.
         every: Δt, the number of optimizer steps between updates of F and s.
-        damping: ε.
+        damping: ε. ``auto``: the mean of ``½ F Δθ²`` over all weights since the last update, so that equation 7 does
+            the same at every learning rate. A number is ε itself: 1e-3 in the authors' experiments, which is far above
+            ``½ F Δθ²`` at the learning rates of fine-tuning, so that s is the bare drop of the loss.
         normalize: divide the sum of both by its mean, so that strengths compare to those of the other methods; False
             keeps the range [0, 2] of the paper.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
@@ -62,10 +63,10 @@ class RWalk(QuadraticPenalty):
 
     def __init__(
         self,
-        strength: Strength = 0.01,
+        strength: Strength = "auto",
         rate: float = 0.9,
         every: int = 10,
-        damping: float = 1e-3,
+        damping: float | Literal["auto"] = "auto",
         normalize: bool = True,
         apply: Apply = "gradient",
         **settings: Any,
@@ -75,9 +76,7 @@ class RWalk(QuadraticPenalty):
             raise ValueError(f"rate={rate!r}: expected a number above 0 and at most 1")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: expected a positive number of steps")
-        if not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
-            raise ValueError(f"damping={damping!r}: expected a positive, finite number")
-        self.rate, self.every, self.damping, self.normalize = float(rate), every, float(damping), normalize
+        self.rate, self.every, self.damping, self.normalize = float(rate), every, check_damping(damping), normalize
         self.fisher: dict[str, Tensor] = {}
         self.score: dict[str, Tensor] = {}
         self._task_score: dict[str, Tensor] = {}
@@ -138,14 +137,21 @@ class RWalk(QuadraticPenalty):
     def _close_window(self, parameters: dict[str, Tensor]) -> None:
         if self._window_steps == 0:
             return
-        for name, start in self._window_start.items():
-            squares, drop = self._window_squares[name].div_(self._window_steps), self._window_drop[name]
+        for name, squares in self._window_squares.items():
             # The first average has nothing before it.
-            running_fisher_(self.fisher[name], squares, self.rate if self._fisher_started else 1.0)
-            now = parameters[name].detach().float()
-            path_score_(self._task_score[name], drop, self.fisher[name], now - start, self.damping)
-            start.copy_(now)
+            rate = self.rate if self._fisher_started else 1.0
+            running_fisher_(self.fisher[name], squares.div_(self._window_steps), rate)
             squares.zero_()
+        damping = self.damping
+        if isinstance(damping, str):
+            damping = relative_damping(
+                path_length(self.fisher[name], parameters[name].detach().float() - start)
+                for name, start in self._window_start.items()
+            )
+        for name, start in self._window_start.items():
+            drop, now = self._window_drop[name], parameters[name].detach().float()
+            path_score_(self._task_score[name], drop, self.fisher[name], now - start, damping)
+            start.copy_(now)
             drop.zero_()
         self._fisher_started, self._window_steps = True, 0
 
@@ -183,4 +189,9 @@ class RWalk(QuadraticPenalty):
 
     @override
     def report(self) -> dict[str, Any]:
-        return super().report() | {"rate": self.rate, "every": self.every, "normalize": self.normalize}
+        return super().report() | {
+            "rate": self.rate,
+            "every": self.every,
+            "damping": self.damping,
+            "normalize": self.normalize,
+        }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,9 +11,9 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.base import tensor_bytes, trainable_parameters
 from lightning_cl.callbacks.placement import fit_to, full_cpu
-from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength, check_damping
 from lightning_cl.callbacks.step_watch import StepWatch
-from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_
+from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_, relative_damping
 
 
 class SI(QuadraticPenalty):
@@ -33,10 +32,12 @@ class SI(QuadraticPenalty):
     the weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
 
     Args:
-        strength: the factor. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``): 0.001 to 0.01
-            for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
-        damping: ξ, in units of a squared parameter change. Where it exceeds ``Δ²`` by far, as with small learning
-            rates, Ω is the bare path integral divided by ξ.
+        strength: the factor, or ``auto``. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``):
+            0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
+        damping: ξ. ``auto``: the mean of ``Δ²`` over all weights in this task, so that equation 5 does the same at every
+            learning rate. A number is ξ itself, in units of a squared parameter change: 0.1 in the paper's experiments.
+            Where it exceeds ``Δ²`` by far, as 0.1 does with the learning rates of fine-tuning, Ω is the bare path
+            integral divided by ξ.
         normalize: divide each task's share of Ω by its mean before it is added, so that strengths are of one order of
             magnitude for different models and learning rates; False keeps the units of the paper.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
@@ -52,16 +53,14 @@ class SI(QuadraticPenalty):
 
     def __init__(
         self,
-        strength: Strength = 0.01,
-        damping: float = 0.1,
+        strength: Strength = "auto",
+        damping: float | Literal["auto"] = "auto",
         normalize: bool = True,
         apply: Apply = "gradient",
         **settings: Any,
     ) -> None:
         super().__init__(strength, apply, **settings)
-        if not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
-            raise ValueError(f"damping={damping!r}: expected a positive, finite number")
-        self.damping, self.normalize = float(damping), normalize
+        self.damping, self.normalize = check_damping(damping), normalize
         self.omega: dict[str, Tensor] = {}
         self._watch = StepWatch()
 
@@ -114,9 +113,12 @@ class SI(QuadraticPenalty):
         displacement = {
             name: parameters[name].detach().float() - self.anchor[name].to(parameters[name].device) for name in omega
         }
-        new = path_importance(omega, displacement, self.damping)
+        damping = self.damping
+        if isinstance(damping, str):
+            damping = relative_damping(moved.square() for moved in displacement.values())
+        new = path_importance(omega, displacement, damping)
         mean = normalize_importance(new) if self.normalize else None
-        self.diagnose(new, "No step lowered the loss: was anything trained?", normalized_by=mean)
+        self.diagnose(new, "No step lowered the loss: was anything trained?", normalized_by=mean, damping=damping)
         self.add_importance(new)
         self.set_anchor(pl_module, new)
         self.omega = {}

@@ -12,7 +12,7 @@ from lightning_cl.functional.fisher import (
     sampled_label_loss,
     squared_gradients,
 )
-from lightning_cl.functional.path_integral import path_importance, path_integral_step_
+from lightning_cl.functional.path_integral import path_importance, path_integral_step_, relative_damping
 from lightning_cl.functional.penalty import (
     add_penalty_gradient_,
     merge_quadratics,
@@ -52,6 +52,7 @@ __all__ = [
     "project_",
     "proximal_step_",
     "quadratic_penalty",
+    "relative_damping",
     "sampled_label_loss",
     "squared_gradients",
     "top_logits",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from lightning_cl.functional.penalty import full_value
 
 
 @torch.no_grad()
@@ -32,13 +34,36 @@ def path_importance(
     Args:
         omega: name to the path integral over the task.
         displacement: name to ``Δ = θ_end − θ_start``.
-        damping: ξ, in units of a squared parameter change. Where it exceeds ``Δ²`` by far (small learning rates), the
-            importance is the bare path integral divided by ξ.
+        damping: ξ, in units of a squared parameter change: a number, or that of :func:`relative_damping`. Where it
+            exceeds ``Δ²`` by far, the importance is the bare path integral divided by ξ. Where both are zero, as in a
+            task that moved nothing, the importance is zero.
 
     Returns:
         name to fp32 tensor.
     """
-    return {
-        name: integral.clamp(min=0).div_(displacement[name].float().square().add_(damping))
-        for name, integral in omega.items()
-    }
+    importance = {}
+    for name, integral in omega.items():
+        distance = displacement[name].float().square().add_(damping)
+        importance[name] = integral.clamp(min=0).div_(distance).masked_fill_(distance == 0, 0.0)
+    return importance
+
+
+@torch.no_grad()
+def relative_damping(squares: Iterable[Tensor]) -> float:
+    """The mean over all weights of a squared displacement, as a damping in its own unit.
+
+    The papers' constants suit the learning rates of their experiments. At the rates of fine-tuning ``Δ²`` is many
+    orders of magnitude smaller than 0.1, and the division by it is switched off. Relative to its own mean it is as
+    strong at every rate: a weight that moved as far as the average one has its importance halved.
+
+    Args:
+        squares: what the damping is added to, one tensor per parameter.
+
+    Returns:
+        The mean, over sharded tensors as a whole; 0.0 where there is nothing.
+    """
+    total, count = 0.0, 0
+    for square in squares:
+        total += float(full_value(square.sum(dtype=torch.float64)))
+        count += square.numel()
+    return total / count if count else 0.0

@@ -156,7 +156,7 @@ def zero_non_finite_(importance: Mapping[str, Tensor]) -> int:
     count = 0
     for f in importance.values():
         wrong = ~f.isfinite()
-        found = int(_full(wrong.sum()))
+        found = int(full_value(wrong.sum()))
         if found:
             f.masked_fill_(wrong, 0.0)
         count += found
@@ -176,14 +176,14 @@ def normalize_importance(importance: Mapping[str, Tensor]) -> float:
     count = sum(f.numel() for f in importance.values())
     if count == 0:
         return 0.0
-    mean = sum(float(_full(f.sum(dtype=torch.float64))) for f in importance.values()) / count
+    mean = sum(float(full_value(f.sum(dtype=torch.float64))) for f in importance.values()) / count
     if mean > 0:
         for f in importance.values():
             f.div_(mean)
     return mean
 
 
-def _full(tensor: Tensor) -> Tensor:
-    """The whole value of a reduction over a sharded tensor (a no-op for an ordinary one)."""
+def full_value(tensor: Tensor) -> Tensor:
+    """The whole value of a reduction over a sharded tensor; that of an ordinary one as it is."""
     full_tensor = getattr(tensor, "full_tensor", None)
     return full_tensor() if full_tensor is not None else tensor

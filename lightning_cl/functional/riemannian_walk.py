@@ -29,9 +29,21 @@ def path_score_(score: Tensor, drop: Tensor, fisher: Tensor, displacement: Tenso
         drop: ``ΔL``, what this weight contributed to the drop of the loss since the last call.
         fisher: the running Fisher.
         displacement: ``Δθ`` since the last call.
-        damping: ε.
+        damping: ε, in units of :func:`path_length`. Where both are zero, nothing is added.
     """
-    score.add_(drop.clamp(min=0).div_(displacement.float().square().mul_(fisher).mul_(0.5).add_(damping)))
+    length = path_length(fisher, displacement).add_(damping)
+    score.add_(drop.clamp(min=0).div_(length).masked_fill_(length == 0, 0.0))
+
+
+@torch.no_grad()
+def path_length(fisher: Tensor, displacement: Tensor) -> Tensor:
+    """``½ F Δθ²``: the distance in distribution that a weight has gone (eq. 7's denominator, without ε).
+
+    Args:
+        fisher: the running Fisher.
+        displacement: ``Δθ`` since the last call.
+    """
+    return displacement.float().square().mul_(fisher).mul_(0.5)
 
 
 @torch.no_grad()
