@@ -5,39 +5,42 @@ from __future__ import annotations
 import math
 from typing import Any
 
+FIRST_CHOICE = 4
+
 
 class AutoStrength:
-    """Chooses ``strength = share · W / ‖what a penalty of strength 1 wants‖`` at a few steps of each task.
+    """Chooses ``strength = share · ‖what the task wants‖ / ‖what a penalty of strength 1 wants‖`` at a few steps.
 
-    ``W`` is the largest norm so far in this task of what the task wants: of its gradient, or of the optimizer's step
-    per learning rate. While a task's own pull stays about as large as at its start, the penalty has the stated share of
-    it. Where a task saturates (it is learnt nearly perfectly, and its gradient goes to zero) the share rises: a tenth
-    of nothing would protect nothing.
+    Only what the present task and the stored importance give is looked at, never the future. At a task's first step the
+    weights are at the anchor and a penalty wants nothing, so the strength is chosen after 4 steps, and again whenever
+    the number of steps has grown by half: 6, 9, 13 …. Between two choices the weights move, and the share moves with
+    them (up to twice the stated one while the learning rate warms up). Until a later task's first choice the last one
+    holds.
 
-    Only what the present task and the stored importance give is looked at, never the future. The strength is chosen in
-    steps 0 to 4, and again whenever the number of steps has grown by half: 6, 9, 13 …. Where the weights are at the
-    anchor, as in the first step of most tasks, a penalty wants nothing and nothing is chosen. Between two choices the
-    weights move, and the share moves with them, up to twice the stated one while the learning rate warms up.
+    The share rises where a task saturates: a task that is learnt nearly perfectly has a gradient next to nothing, and a
+    tenth of that protects nothing. With ``g`` what the task wants now and ``G`` the most that it wanted at a choice so
+    far, the penalty gets ``min(1, share · G / 2g) · G / 2`` as soon as ``g`` is below ``G / 2``: the share grows in
+    proportion to the fall of the task's pull, and the penalty ends at no more than half of the largest pull.
 
     Args:
         share: the share, above 0.
 
     Attributes:
         value: the strength in use; 0 before the first choice.
-        reference: ``W``.
+        largest: ``G``, of the present task.
         chosen: all choices: task, step in the task, strength.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
         self.value = 0.0
-        self.reference = 0.0
-        self.next = 0
+        self.largest = 0.0
+        self.next = FIRST_CHOICE
         self.chosen: list[dict[str, Any]] = []
 
     def begin_task(self) -> None:
-        """A task starts: what earlier tasks wanted does not count for it."""
-        self.next, self.reference = 0, 0.0
+        """A task starts: its first choice comes after a few steps, and what earlier tasks wanted does not count."""
+        self.next, self.largest = FIRST_CHOICE, 0.0
 
     def is_due(self, steps: int) -> bool:
         """Tells if the strength is to be chosen after so many steps of the task."""
@@ -52,10 +55,13 @@ class AutoStrength:
             task: the task's name.
             steps: how many steps it has taken.
         """
-        if math.isfinite(wanted):
-            self.reference = max(self.reference, wanted)
-        value = self.share * self.reference / pull if pull > 0 and math.isfinite(wanted) else 0.0
-        self.next = steps + 1  # after an overflow, or at the anchor, the next step is as good
+        self.next = steps + 1  # after an overflow the next step is as good
+        if not (math.isfinite(wanted) and wanted > 0 and pull > 0):
+            return
+        self.largest = max(self.largest, wanted)
+        half = self.largest / 2
+        force = self.share * wanted if wanted >= half else min(1.0, self.share * half / wanted) * half
+        value = force / pull
         if math.isfinite(value) and value > 0:
             self.value = value
             self.next = max(steps + 1, steps * 3 // 2)
@@ -64,9 +70,9 @@ class AutoStrength:
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
         chosen = [dict(choice) for choice in self.chosen]
-        return {"value": self.value, "reference": self.reference, "next": self.next, "chosen": chosen}
+        return {"value": self.value, "largest": self.largest, "next": self.next, "chosen": chosen}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state`."""
         self.value, self.next, self.chosen = state["value"], state["next"], list(state["chosen"])
-        self.reference = state.get("reference", 0.0)  # checkpoints of before do not have it
+        self.largest = state.get("largest", 0.0)  # earlier checkpoints do not have it

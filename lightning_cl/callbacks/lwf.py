@@ -42,7 +42,8 @@ class LwF(ContinualCallback):
     compared in the classes that the teacher knows.
 
     Args:
-        strength: the factor; 0 keeps teachers and applies nothing.
+        strength: the factor; 0 keeps teachers and applies nothing. ``T²`` comes on top of it: with the default T = 2 a
+            strength of 1 weighs the divergence 4 times.
         temperature: T. 2 in the paper; 1 compares the predictions as they are.
         teacher: ``previous``: the model at the end of the task before; the first task has none. ``base``: the model
             before the first task, in all tasks.

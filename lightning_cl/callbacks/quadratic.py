@@ -51,9 +51,9 @@ class QuadraticPenalty(ContinualCallback):
             that the penalty has the stated `share` (:class:`~lightning_cl.callbacks.auto_strength.AutoStrength`), in
             both modes; the report says what was chosen.
         apply: ``gradient`` or ``proximal``.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to the largest one of the task's
-            gradient so far (``proximal``: of what it moves the weights relative to the optimizer's step, both per
-            learning rate). It rises where a task saturates.
+        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
+            (``proximal``: of what it moves the weights relative to the optimizer's step, both per learning rate). It
+            rises where a task saturates.
         state_dtype: of the importance; ``bfloat16`` halves it, to a relative rounding of 0.4 %. The anchor has the
             parameters' own type, so that it is exact.
         state_device: ``model``: importance and anchor are beside the parameters. ``cpu``: in the memory of the machine,

@@ -44,9 +44,9 @@ class RWalk(QuadraticPenalty):
         strength: the factor, or ``auto``.
         rate: α, the weight of the newest squared gradients.
         every: Δt, the number of optimizer steps between updates of F and s.
-        damping: ε. ``auto``: the mean of ``½ F Δθ²`` over all weights since the last update, so that equation 7 does
-            the same at every learning rate. A number is ε itself: 1e-3 in the authors' experiments, which is far above
-            ``½ F Δθ²`` at the learning rates of fine-tuning, so that s is the bare drop of the loss.
+        damping: ε, the authors' by default. It is far above ``½ F Δθ²`` at the learning rates of fine-tuning: there s
+            is the bare drop of the loss. ``auto``: the mean of ``½ F Δθ²`` over all weights since the last update, so
+            that equation 7 does the same at every learning rate.
         normalize: divide the sum of both by its mean, so that strengths compare to those of the other methods; False
             keeps the range [0, 2] of the paper.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
@@ -66,7 +66,7 @@ class RWalk(QuadraticPenalty):
         strength: Strength = "auto",
         rate: float = 0.9,
         every: int = 10,
-        damping: float | Literal["auto"] = "auto",
+        damping: float | Literal["auto"] = 1e-3,
         normalize: bool = True,
         apply: Apply = "gradient",
         **settings: Any,

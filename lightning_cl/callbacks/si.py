@@ -34,10 +34,10 @@ class SI(QuadraticPenalty):
     Args:
         strength: the factor, or ``auto``. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``):
             0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
-        damping: ξ. ``auto``: the mean of ``Δ²`` over all weights in this task, so that equation 5 does the same at every
-            learning rate. A number is ξ itself, in units of a squared parameter change: 0.1 in the paper's experiments.
-            Where it exceeds ``Δ²`` by far, as 0.1 does with the learning rates of fine-tuning, Ω is the bare path
-            integral divided by ξ.
+        damping: ξ. ``auto``: the mean of ``Δ²`` over all weights in this task, so that equation 5 does the same at
+            every learning rate. A number is ξ itself, in units of a squared parameter change: 0.1 in the paper's
+            experiments. Where it exceeds ``Δ²`` by far, as 0.1 does with the learning rates of fine-tuning, Ω is the
+            bare path integral divided by ξ.
         normalize: divide each task's share of Ω by its mean before it is added, so that strengths are of one order of
             magnitude for different models and learning rates; False keeps the units of the paper.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.

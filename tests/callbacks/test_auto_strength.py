@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from regularized import TASKS, AtStep, Steps, adamw, assert_same, fit, logits_of, seeded, weights
+from torch.utils.data import TensorDataset
 from toys import Classifier, classification
 
 from lightning_cl import EWC, KFACEWC, L2SP, MAS, SI, RWalk
@@ -268,3 +269,77 @@ def test_a_penalty_that_wants_nothing_chooses_nothing():
 def test_a_share_out_of_range_is_named(share):
     with pytest.raises(ValueError, match="share"):
         MAS("auto", share=share)
+
+
+# ---------------------------------------------------------------------- a task that saturates
+
+
+@pytest.mark.parametrize(
+    ("wanted", "force"),
+    [
+        (8.0, 0.8),  # as much as at its start: the share
+        (4.0, 0.4),  # half of it: still the share
+        (2.0, 0.8),  # a quarter: the share has doubled, and counts from half of the start
+        (0.5, 3.2),
+        (0.4, 4.0),  # a tenth of half of the start: the share has grown to 1
+        (1e-6, 4.0),  # learnt perfectly: no more than half of the largest pull
+    ],
+)
+def test_the_share_rises_where_a_task_saturates(wanted, force):
+    auto = AutoStrength(0.1)
+    auto.begin_task()
+    auto.choose(8.0, 1.0, "a", 4)
+    auto.choose(wanted, 2.0, "a", 6)
+    assert auto.value == pytest.approx(force / 2.0)
+
+
+def test_what_an_earlier_task_wanted_does_not_count():
+    auto = AutoStrength(0.1)
+    for wanted in (8.0, 1.0):
+        auto.begin_task()
+        auto.choose(wanted, 1.0, "a", 4)
+        assert auto.value == pytest.approx(0.1 * wanted)
+
+
+def test_the_most_that_a_task_wanted_survives_a_checkpoint():
+    auto, resumed = AutoStrength(0.1), AutoStrength(0.1)
+    auto.choose(8.0, 1.0, "a", 4)
+    resumed.load(auto.state())
+    for one in (auto, resumed):
+        one.choose(0.1, 1.0, "a", 6)
+    assert resumed.state() == auto.state()
+    assert resumed.value == pytest.approx(4.0)
+
+
+def test_a_state_of_an_earlier_version_is_read():
+    auto = AutoStrength(0.1)
+    auto.load({"value": 2.0, "next": 9, "chosen": []})
+    auto.choose(3.0, 1.0, "a", 9)
+    assert auto.value == pytest.approx(0.3)
+
+
+def saturating(tmp_path, strength, apply):
+    """Two tasks whose labels contradict each other, each learnt until its loss is next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 8, generator=generator)
+    tasks = {"a": TensorDataset(x, (x[:, 0] > 0).long()), "b": TensorDataset(x + 1.0, (x[:, 1] > 0).long())}
+    method = L2SP(strength, apply=apply)
+    module = seeded(optimizer=lambda p, lr: torch.optim.Adam(p, lr=0.05))
+    fit(tmp_path, [method], module, tasks, max_epochs=60)
+    with torch.no_grad():
+        logits = module(x)
+    return torch.nn.functional.cross_entropy(logits, tasks["a"].tensors[1]).item(), method
+
+
+@pytest.mark.parametrize("apply", ["gradient", "proximal"])
+def test_a_task_that_is_learnt_perfectly_does_not_switch_the_penalty_off(tmp_path, apply):
+    plain, _ = saturating(tmp_path / "plain", 0.0, apply)
+    held, method = saturating(tmp_path / "auto", "auto", apply)
+    assert held < 0.5 * plain  # 3.15; before the share rose it was 2.7
+    assert method.factor > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_the_default_of_all_quadratic_methods(method):
+    kind = type(METHODS[method]())
+    assert kind().strength == kind(apply="proximal").strength == "auto"

@@ -134,10 +134,18 @@ def test_auto_falls_back_to_empirical_and_says_so(tmp_path):
     assert_same(ewc.importance, classifier_fisher(ends.weights[0], data), atol=1e-8)
 
 
-def test_auto_samples_where_a_function_gives_logits(tmp_path):
-    ewc = EWC(estimator="auto", outputs=logits_of)
+def test_auto_is_exact_where_classes_times_positions_are_few(tmp_path):
+    ewc, data = EWC(estimator="auto", normalize=False, outputs=logits_of, batch_size=5), classification(1)
+    _, ends = fit(tmp_path, ewc, {"a": data})
+    assert ewc.report()["importance"][0]["estimator"] == "exact"
+    assert_same(ewc.importance, classifier_fisher(ends.weights[0], data, exact=True), atol=1e-8)
+
+
+@pytest.mark.parametrize(("copies", "estimator"), [(10, "exact"), (11, "sample")])  # of 3 classes; 32 are few
+def test_auto_samples_where_they_are_many(tmp_path, copies, estimator):
+    ewc = EWC(samples=2, outputs=lambda module, batch: module(batch[0])[:, None].expand(-1, copies, -1))
     fit(tmp_path, ewc, {"a": classification(1)})
-    assert ewc.report()["importance"][0]["estimator"] == "sample"
+    assert ewc.report()["importance"][0]["estimator"] == estimator
 
 
 # ---------------------------------------------------------------------- several tasks

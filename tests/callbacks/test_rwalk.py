@@ -59,20 +59,23 @@ class Equations:
         for number, step in enumerate(steps, 1):
             interval.append(step)
             if number % self.every == 0 or number == len(steps):  # a task's last interval may be shorter
-                for n in self.names:
-                    self.update(n, [one[n] for one in interval])
+                terms = {n: self.terms(n, [one[n] for one in interval]) for n in self.names}
+                damping = self.damping
+                if damping == "auto":
+                    damping = torch.cat([distance.flatten() for _, distance in terms.values()]).double().mean()
+                for n, (drop, distance) in terms.items():
+                    self.new[n] = self.new[n] + drop.clamp(min=0) / (distance + damping)
                 interval = []
         self.score = {n: (self.score[n] + new) / 2 if self.score else new for n, new in self.new.items()}
         fisher, score = unit_range(self.fisher), unit_range(self.score)
         self.importance = {n: fisher[n] + score[n] for n in self.names}
         return self
 
-    def update(self, n, interval):
+    def terms(self, n, interval):
         square = sum(gradient**2 for _, gradient, _ in interval) / len(interval)
         drop = sum(-gradient * (after - before) for before, gradient, after in interval)
         self.fisher[n] = self.rate * square + (1 - self.rate) * self.fisher[n] if n in self.fisher else square
-        distance = 0.5 * self.fisher[n] * (interval[-1][2] - interval[0][0]) ** 2
-        self.new[n] = self.new[n] + drop.clamp(min=0) / (distance + self.damping)
+        return drop, 0.5 * self.fisher[n] * (interval[-1][2] - interval[0][0]) ** 2
 
 
 def rwalk(**settings):
@@ -103,6 +106,7 @@ def assert_equations(way, error=1e-4, **settings):
         {"every": 1, "rate": 0.9, "damping": 1e-6},
         {"every": 4, "rate": 0.3, "damping": 1e-3},
         {"every": 12, "rate": 1.0, "damping": 1.0},
+        {"every": 4, "rate": 0.9, "damping": "auto"},
     ],
     ids=str,
 )
@@ -275,7 +279,16 @@ def test_state_is_sixteen_bytes_per_parameter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"rate": 0.0}, {"rate": 1.5}, {"every": 0}, {"damping": 0.0}, {"damping": -1.0}, {"strength": -1.0}]
+    "setting",
+    [
+        {"rate": 0.0},
+        {"rate": 1.5},
+        {"every": 0},
+        {"damping": 0.0},
+        {"damping": -1.0},
+        {"damping": "Auto"},
+        {"strength": -1.0},
+    ],
 )
 def test_arguments_out_of_range_are_named(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

@@ -100,19 +100,24 @@ def lockstep(module, batches_of_tasks, strength, damping):
             for n, p in theta.items():
                 omega[n] -= gradients[n] * (p.detach() - before[n])
         anchor = {n: p.detach().clone() for n, p in theta.items()}
+        xi = damping
+        if damping == "auto":
+            xi = torch.cat([((anchor[n] - start[n]) ** 2).flatten() for n in theta]).mean()
         for n in theta:
-            importance[n] += omega[n].clamp(min=0) / ((anchor[n] - start[n]) ** 2 + damping)
+            importance[n] += omega[n].clamp(min=0) / ((anchor[n] - start[n]) ** 2 + xi)
         omegas.append(omega)
     return omegas, importance, anchor
 
 
-@pytest.mark.parametrize("optimizer", [momentum, adamw])
-def test_lockstep_with_a_plain_loop_over_two_tasks(tmp_path, optimizer):
-    si = SI(strength=2.0, damping=0.01, normalize=False)
+@pytest.mark.parametrize(
+    ("optimizer", "damping", "strength"), [(momentum, 0.01, 2.0), (adamw, 0.01, 2.0), (adamw, "auto", 0.02)]
+)
+def test_lockstep_with_a_plain_loop_over_two_tasks(tmp_path, optimizer, damping, strength):
+    si = SI(strength, damping, normalize=False)
     spy = Trajectory(si)
     module = fit(tmp_path, [si, spy], seeded(optimizer=optimizer))
     reference = seeded(optimizer=optimizer)
-    omegas, importance, anchor = lockstep(reference, spy.batches, strength=2.0, damping=0.01)
+    omegas, importance, anchor = lockstep(reference, spy.batches, strength, damping)
     for actual, expected in zip(spy.omegas, omegas, strict=True):
         assert_same(actual, expected, rtol=1e-3, atol=1e-6)
     assert_same(si.importance, importance, rtol=1e-3, atol=1e-5)

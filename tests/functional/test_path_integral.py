@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_cl.functional import add_penalty_gradient_, path_importance, path_integral_step_, quadratic_penalty
+from lightning_cl.functional import (
+    add_penalty_gradient_,
+    path_importance,
+    path_integral_step_,
+    quadratic_penalty,
+    relative_damping,
+)
 
 
 def test_the_path_integral_of_small_full_batch_steps_is_the_drop_of_the_loss():
@@ -176,3 +182,46 @@ def test_importance_leaves_omega_and_displacement_alone():
     omega, displacement = torch.tensor([-1.0, 2.0]), torch.tensor([0.5, 3.0])
     path_importance({"w": omega}, {"w": displacement}, 0.1)
     assert (omega.tolist(), displacement.tolist()) == ([-1.0, 2.0], [0.5, 3.0])
+
+
+def ranks(values):
+    return values.argsort().argsort().double()
+
+
+def rank_correlation(a, b):
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+def path(scale):
+    """Path integrals and displacements of a training at some learning rate: both go with it."""
+    generator = torch.Generator().manual_seed(0)
+    omega = torch.rand(1000, generator=generator).double() * scale
+    moved = torch.randn(1000, generator=generator).double().exp() * scale
+    return {"a": omega[:300], "b": omega[300:]}, {"a": moved[:300], "b": moved[300:]}
+
+
+def test_the_relative_damping_is_the_mean_over_all_weights():
+    _, moved = path(1.0)
+    expected = torch.cat(list(moved.values())).square().mean().item()
+    assert relative_damping(m.square() for m in moved.values()) == pytest.approx(expected, rel=1e-6)
+    assert relative_damping([]) == 0.0
+
+
+def test_equation_5_does_the_same_at_every_learning_rate():
+    found = {}
+    for scale in (1.0, 1e-4):
+        omega, moved = path(scale)
+        damping = relative_damping(m.square() for m in moved.values())
+        importance = torch.cat(list(path_importance(omega, moved, damping).values())).double()
+        found[scale] = importance / importance.mean()
+        bare = torch.cat(list(omega.values()))
+        assert rank_correlation(importance, bare) < 0.9
+        constant = torch.cat(list(path_importance(omega, moved, 0.1).values())).double()
+        if scale < 1:  # the paper's constant switches the division off at the learning rates of fine-tuning
+            assert rank_correlation(constant, bare) > 0.9999
+    torch.testing.assert_close(found[1.0], found[1e-4], rtol=1e-4, atol=0)
+
+
+def test_a_task_that_moved_nothing_has_no_importance():
+    zeros = {"a": torch.zeros(3)}
+    assert path_importance(zeros, zeros, relative_damping(z for z in zeros.values()))["a"].tolist() == [0.0, 0.0, 0.0]
