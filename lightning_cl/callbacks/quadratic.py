@@ -365,7 +365,7 @@ def check_damping(damping: float | str) -> float | Literal["auto"]:
     if damping == "auto":
         return "auto"
     if isinstance(damping, (str, bool)) or not isinstance(damping, (int, float)):
-        raise ValueError(f"damping={damping!r}: expected a positive number, or 'auto'")
+        raise ValueError(f"damping={damping!r}: expected a positive, finite number, or 'auto'")
     if not math.isfinite(damping) or damping <= 0:
         raise ValueError(f"damping={damping!r}: expected a positive, finite number, or 'auto'")
     return float(damping)
