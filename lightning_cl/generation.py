@@ -193,7 +193,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     front = start_tokens(tokenizer)  # as the texts of training have it
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return ids if ids[:1] == front else front + ids
+    return ids if ids[: len(front)] == front else front + ids
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from starting import puts_in_front
 from torch.utils.data import DataLoader
 from toys import TINY_LLAMA, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -276,6 +277,7 @@ def test_a_prompt_begins_as_the_texts_that_were_trained_on(tokenizer):
     from lightning_cl.data.tokens import tokenize
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
+    puts_in_front(tokenizer, "<s>")
     (document,) = tokenize(["the cat"], tokenizer, 64)
     assert document[0] == tokenizer.bos_token_id
     assert prompt_tokens(tokenizer, "the cat") == document[:-1]

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_cl.data.formats import Chat
+from lightning_cl.data.omissions import ANSWERS, CALLS, omissions
 from lightning_cl.data.tally import Tally
+from lightning_cl.data.tokenizer import end_tokens
+from lightning_cl.data.tool_calls import has_calls, prints_python, tells, with_json, with_objects
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NO_END = "an end of the answers, which the chat template marks with white space alone, or not at all"
 Span = tuple[int, int]
+
+
+class LeftOutError(ValueError):
+    """A chat template leaves out what a conversation is there to teach."""
+
+
+class Spans(NamedTuple):
+    """The learnt parts of a rendered conversation."""
+
+    learnt: list[Span]
+    """Where they start and end, in characters."""
+    open_end: bool
+    """Whether nothing ends the last turn, so that the end token is appended and learnt."""
+    endless: bool
+    """Whether a turn is learnt without an end."""
 
 
 class Tokens(NamedTuple):
@@ -31,15 +51,16 @@ def has_template(tokenizer: Any) -> bool:
 def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[Tokens | None]:
     """Conversations as tokens, exactly as ``tokenizer.apply_chat_template`` writes them, with their loss masks.
 
-    Loss is on the assistant's turns with their end-of-turn token, from ``Chat.first`` on: on all that follows the
-    prompt of ``add_generation_prompt=True``. Without loss are the headers of turns that this prompt has, and white
-    space after the end of a turn. Templates with ``{% generation %}`` say themselves what is the assistant's. For
-    others the turns are found in the rendered text (:func:`assistant_spans`).
+    Loss is on the assistant's turns with their end-of-turn token, from ``Chat.first`` on and without ``Chat.muted``: on
+    all that follows the prompt of ``add_generation_prompt=True``. Without loss are the headers of turns that this
+    prompt has, and white space after the end of a turn. Where a template writes no end, what ends an answer is the next
+    turn's role, which is learnt; after the last turn the end token is appended. Templates with ``{% generation %}`` say
+    themselves what is the assistant's. For others the turns are found in the rendered text (:func:`assistant_spans`).
 
     Args:
         chats: the conversations.
         tokenizer: a ``transformers`` tokenizer; a fast one, where the template has no ``{% generation %}``.
-        tally: counts the conversations that the template refuses.
+        tally: counts the conversations that the template refuses, and what it leaves out of others.
 
     Returns:
         for each conversation its tokens; None if it was refused.
@@ -57,20 +78,27 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[To
 
     encoder = _Encoder(tokenizer)
     results: list[Tokens | None] = []
-    rendered: list[tuple[int, str, list[Span]]] = []
+    rendered: list[tuple[int, str, Spans]] = []
     for chat in chats:
         try:
+            chat = encoder.fitted(chat)
             text = encoder.render(chat, chat.messages)
-            _check_said(chat, text)
+            missing = _check_left_out(chat, text, encoder)
             if encoder.marks_itself(chat):
                 results.append(encoder.marked(chat))
             else:
-                rendered.append((len(results), text, encoder.spans(chat, text)))
+                spans = encoder.spans(chat, text)
+                missing |= {_NO_END} if spans.endless else set()
+                rendered.append((len(results), text, spans))
                 results.append(None)
+            tally.leave_out(missing)
         except TemplateSyntaxError as error:  # no record's fault
             raise ValueError(
                 f"chat_template: the tokenizer's chat template is not valid Jinja, line {error.lineno}: {error.message}"
             ) from error
+        except LeftOutError as error:
+            tally.refuse(f"{chat.where}: {error}")
+            results.append(None)
         except Exception as error:  # a template is a program: it can raise anything
             tally.refuse(f"{chat.where}: the chat template refuses the conversation: {type(error).__name__}: {error}")
             results.append(None)
@@ -87,10 +115,14 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[To
             return_offsets_mapping=True,
             verbose=False,
         )
-        for (place, _, spans), ids, offsets in zip(
+        for (position, _, spans), ids, offsets in zip(
             rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            results[place] = Tokens(np.asarray(ids, np.int32), _overlaps(np.asarray(offsets).reshape(-1, 2), spans))
+            mask = _overlaps(np.asarray(offsets).reshape(-1, 2), spans.learnt)
+            end = end_tokens(tokenizer) if spans.open_end else []
+            results[position] = Tokens(
+                np.asarray([*ids, *end], np.int32), np.concatenate([mask, np.ones(len(end), bool)])
+            )
     return results
 
 
@@ -107,8 +139,9 @@ def assistant_spans(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
         ValueError: if a turn cannot be found in either way.
     """
     encoder = _Encoder(tokenizer)
+    chat = encoder.fitted(chat)
     text = encoder.render(chat, chat.messages)
-    return text, encoder.spans(chat, text)
+    return text, encoder.spans(chat, text).learnt
 
 
 class _Encoder:
@@ -116,6 +149,32 @@ class _Encoder:
         self.tokenizer = tokenizer
         added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
         self.special = tuple(sorted(token for token in added if token.strip()))
+        self._wants_json: dict[str, bool] = {}  # by template
+
+    def fitted(self, chat: Chat) -> Chat:
+        """The conversation with the arguments of tool calls as the template wants them, however they were given.
+
+        Most templates write an object as JSON, or look inside. One that prints what it gets wants the JSON text: from
+        an object it would print Python.
+
+        Raises:
+            ValueError: for arguments that are no JSON.
+        """
+        if not has_calls(chat.messages):
+            return chat
+        objects = replace(chat, messages=with_objects(chat.messages))
+        template = self._template(chat)
+        if template not in self._wants_json:
+            text = self._try(objects, objects.messages)
+            if text is not None and not prints_python(objects.messages, text):
+                wants_json = False
+            else:
+                texts = with_json(chat.messages)
+                wants_json = text is not None or self._try(replace(chat, messages=texts), texts) is not None
+            if not tells(objects.messages):  # another conversation may decide
+                return replace(chat, messages=with_json(chat.messages)) if wants_json else objects
+            self._wants_json[template] = wants_json
+        return replace(chat, messages=with_json(chat.messages)) if self._wants_json[template] else objects
 
     def render(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -128,12 +187,21 @@ class _Encoder:
 
     def marked(self, chat: Chat) -> Tokens:
         """Tokens with the mask of ``{% generation %}``."""
-        ids, mask = self._marked(chat, chat.messages)
+        ids, mask_of_all = self._marked(chat, chat.messages)
+        mask = mask_of_all.copy()
         if any(message["role"] == "assistant" for message in chat.messages[: chat.first]):
             # The runs of marked tokens in the prompt alone are the first ones in the whole.
-            before = _run_starts(self._marked(chat, chat.messages[: chat.first]).mask).sum()
-            mask &= _run_starts(mask).cumsum() > before
+            mask &= _run_starts(mask).cumsum() > self._runs(chat, chat.first)
+        for turn in sorted(chat.muted):
+            runs = _run_starts(mask_of_all).cumsum()
+            mask &= ~((runs > self._runs(chat, turn)) & (runs <= self._runs(chat, turn + 1)))
         return Tokens(ids, mask)
+
+    def _runs(self, chat: Chat, count: int) -> int:
+        """How many runs of marked tokens the first messages of a conversation have."""
+        if all(message["role"] != "assistant" for message in chat.messages[:count]):
+            return 0
+        return int(_run_starts(self._marked(chat, chat.messages[:count]).mask).sum())
 
     def _marked(self, chat: Chat, messages: Sequence[dict[str, Any]]) -> Tokens:
         encoded = self.tokenizer.apply_chat_template(
@@ -145,12 +213,51 @@ class _Encoder:
         )
         return Tokens(np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool))
 
-    def spans(self, chat: Chat, text: str) -> list[Span]:
-        return [
-            self._by_prefix(chat, text, turn) or self._by_marker(chat, text, turn)
-            for turn, message in enumerate(chat.messages)
-            if message["role"] == "assistant" and turn >= chat.first
-        ]
+    def spans(self, chat: Chat, text: str) -> Spans:
+        """Finds what is learnt of a rendered conversation: the assistant's turns, each with what ends it."""
+        learnt, open_end, endless = [], False, False
+        for turn, message in enumerate(chat.messages):
+            if message["role"] != "assistant" or turn < chat.first or turn in chat.muted:
+                continue
+            start, end = self._by_prefix(chat, text, turn) or self._by_marker(chat, text, turn)
+            if not self._is_ended(message, text[start:end]):
+                if text[start:end] != text[start:end].rstrip():
+                    endless = True  # white space alone: a model that writes paragraphs cannot stop by it
+                elif turn + 1 < len(chat.messages):
+                    header = self._end_by_next(chat, text, turn, end)
+                    endless |= header == 0
+                    end += header
+                else:
+                    open_end = bool(end_tokens(self.tokenizer))
+                    endless |= not open_end
+            learnt.append((start, end))
+        return Spans(learnt, open_end, endless)
+
+    def _is_ended(self, message: dict[str, Any], said: str) -> bool:
+        """Tells if something follows the assistant's words in its turn: a token, or text, that ends it."""
+        said = said.rstrip()
+        content = (message.get("content") or "").rstrip()
+        # Of a turn that calls tools nobody can say which words end it: a token has to.
+        return said.endswith(self.special) or (bool(content) and not said.endswith(content))
+
+    def _end_by_next(self, chat: Chat, text: str, turn: int, end: int) -> int:
+        """The length of what ends a turn where the template writes no end: the beginning of the next turn's header.
+
+        A model of this kind (GLM) stops by naming who speaks next.
+        """
+        marker = "MARKER"
+        while marker in text:
+            marker += "X"
+        marked = [*chat.messages]
+        marked[turn + 1] = {**marked[turn + 1], "content": marker}
+        whole = self._try(chat, marked) or ""
+        if whole[:end] != text[:end] or marker not in whole:
+            return 0
+        header = whole[end : whole.index(marker)]
+        name = header.lstrip()
+        token = max((token for token in self.special if name.startswith(token)), key=len, default="")
+        token = token or (name.split()[0] if name else "")
+        return header.index(token) + len(token) if token else 0
 
     def _by_prefix(self, chat: Chat, text: str, turn: int) -> Span | None:
         prompt = self._prompt(chat, text, turn)
@@ -236,6 +343,10 @@ class _Encoder:
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self.special) else len(text)
 
+    def try_render(self, chat: Chat) -> str | None:
+        """The whole conversation rendered; None where the template refuses it."""
+        return self._try(chat, chat.messages)
+
     def _try(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str | None:
         try:
             return self.render(chat, messages, prompt)
@@ -251,11 +362,25 @@ class _Encoder:
         return list(chat.tools) if chat.tools else None
 
 
-def _check_said(chat: Chat, text: str) -> None:
-    """Templates for content in parts (of models that also see) leave strings out without a word."""
-    said = [(message.get("content") or "").strip() for message in chat.messages if message["role"] == "assistant"]
-    if any(said) and not any(words and words.splitlines()[-1] in text for words in said):
-        raise ValueError("nothing of what the assistant says is in the rendered text")
+def _check_left_out(chat: Chat, text: str, encoder: _Encoder) -> set[str]:
+    """Names what the template leaves out of a conversation.
+
+    Raises:
+        LeftOutError: if that is all that the assistant says, or a call of a tool: the turn would be learnt without it.
+    """
+    found = list(omissions(chat, text, lambda changed: encoder.try_render(changed)))
+    silent = {turn for turn, what in found if what == ANSWERS}
+    spoken = {i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and (m.get("content") or "").strip()}
+    if spoken and spoken <= silent:
+        # Templates for content in parts (of models that also see) leave strings out.
+        raise LeftOutError("nothing of what the assistant says is in the text that the chat template writes")
+    for turn, what in found:
+        if what in (CALLS, ANSWERS) and turn is not None and turn >= chat.first and turn not in chat.muted:
+            raise LeftOutError(
+                f"messages[{turn}]: the chat template leaves the {what} out, and the turn would be learnt without; give a"
+                " template that writes them: TaskDataModule(chat_template=…)"
+            )
+    return {f"{what}, which the chat template leaves out" for _, what in found}
 
 
 def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

@@ -18,14 +18,14 @@ _ANCHORS = ("\n", ".", "a", " ")
 def encode_completions(documents: Sequence[Completion], tokenizer: Any) -> list[Tokens]:
     """Completions as tokens: the prompt's own, as it has them alone, then what is learnt, with the end token.
 
-    The start token (if the tokenizer has one) stands in front, once.
+    The start token stands in front, once, if the tokenizer itself puts one there.
 
     Args:
         documents: the completions.
         tokenizer: a ``transformers`` tokenizer.
     """
     start, end = start_tokens(tokenizer), end_tokens(tokenizer)
-    prompts = plain_ids([document.prompt for document in documents], tokenizer)
+    prompts = plain_ids([document.asked for document in documents], tokenizer)
     joined = plain_ids([document.plain for document in documents], tokenizer)
     results = []
     for document, prompt, ids in zip(documents, prompts, joined, strict=True):
@@ -34,7 +34,7 @@ def encode_completions(documents: Sequence[Completion], tokenizer: Any) -> list[
         asked = len(prompt)
         if ids[:asked] != prompt:
             ids, asked = _across_the_seam(document.completion, prompt, ids, tokenizer)
-        front = [] if start and ids[:1] == start else start
+        front = [] if start and ids[: len(start)] == start else start
         back = [] if end and len(ids) > asked and ids[-1:] == end else end
         ids = front + ids + back
         results.append(Tokens(np.asarray(ids, np.int32), np.arange(len(ids)) >= len(front) + asked))

@@ -114,7 +114,7 @@ class TokenDataset(Dataset):
 
     def _keep(self, ids: Tensor, loss_mask: Tensor, ends: Tensor, tally: Tally) -> None:
         self.ids, self.loss_mask, self.ends = ids, loss_mask, ends
-        self.tally = replace(tally, reasons=list(tally.reasons))
+        self.tally = replace(tally, reasons=list(tally.reasons), left_out=dict(tally.left_out))
         starts = torch.cat([ends.new_zeros(1), ends[:-1]]) if len(ends) else ends
         # Sums up to each place, with one in front: a sample's is the difference, from its second token to its end.
         sums = torch.cat([ends.new_zeros(1), loss_mask.cumsum(0)])

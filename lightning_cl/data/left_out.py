@@ -27,6 +27,7 @@ def left_out(texts: Mapping[str, Any]) -> dict[str, int]:
             f"{role}_cut_off": tally.truncated,
             f"{role}_malformed": tally.bad,
         }
+        counts |= {f"{role}_without {what}": count for what, count in sorted(tally.left_out.items())}
     return counts
 
 
@@ -39,6 +40,9 @@ def warn_left_out(task: str, texts: Mapping[str, Any], max_length: int) -> None:
         max_length: the most tokens in a sample.
     """
     whole = {role: data for role, data in texts.items() if isinstance(data, TokenDataset)}
+    for role, data in whole.items():
+        for what, count in sorted(data.tally.left_out.items()):
+            rank_zero_warn(f"task {task!r}, {_NAMES[role]}: in {count:,} records something is not used: {what}")
     said = [f"{_NAMES[role]}: {words}" for role, data in whole.items() if (words := _words(data))]
     if not said:
         return

@@ -6,7 +6,11 @@ import ast
 import json
 from typing import Any
 
+from lightning_cl.data.tool_calls import unified_call
+
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_SWITCHES = ("weight", "train", "training", "loss")
+"""Fields of messages by which other tools say that an answer is not learnt: OpenAI, axolotl, ms-swift."""
 _SPEAKERS = {
     **{role: role for role in _ROLES},
     "human": "user",
@@ -19,7 +23,7 @@ _SPEAKERS = {
     "function_response": "tool",
     "observation": "tool",
 }
-"""ShareGPT's names for the roles."""
+"""ShareGPT's names for the roles, in lower case; any case is read."""
 
 
 def check_string(value: Any, name: str) -> str:
@@ -90,6 +94,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         check_texts(value, f"{name}[{field!r}]")
     if "role" not in message and "from" in message:
         return _shared(message, name)
+    message = unified_call(message)
     role = message.get("role")
     if role is None:
         raise ValueError(f"{name} has no 'role'; its keys are {sorted(map(str, message))}")
@@ -104,11 +109,42 @@ def _message(message: Any, name: str) -> dict[str, Any]:
 
 def _shared(message: dict[str, Any], name: str) -> dict[str, Any]:
     speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        raise ValueError(f"{name}: unknown speaker {speaker!r}; there are {', '.join(_SPEAKERS)}")
+    if not isinstance(speaker, str) or speaker.strip().lower() not in _SPEAKERS:
+        raise ValueError(f"{name}: unknown speaker {speaker!r}; there are {', '.join(_SPEAKERS)}, in any case")
     if "value" not in message:
         raise ValueError(f"{name} has no 'value'; its keys are {sorted(message)}")
-    return {"role": _SPEAKERS[speaker], "content": check_string(message["value"], f"{name}['value']")}
+    value = check_string(message["value"], f"{name}['value']")
+    rest = {key: item for key, item in message.items() if key not in ("from", "value")}
+    return {"role": _SPEAKERS[speaker.strip().lower()], "content": value, **rest}
+
+
+def without_switches(messages: list[dict[str, Any]], key: str) -> tuple[list[dict[str, Any]], frozenset[int]]:
+    """Takes the switches of other tools out of messages.
+
+    Args:
+        messages: as :func:`conversation` gives them.
+        key: their field, for messages.
+
+    Returns:
+        The messages without switches, and the indices of the assistant's turns that bear no loss.
+
+    Raises:
+        ValueError: for a switch that is neither on nor off, or one that asks for loss on another role.
+    """
+    muted, plain = set(), []
+    for i, message in enumerate(messages):
+        for switch in _SWITCHES:
+            if switch not in message:
+                continue
+            value, name = message[switch], f"{key}[{i}][{switch!r}]"
+            if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+                raise ValueError(f"{name}: {value!r}, expected 1 or true (learnt), or 0 or false (no loss)")
+            if message["role"] == "assistant" and not value:
+                muted.add(i)
+            elif message["role"] != "assistant" and value and switch != "weight":
+                raise ValueError(f"{name}: {value!r} for {message['role']!r}: only the assistant's turns are learnt")
+        plain.append({field: value for field, value in message.items() if field not in _SWITCHES})
+    return plain, frozenset(muted)
 
 
 def _content(content: Any, name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_cl.data.chat import has_template
 from lightning_cl.data.left_out import left_out, warn_validated_on_training_data
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
@@ -71,6 +72,9 @@ class TaskDataModule(L.LightningDataModule):
             about.
         path_header: for folders and globs of source files, one document a file: a first line ``# file: <path>``.
         chat_template: Jinja text, or a file with it, in place of the tokenizer's own; base models often have none.
+        template: write ``{"prompt", "completion"}`` and ``{"prompt", "answer"}`` as a user's and an assistant's turn in
+            the chat template; by default they are joined as they are, which the plan says.
+        last_turn: of a conversation only the assistant's last turn bears loss; by default all of its turns do.
 
     Attributes:
         index: which of the trained tasks is the current one. (``tasks`` becomes a list of ``Task``, and ``tokenizer``,
@@ -95,6 +99,8 @@ class TaskDataModule(L.LightningDataModule):
         on_bad_record: Literal["error", "skip"] = "error",
         path_header: bool = False,
         chat_template: str | None = None,
+        template: bool = False,
+        last_turn: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = as_tasks(tasks)
@@ -115,6 +121,7 @@ class TaskDataModule(L.LightningDataModule):
         self.packing, self.length_buckets = bool(packing), bool(length_buckets)
         self.on_bad_record, self.path_header = on_bad_record, bool(path_header)
         self.chat_template = read_template(chat_template) if chat_template is not None else None
+        self.template, self.last_turn = bool(template), bool(last_turn)
         self.index = 0
         self.watch: int | None = None
         self.driven = False
@@ -326,9 +333,8 @@ class TaskDataModule(L.LightningDataModule):
         if not is_text_source(source):
             return source
         task = Task(name, train=source)
-        settings = TextSettings(self.max_length, self.val_fraction, self.seed, self.on_bad_record, self.path_header)
         sources = {**split_sources(task), "val": False, "test": None}  # nothing is held out
-        return prepare_texts(task, sources, self.tokenizer, settings)["train"]
+        return prepare_texts(task, sources, self.tokenizer, self._text_settings())["train"]
 
     def validated_on_training_data(self, task: Task) -> bool:
         """Whether a task's column of the matrix is measured on what it was trained on."""
@@ -346,6 +352,12 @@ class TaskDataModule(L.LightningDataModule):
             f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss;"
             f" {', '.join(f'{count} {what}' for what, count in counts.items())}"
         ]
+        lines += [f"in {count:,} records something is not used: {what}" for what, count in train.tally.left_out.items()]
+        if train.tally.untemplated:
+            lines.append(
+                f"{train.tally.untemplated:,} prompts with completions, joined without the tokenizer's chat template"
+                " (TaskDataModule(template=True) uses it)"
+            )
         padding = self.train_loader(task).padding_share()
         how = "packed" if self.packing else "in buckets of like length" if self.length_buckets else "in random batches"
         return [*lines, f"{padding:.1%} padding ({how})"] if padding is not None else lines
@@ -364,17 +376,32 @@ class TaskDataModule(L.LightningDataModule):
         if self.chat_template is not None and self.tokenizer is not None:
             self.tokenizer = copy.deepcopy(self.tokenizer)  # the user's own keeps its template
             self.tokenizer.chat_template = self.chat_template
+        if self.template and self.tokenizer is not None and not has_template(self.tokenizer):
+            raise ValueError(
+                "template=True: the tokenizer has no chat template; give TaskDataModule(chat_template=…), or"
+                " template=False"
+            )
 
     def _prepare(self, task: Task) -> _Prepared:
         sources = split_sources(task)
-        settings = TextSettings(self.max_length, self.val_fraction, self.seed, self.on_bad_record, self.path_header)
-        texts = prepare_texts(task, sources, self.tokenizer, settings)
+        texts = prepare_texts(task, sources, self.tokenizer, self._text_settings())
         data = {**sources, **texts}
         held_out = "val" in texts and sources["val"] is None
         if held_out and len(texts["val"]) == 0:
             warn_validated_on_training_data(task.name, texts["val"], self.max_length)
             data["val"], held_out = None, False
         return _Prepared(data["train"], data["val"], data["test"], held_out, texts)
+
+    def _text_settings(self) -> TextSettings:
+        return TextSettings(
+            self.max_length,
+            self.val_fraction,
+            self.seed,
+            self.on_bad_record,
+            self.path_header,
+            self.template,
+            self.last_turn,
+        )
 
     def _data(self, task: Task) -> _Prepared:
         if self._prepared is None:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_cl.data.containers import SUFFIXES, Record, read_file, read_items, read_stream, read_table
-from lightning_cl.data.formats import Document, Text, as_document
+from lightning_cl.data.formats import Document, Text, as_document, check_answer
 from lightning_cl.data.peek import holds_records
 from lightning_cl.data.sample_texts import SAMPLES
 from lightning_cl.data.sources import (
@@ -175,7 +175,8 @@ def read_documents(
         try:
             if record.problem is not None:
                 raise ValueError(record.problem)
-            document = as_document(record.content, record.where)
+            document = as_document(record.content, record.where, tally)
+            check_answer(document)
             if record.header:
                 document = Text(document.plain, record.header)
         except ValueError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from lightning_cl.data.formats import Completion, Document, Instruction, Text
+from lightning_cl.data.tool_calls import calls_of, with_objects
 
 AnyDocument = TypeVar("AnyDocument", bound="Document | str")
 
@@ -68,16 +70,16 @@ def said(document: Document | str) -> str:
     """
     if isinstance(document, (str, Text)):
         return (document if isinstance(document, str) else document.text).strip()
-    if isinstance(document, Completion):
-        return json.dumps([["user", document.prompt.strip()], ["assistant", document.completion.strip()]])
-    messages = (document.as_chat() if isinstance(document, Instruction) else document).messages
+    messages = (document.as_chat() if isinstance(document, (Completion, Instruction)) else document).messages
     return json.dumps([_turn(message) for message in messages], sort_keys=True, default=str)
 
 
 def _turn(message: dict[str, Any]) -> list[Any]:
     turn = [message["role"], message.get("content", "").strip()]
     # A call's own name for itself differs from copy to copy.
-    calls = [call.get("function", call) if isinstance(call, dict) else call for call in message.get("tool_calls", [])]
+    with suppress(ValueError):  # arguments that are no JSON are found when they are tokenised
+        message = with_objects([message])[0]
+    calls = calls_of(message)
     return [*turn, calls] if calls else turn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 _KEPT = 5  # messages kept for a warning
@@ -20,6 +21,9 @@ class Tally:
         too_long: those of the dropped ones whose first token to predict is behind ``max_length``.
         truncated: samples that lost tokens to ``max_length``.
         reasons: the messages of the first few bad records.
+        left_out: what of the records stands in no sample, as fields that are not used and what a chat template does not
+            write, with the number of records that had it.
+        untemplated: prompts with completions that the tokenizer's chat template was not used for.
 
     Raises:
         ValueError: if `on_bad_record` is something else.
@@ -31,6 +35,8 @@ class Tally:
     too_long: int = 0
     truncated: int = 0
     reasons: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    untemplated: int = 0
 
     def __post_init__(self) -> None:
         if self.on_bad_record not in ("error", "skip"):
@@ -50,3 +56,8 @@ class Tally:
         self.bad += 1
         if len(self.reasons) < _KEPT:
             self.reasons.append(reason)
+
+    def leave_out(self, what: Iterable[str]) -> None:
+        """Counts, for one record, what of it is left out."""
+        for name in sorted(set(what)):
+            self.left_out[name] = self.left_out.get(name, 0) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from lightning_cl.data.sources import content_key, is_stream, resolve_splits
 from lightning_cl.data.splitting import split_documents
 from lightning_cl.data.tally import Tally
 from lightning_cl.data.token_cache import cached
-from lightning_cl.data.tokenizer import fingerprint
-from lightning_cl.data.tokens import TokenDataset, encode
+from lightning_cl.data.tokenizer import fingerprint, start_tokens
+from lightning_cl.data.tokens import Sample, TokenDataset, encode
 from lightning_cl.tasks import Task
 
 ROLES = ("train", "val", "test")
@@ -32,6 +32,8 @@ class TextSettings:
         seed: seed of that choice.
         on_bad_record: ``error`` or ``skip``.
         path_header: whether a file's document starts with its path.
+        template: whether prompts with completions are written in the tokenizer's chat template.
+        last_turn: whether only the last turn of the assistant bears loss.
     """
 
     max_length: int
@@ -39,6 +41,12 @@ class TextSettings:
     seed: int
     on_bad_record: str
     path_header: bool
+    template: bool = False
+    last_turn: bool = False
+
+    def encoded(self, documents: Iterable[Document], tokenizer: Any, tally: Tally) -> Iterator[Sample]:
+        """The samples of documents."""
+        return encode(documents, tokenizer, self.max_length, tally, self.template, self.last_turn)
 
 
 class TokenStream:
@@ -60,6 +68,7 @@ class TokenStream:
         self._tokenizer, self._settings = tokenizer, settings
         self.tally = Tally(settings.on_bad_record)
         self._warned = False
+        self._told: set[str] = set()  # what is left out of records, once it was said
 
     def __str__(self) -> str:
         return f"task {self._task!r}, {self._role}"
@@ -71,10 +80,13 @@ class TokenStream:
         tally = self.tally = Tally(self._settings.on_bad_record)
         documents = read_documents(self._source, self._task, self._role, tally, self._settings.path_header)
         warned = 0
-        for ids, mask in encode(documents, self._tokenizer, self._settings.max_length, tally):
+        for ids, mask in self._settings.encoded(documents, self._tokenizer, tally):
             for reason in tally.reasons[warned:]:
                 rank_zero_warn(f"{self}: a malformed record is skipped: {reason}")
             warned = len(tally.reasons)
+            for what in sorted(tally.left_out.keys() - self._told):
+                rank_zero_warn(f"{self}: not in the samples: {what}; how often is in the report")
+            self._told |= tally.left_out.keys()
             if not self._warned and tally.truncated + tally.dropped:
                 self._warned = True
                 what = "is cut off" if tally.truncated else "is dropped: there is nothing to learn in it"
@@ -142,7 +154,7 @@ def _train_and_held_out(task: Task, source: Any, tokenizer: Any, settings: TextS
         documents = part(role)
         # What was skipped while reading counts once, for the training part.
         own = tally if role == "train" else Tally(settings.on_bad_record)
-        return TokenDataset.from_samples(encode(documents, tokenizer, settings.max_length, own), own)
+        return TokenDataset.from_samples(settings.encoded(documents, tokenizer, own), own)
 
     key = _key(source, "train", tokenizer, settings)
     split = {"val_fraction": settings.val_fraction, "seed": settings.seed}
@@ -156,7 +168,7 @@ def _tokenised(task: Task, source: Any, role: str, tokenizer: Any, settings: Tex
     def make() -> TokenDataset:
         tally = Tally(settings.on_bad_record)
         documents = read_documents(source, task.name, role, tally, settings.path_header)
-        return TokenDataset.from_samples(encode(documents, tokenizer, settings.max_length, tally), tally)
+        return TokenDataset.from_samples(settings.encoded(documents, tokenizer, tally), tally)
 
     return cached(_key(source, role, tokenizer, settings), make)
 
@@ -169,9 +181,12 @@ def _key(source: Any, role: str, tokenizer: Any, settings: TextSettings) -> dict
         "content": content,
         "tokenizer": fingerprint(tokenizer),
         "chat_template": repr(getattr(tokenizer, "chat_template", None)),
+        "start": start_tokens(tokenizer),
+        "template": settings.template,
+        "last_turn": settings.last_turn,
         "max_length": settings.max_length,
         "on_bad_record": settings.on_bad_record,
-        "rules": 3,  # raised whenever the same records get other tokens, loss masks or splits
+        "rules": 4,  # raised whenever the same records get other tokens, loss masks or splits
     }
 
 

@@ -121,10 +121,13 @@ def plain_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """What a document, or a prompt, begins with: the start token, if there is one of its own."""
-    # Models without a start token of their own often repeat the end token under that name: no need for it in front.
-    bos = tokenizer.bos_token_id
-    return [] if bos is None or bos == tokenizer.eos_token_id else [bos]
+    """Tokens that the tokenizer itself puts in front of a text: a model has seen them there, and no others.
+
+    Having a start token is not enough: SmolLM2 names one and never puts it in front of plain text.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
+    return list(whole[: next(fits, 0)])
 
 
 def end_tokens(tokenizer: Any) -> list[int]:

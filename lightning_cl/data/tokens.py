@@ -25,7 +25,12 @@ _CHARACTERS = 1_000_000  # and about how much text at most
 
 
 def encode(
-    documents: Iterable[Document | str], tokenizer: Any, max_length: int, tally: Tally | None = None
+    documents: Iterable[Document | str],
+    tokenizer: Any,
+    max_length: int,
+    tally: Tally | None = None,
+    template: bool = False,
+    last_turn: bool = False,
 ) -> Iterator[Sample]:
     """Documents as samples of at most `max_length` tokens, one at a time, in order; reads a few hundred ahead.
 
@@ -33,27 +38,31 @@ def encode(
     cut off on the right; those that then have no token to predict are dropped and counted. In a completion the prompt
     bears no loss, and the end token does (:func:`~lightning_cl.data.completions.encode_completions`); in a conversation
     the assistant's turns do (:func:`~lightning_cl.data.chat.encode_chats`). Instructions are conversations where the
-    tokenizer has a chat template, and completions where it has none.
+    tokenizer has a chat template, and completions where it has none; prompts with completions are conversations with
+    `template`.
 
     Args:
         documents: may be endless.
         tokenizer: a ``transformers`` tokenizer.
         max_length: the most tokens in a sample.
         tally: counts what is dropped and cut off, and says what a conversation that the template refuses does.
+        template: write prompts with completions in the tokenizer's chat template.
+        last_turn: of a conversation only the assistant's last turn bears loss.
 
     Raises:
         ValueError: for a conversation without a chat template, or one that the template refuses.
     """
     tally = Tally() if tally is None else tally
     for batch in _batches(documents):
+        batch = [_shaped(document, tokenizer, tally, template, last_turn) for document in batch]
         yield from _encode_batch(batch, tokenizer, max_length, tally)
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
     """Documents as blocks of at most `max_length` tokens; no block crosses documents, nothing is cut off.
 
-    Each document gets the tokenizer's start token (if it has one) once, in front, and the end token at its end; not a
-    second time where the text brings them, as one that was rendered by a chat template does.
+    Each document gets the start token once, in front, if the tokenizer itself puts one there, and the end token at its
+    end; not a second time where the text brings them, as one that was rendered by a chat template does.
     """
     return [block for blocks in _blocks(texts, tokenizer, max_length) for block in blocks]
 
@@ -62,7 +71,7 @@ def _blocks(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[
     start, end = start_tokens(tokenizer), end_tokens(tokenizer)
     blocks = []
     for text, ids in zip(texts, plain_ids(texts, tokenizer), strict=True):
-        front = [] if start and ids[:1] == start else start
+        front = [] if start and ids[: len(start)] == start else start
         # Many templates write a line feed behind the last end token.
         ended = end and end[0] in ids and text.rstrip().endswith(tokenizer.eos_token)
         blocks.append(_cut(front + ids + ([] if ended else end), max_length))
@@ -93,18 +102,26 @@ def _batches(documents: Iterable[Document | str]) -> Iterator[list[Document]]:
         yield batch
 
 
+def _shaped(document: Document, tokenizer: Any, tally: Tally, template: bool, last_turn: bool) -> Document:
+    """A text, a completion or a conversation, as the settings and the tokenizer want it."""
+    if isinstance(document, Instruction):
+        document = document.as_chat() if has_template(tokenizer) else document.as_completion()
+    elif isinstance(document, Completion):
+        tally.untemplated += has_template(tokenizer) and not template
+        document = document.as_chat() if template else document
+    return document.last_alone() if last_turn and isinstance(document, Chat) else document
+
+
 def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, tally: Tally) -> Iterator[Sample]:
     texts: dict[int, str] = {}
     completions: dict[int, Completion] = {}
     chats: dict[int, Chat] = {}
     for place, document in enumerate(batch):
-        if isinstance(document, Instruction):
-            document = document.as_chat() if has_template(tokenizer) else document.as_completion()
         if isinstance(document, Text):
             texts[place] = document.plain
         elif isinstance(document, Completion):
             completions[place] = document
-        else:
+        elif isinstance(document, Chat):
             chats[place] = document
     blocks: dict[int, list[list[int]]] = {}
     whole: dict[int, Tokens | None] = {}

@@ -181,6 +181,13 @@ def _left_out(cost: dict[str, Any]) -> str:
         for what, words in whats.items()
         if cost.get(f"{role}_{what}")
     ]
+    for role, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        unused = f"{role}_without "
+        counts += [
+            f"{count:,.0f} records without {key.removeprefix(unused)} ({name})"
+            for key, count in cost.items()
+            if key.startswith(unused)
+        ]
     return f"{cost['task']}: {', '.join(counts)}" if counts else ""
 
 

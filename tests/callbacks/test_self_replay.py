@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regularized import MASKED, Sequences, SomebodysLM
 from stand_in import chats, save_stand_in, sentence
+from starting import puts_in_front
 from torch.utils.data import DataLoader
 from toys import TINY_LLAMA, Classifier, classification, trainer
 from transformers import AutoTokenizer
@@ -124,7 +125,7 @@ def test_before_each_task_the_model_of_that_time_writes(tmp_path, tokenizer, sta
     method = self_replay()
     if start_token:
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(7)
+        puts_in_front(tokenizer, tokenizer.convert_ids_to_tokens(7))
     _, watch = run(tmp_path, method, tokenizer)
     for task in (0, 1):
         # Without a start token, half of the second task's go on from first tokens of the first one.

@@ -97,8 +97,8 @@ RECORDS = {
         [Chat(tuple(turns(text, "ok", "b", ""))) for text in UNICODE],
     ),
     "optional": (
-        [{"prompt": "a", "completion": "", "tools": None}, {"prompt": "", "completion": "b", "tools": None}],
-        [Completion("a", ""), Completion("", "b")],
+        [{"prompt": "a", "completion": "c", "tools": None}, {"prompt": "", "completion": "b", "tools": None}],
+        [Completion("a", "c"), Completion("", "b")],
     ),
 }
 

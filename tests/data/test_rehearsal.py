@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from stand_in import CHATML, save_stand_in
+from starting import puts_in_front
 from transformers import AutoTokenizer
 
 from lightning_cl.data import TrainedBPE
@@ -305,6 +306,7 @@ def test_what_a_free_text_begins_with(tmp_path):
     # No start token of its own: behind the end of another text, and that is no part of the sample.
     assert start_of_text(tokenizer) == Prompt((tokenizer.eos_token_id,), learnt=True, hidden=1)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
+    puts_in_front(tokenizer, "<s>")
     start = start_of_text(tokenizer)
     assert start == Prompt((tokenizer.bos_token_id,), learnt=True, hidden=0)
     # A sample looks as that of a text that was trained on.
@@ -312,6 +314,7 @@ def test_what_a_free_text_begins_with(tmp_path):
     made = as_sample(start, text(ids[1:].tolist(), ended=True))
     assert torch.equal(made["input_ids"], ids)
     assert torch.equal(made["loss_mask"], mask)
+    tokenizer = TrainedBPE(300, str(tmp_path)).train(["the cat"])
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no start and no end token"):
         start_of_text(tokenizer)

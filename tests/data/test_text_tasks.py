@@ -356,7 +356,7 @@ def test_a_packed_run_resumed_inside_a_task_ends_the_same(tmp_path, folder):
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_plan_tells_samples_tokens_masks_and_padding(tmp_path, folder, packing, caplog):
     data = TaskDataModule(
-        {"ask": {"train": [*completions(10), {"prompt": "p", "completion": ""}], "val": completions(2, 50)}},
+        {"ask": {"train": [*completions(10), {"prompt": "p" * 99, "completion": "c"}], "val": completions(2, 50)}},
         folder,
         40,
         batch_size=2,

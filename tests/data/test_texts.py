@@ -7,6 +7,7 @@ import json
 import datasets
 import pytest
 import torch
+from starting import puts_in_front
 
 from lightning_cl.data.records import is_text_source, read_texts
 from lightning_cl.data.tokenizer import TrainedBPE
@@ -217,6 +218,8 @@ def with_special(tokenizer, **tokens):
     tokenizer = copy.deepcopy(tokenizer)
     for name, token in tokens.items():
         setattr(tokenizer, name, token)
+    if "bos_token" in tokens:
+        puts_in_front(tokenizer, tokens["bos_token"])
     return tokenizer
 
 
@@ -229,8 +232,17 @@ def test_document_starts_with_one_start_token(tokenizer):
 
 
 def test_end_token_under_the_name_of_a_start_token_is_not_put_in_front(tokenizer):
-    same = with_special(tokenizer, bos_token=TrainedBPE.END)
+    same = with_special(tokenizer)
+    same.bos_token = TrainedBPE.END
     assert tokenize(["xyz"], same, 8) == tokenize(["xyz"], tokenizer, 8)
+
+
+def test_a_start_token_that_the_tokenizer_does_not_put_in_front_is_not_there(tokenizer):
+    import copy
+
+    named = copy.deepcopy(tokenizer)
+    named.bos_token = "A"  # as SmolLM2, whose plain text has none
+    assert tokenize(["xyz"], named, 8) == tokenize(["xyz"], tokenizer, 8)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +257,7 @@ def test_end_token_under_the_name_of_a_start_token_is_not_put_in_front(tokenizer
 )
 def test_start_and_end_are_not_there_twice(tokenizer, text, more):
     with_bos = with_special(tokenizer, bos_token="A")
-    own = with_bos(text)["input_ids"]
+    own = with_bos(text, add_special_tokens=False)["input_ids"]
     (block,) = tokenize([text], with_bos, 99)
     assert block == ([with_bos.bos_token_id] if 0 in more else []) + own + (
         [with_bos.eos_token_id] if 1 in more else []
