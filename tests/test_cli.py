@@ -131,6 +131,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "general_replay": ["GeneralReplay"],
         "replay_while_training": ["Replay"],
         "self_replay": ["SelfReplay"],
+        "self_replay_to_base": ["SelfReplay", "LwF"],
         "ewc": ["EWC"],
         "ewc_auto": ["EWC"],
         "ewc_proximal": ["EWC"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -53,7 +52,8 @@ class AGEM(MemoryCallback):
     Args:
         buffer_size: the largest number of samples kept, over all tasks.
         batch_size: samples that ``g_ref`` is the mean over, on all ranks together; default: as many as a batch of the
-            task. More give less noise; they are computed in passes of a batch of the task.
+            task, and never more than are stored. More give less noise; they are computed in passes of at most a batch
+            of the task, each of which weighs as much as it has samples.
         policy: which samples are kept, as in ``Replay``.
         settings: ``unit``, ``fill``, ``storage``, ``folder``, ``buffer`` and ``seed`` of
             :class:`~lightning_cl.callbacks.memory.MemoryCallback`; with ``buffer="Replay"`` the samples are those that
@@ -120,7 +120,8 @@ class AGEM(MemoryCallback):
         rows: int = trainer.train_dataloader.batch_size * trainer.world_size  # type: ignore[union-attr]
         count = min(self.batch_size or rows, len(self.buffer))
         passes = math.ceil(count / rows)
-        batches = self.memory_batches(trainer, math.ceil(count / passes), seed_of(self.seed, trainer.global_step))
+        sizes = tuple(count // passes + (number < count % passes) for number in range(passes))
+        batches = self.memory_batches(trainer, sizes, seed_of(self.seed, trainer.global_step))
         # Shards are gathered for a pass and are no part of its graph: their gradients come as `.grad` alone.
         sharded = any(hasattr(p, "device_mesh") for p in parameters.values())
         total: dict[str, Tensor] = {}
@@ -130,14 +131,17 @@ class AGEM(MemoryCallback):
             stack.enter_context(torch.enable_grad())
             if sharded:
                 stack.enter_context(_gradients_put_aside(list(pl_module.parameters())))
-            for batch in islice(batches, passes):
+            for size, batch in zip(sizes, batches, strict=False):
+                # A pass weighs as much as it has samples, on this rank; the mean over ranks is taken below.
+                own = len(range(trainer.global_rank, size, trainer.world_size))
+                weight = own * trainer.world_size / count
                 # On the bare module: DDP's reducer would take this for a part of training, in buckets that may hold the
                 # task's gradients themselves, in the marks of unused parameters, in the state of communication hooks.
                 with trainer.precision_plugin.forward_context():
                     loss = training_loss(trainer, pl_module, batch)
                 if loss is None or not loss.requires_grad:
                     continue
-                loss = loss * (amp_scale(trainer) / passes)
+                loss = loss * (amp_scale(trainer) * weight)
                 if sharded:
                     loss.backward()
                     total = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}

@@ -101,8 +101,8 @@ class LwF(ContinualCallback):
         refuse_sharded(trainer, "LwF: a teacher's weights cannot be put in the place of")
         if stage == "fit" and self.where == "replayed" and not _replays(trainer):
             raise MisconfigurationException(
-                "LwF(where='replayed'): nothing is replayed; add lightning_cl.Replay to Trainer(callbacks=[…]), or give"
-                " where='new'"
+                "LwF(where='replayed'): nothing is replayed; add lightning_cl.Replay, or another callback that"
+                " replays, to Trainer(callbacks=[…]), or give where='new'"
             )
         if self._device is not None:
             try:

@@ -330,25 +330,26 @@ class MemoryCallback(ContinualCallback):
 
     # ------------------------------------------------------------------ reading
 
-    def memory_batches(self, trainer: L.Trainer, count: int, seed: int) -> Iterator[Any]:
-        """Endless batches of stored samples on the device: the buffer in random order, pass after pass.
+    def memory_batches(self, trainer: L.Trainer, count: int | Sequence[int], seed: int) -> Iterator[Any]:
+        """Batches of stored samples on the device: the buffer in random order, pass after pass.
 
         Args:
             trainer: inside ``fit``.
-            count: samples of a batch, over all ranks; each rank gets its share.
+            count: samples of a batch, over all ranks, without end; or those of each of some batches. A rank gets every
+                ``world_size``-th of them, and one where there is none for it.
             seed: seed of the order, the same on all ranks.
         """
         loader: Any = trainer.train_dataloader
         order: list[int] = []
-        for step in itertools.count():
-            while len(order) < count:
+        for step, wanted in enumerate(itertools.repeat(count) if isinstance(count, int) else count):
+            size = min(wanted, len(self.buffer))
+            while len(order) < size:
                 more = self._some_order(seed_of(seed, step, len(order)))
                 if not more:
                     return
-                count, order = min(count, len(self.buffer)), order + more
-            numbers, order = order[:count], order[count:]
-            size = -(-len(numbers) // trainer.world_size)
-            mine = [numbers[(trainer.global_rank + i * trainer.world_size) % len(numbers)] for i in range(size)]
+                order += more
+            numbers, order = order[:size], order[size:]
+            mine = numbers[trainer.global_rank :: trainer.world_size] or numbers[:1]
             samples = [self.buffer.get(number) for number in mine]
             block = getattr(loader, "block_length", None)
             yield to_device(trainer, loader.collate_fn(samples if block is None else [[s] for s in samples]))

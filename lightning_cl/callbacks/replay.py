@@ -177,14 +177,25 @@ def check_together(trainer: L.Trainer) -> None:
     """
     methods: list[Any] = [m for m in TaskCoordinator.methods(trainer) if m.replays and hasattr(m, "ratio")]
     names = " and ".join(type(method).__name__ for method in methods)
+    tasks = TaskCoordinator.of(trainer).names
+    # `1/t` counts the tasks that an earlier run has left in the buffer, too.
+    earlier = [_earlier_tasks(method, tasks) for method in methods]
     try:
-        for number in range(2, max(len(TaskCoordinator.of(trainer).names), 2) + 1):
-            check_sum([curve_of(method.ratio, number) for method in methods])
+        for number in range(1, len(tasks) + 1) if tasks else (2,):
+            check_sum([curve_of(method.ratio, number + e) for method, e in zip(methods, earlier, strict=True)])
     except ValueError as error:
         raise MisconfigurationException(f"{names}: {error}") from error
     if len({method.mode for method in methods}) > 1:
         modes = ", ".join(f"{type(method).__name__}(mode={method.mode!r})" for method in methods)
         raise MisconfigurationException(f"mode: {modes}: expected the same for all callbacks that replay")
+
+
+def _earlier_tasks(method: MemoryCallback, tasks: list[str]) -> int:
+    """How many tasks of other runs are in a buffer; in a plain fit, how many but the last."""
+    if not method.takes_in:
+        return 0
+    stored = set(method.buffer.task_names)
+    return len(stored - set(tasks)) if tasks else max(len(stored) - 1, 0)
 
 
 def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix, owner: str) -> None:

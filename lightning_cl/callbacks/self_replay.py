@@ -20,13 +20,13 @@ from lightning_cl.callbacks.base import check_choice
 from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.memory import MemoryCallback, check_plannable
-from lightning_cl.callbacks.replay import mix_into_loader
+from lightning_cl.callbacks.replay import check_together, mix_into_loader
 from lightning_cl.callbacks.sample_writer import SampleWriter, WritingSettings
 from lightning_cl.data.chat import has_template
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing import MixMode, seed_of
 from lightning_cl.data.plannable import task_indices
-from lightning_cl.data.ratio import check_ratio, curve_of
+from lightning_cl.data.ratio import check_ratio, curve_of, replays_anything
 from lightning_cl.data.rehearsal import Prompt, Written, as_sample, choose
 from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, ends_of_answers, read_prompts, start_of_text
 from lightning_cl.data.stream import StreamLoader
@@ -60,6 +60,11 @@ class SelfReplay(MemoryCallback):
     The samples are written anew for each task. The model of that time has learnt one task more, and has rehearsed what
     it wrote before; an older model's texts would be what it has been moved away from. The price is that mistakes are
     copied from task to task.
+
+    With ``top_p=1`` and ``LwF(temperature=1, teacher="base", where="replayed")`` the texts of the first task, which the
+    base wrote from the start token alone, give an unbiased estimate of the KL divergence from the base's texts to the
+    model's: ``E_{y ~ base} Σ_t KL(base(· | y_<t) ‖ model(· | y_<t))``, less what the filters leave out and what is
+    longer than `max_new_tokens` (``configs/methods/self_replay_to_base.yaml``).
 
     Memory: the samples, 4 bytes and a bit per token, in checkpoints too. Compute: up to ``samples · max_new_tokens``
     tokens are generated before each task (twice that, where the model writes the instructions), `batch_size` texts at a
@@ -136,9 +141,15 @@ class SelfReplay(MemoryCallback):
     def mixes(self) -> bool:
         return True  # what is mixed in is written when it is asked for
 
+    @property
+    @override
+    def replays(self) -> bool:
+        return replays_anything(self.ratio)
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        check_together(trainer)
         refuse_sharded(trainer, "SelfReplay: a model cannot write with")
 
     @override
@@ -171,6 +182,8 @@ class SelfReplay(MemoryCallback):
         if self._written_for != self.tasks_done and trainer.state.status == TrainerStatus.RUNNING:
             self._write(trainer)
             self._written_for = self.tasks_done
+        if not self.replays:
+            return
         curve = curve_of(self.ratio, self.tasks_done + 1)
         mix = Mix(self.buffer, curve, self.mode, seed=seed_of(self.seed, self.tasks_done))
         mix_into_loader(trainer, loader, mix, "SelfReplay")

@@ -68,7 +68,7 @@ class AGEMSpy(AGEM):
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
-        self.drawn, self.asked = [], []
+        self.drawn = []
 
     def on_task_start(self, trainer, pl_module):
         super().on_task_start(trainer, pl_module)
@@ -76,7 +76,6 @@ class AGEMSpy(AGEM):
 
     def memory_batches(self, trainer, count, seed):
         self.drawn[-1].append([])
-        self.asked.append(count)
         for batch in super().memory_batches(trainer, count, seed):
             self.drawn[-1][-1].append(copy.deepcopy(batch))
             yield batch
@@ -86,11 +85,9 @@ def gradient_at(module, tensors, batches):
     """The mean loss's gradient at other weights, in double precision, as one vector."""
     tensors = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
     buffers = {n: b.double() if b.is_floating_point() else b for n, b in module.named_buffers()}
-    losses = [
-        torch.nn.functional.cross_entropy(functional_call(module, tensors | buffers, (x.double(),)), y)
-        for x, y in batches
-    ]
-    return flat(torch.autograd.grad(torch.stack(losses).mean(), list(tensors.values())))
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loss = torch.nn.functional.cross_entropy(functional_call(module, tensors | buffers, (x.double(),)), y)
+    return flat(torch.autograd.grad(loss, list(tensors.values())))
 
 
 def flat(tensors):
@@ -137,12 +134,12 @@ def sgd_with_agem(module, tasks, memory, lr, accumulate=1, clip=None):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.3}, {"method": {"batch_size": 20}}],
+    [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.3}, {"method": {"buffer_size": 30, "batch_size": 20}}],
     ids=["plain", "accumulated", "clipped", "three passes"],
 )
 def test_training_is_that_of_a_loop_of_its_own(tmp_path, settings):
     settings = dict(settings)
-    method = AGEMSpy(12, **settings.pop("method", {}))
+    method = AGEMSpy(**{"buffer_size": 12} | settings.pop("method", {}))
     done = run(tmp_path, method, seeded(Watched, optimizer=momentum, lr=0.02), TASKS | {"c": opposed(2)}, **settings)
     expected = sgd_with_agem(
         seeded(Watched),
@@ -190,13 +187,42 @@ def test_half_a_batch_twice_is_the_batch(tmp_path):
 
 @pytest.mark.parametrize("asked", [None, 5, 8, 20, 100])
 def test_how_many_samples_are_drawn(tmp_path, asked):
-    """As many as in a batch of the task; in passes of at most as many; never more than there are."""
+    """As many as in a batch of the task, in passes of at most as many; never more than there are, and none twice."""
     method = AGEMSpy(30, asked)
     run(tmp_path, method, batch_size=8, max_epochs=1)
-    expected = {None: (8, 1), 5: (5, 1), 8: (8, 1), 20: (7, 3), 100: (8, 4)}[asked]  # 100: 30 in four passes
-    assert set(method.asked) == {expected[0]}
-    assert {len(draws) for draws in method.drawn[1]} == {expected[1]}
-    assert all(len(x) == expected[0] for draws in method.drawn[1] for x, _ in draws)
+    sizes = {None: [8], 5: [5], 8: [8], 20: [7, 7, 6], 100: [8, 8, 7, 7]}[asked]  # 100: there are 30
+    assert method.drawn[1]
+    for draws in method.drawn[1]:
+        assert [len(x) for x, _ in draws] == sizes
+        assert len({value for x, _ in draws for value in x[:, 0].tolist()}) == sum(sizes)
+
+
+class Rank:
+    """A Trainer, as one of two processes sees it."""
+
+    world_size = 2
+
+    def __init__(self, trainer, rank):
+        self.trainer, self.global_rank = trainer, rank
+
+    def __getattr__(self, name):
+        return getattr(self.trainer, name)
+
+
+class OnTwoRanks(AGEM):
+    """The mean over what two processes compute."""
+
+    def _reference(self, trainer, pl_module, parameters):
+        first, second = (super(OnTwoRanks, self)._reference(Rank(trainer, r), pl_module, parameters) for r in (0, 1))
+        return {name: (first[name] + second[name]) / 2 for name in first}
+
+
+@pytest.mark.parametrize("asked", [1, 13, 20])
+def test_ranks_share_the_samples_and_weigh_them_as_one_process_does(tmp_path, asked):
+    """13 are passes of 7 and 6 for one process, and 7 beside 6 for two; one is no sample for the second."""
+    one, two = (run(tmp_path, kind(30, asked)) for kind in (AGEM, OnTwoRanks))
+    assert one.method.interference["b"]["projected"] == two.method.interference["b"]["projected"] > 0
+    assert_same(two.ends.weights[1], one.ends.weights[1], rtol=1e-4, atol=1e-6)
 
 
 def test_every_step_draws_anew_and_from_earlier_tasks_alone(tmp_path):

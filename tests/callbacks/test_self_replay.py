@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -13,6 +14,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
+from distilling import Recorder, assert_gradients, lm_reference
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regularized import MASKED, Sequences, SomebodysLM
@@ -22,7 +25,7 @@ from torch.utils.data import DataLoader
 from toys import TINY_LLAMA, Classifier, classification, trainer
 from transformers import AutoTokenizer
 
-from lightning_cl import CausalLM, Replay, TaskDataModule, fit_tasks
+from lightning_cl import CausalLM, DERpp, GeneralReplay, LwF, Replay, TaskDataModule, fit_tasks
 from lightning_cl.callbacks import sample_writer
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.self_replay import SelfReplay
@@ -34,6 +37,7 @@ from lightning_cl.generation import prompt_tokens, sample_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY = 300
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -353,6 +357,95 @@ def test_a_model_with_an_adapter_writes_with_it(tmp_path):
 
     data = TaskDataModule({"a": chats(8)}, tokenizer=folder, max_length=128, batch_size=4)
     fit_tasks(trainer(tmp_path, [method, Again()], max_epochs=1), module, data)
+
+
+# ---------------------------------------------------------------------- beside other callbacks
+
+
+def settings_of(overlay):
+    callbacks = yaml.safe_load((CONFIGS / "methods" / overlay).read_text())["trainer"]["callbacks+"]
+    return {callback["class_path"].rsplit(".")[-1]: callback["init_args"] for callback in callbacks}
+
+
+def test_what_the_model_wrote_is_held_to_the_base(tmp_path, tokenizer):
+    """The shipped overlay: each step's gradient is that of the loss and of the KL to the base on the rehearsed rows."""
+    shipped = settings_of("self_replay_to_base.yaml")
+    method = SelfReplay(**shipped["SelfReplay"] | {"samples": 20, "max_new_tokens": 10, "batch_size": 10})
+    recorder, lwf = Recorder(), LwF(**shipped["LwF"])
+    module = writer(lr=1e-2)
+    _, watch = run(tmp_path, method, tokenizer, module=module, callbacks=[lwf, recorder], log_every_n_steps=1)
+    module.trainer = None
+    for steps, kinds in zip(recorder.steps, watch.kinds, strict=True):
+        replayed = [torch.tensor([part.replayed for (part,) in step]) for step in kinds]
+
+        def check(flip=False, steps=steps, replayed=replayed):
+            rows = iter(replayed)
+
+            def mask(batch):
+                bearing = batch["labels"][:, 1:] != -100
+                return (next(rows) ^ flip)[:, None].expand(bearing.shape)[bearing]
+
+            assert_gradients(steps, lm_reference(module, temperature=1.0), recorder.starts[0], mask, error=1e-3)
+
+        check()
+        with pytest.raises(AssertionError, match="off by"):
+            check(flip=True)
+        assert 0.1 < torch.cat(replayed).float().mean() < 0.9
+    assert all(lwf.report()["divergence"][task] > 0 for task in "ab")
+
+
+def test_kl_on_texts_of_the_base_is_the_kl_of_its_texts():
+    """Against all texts there are, one by one: with uncut probabilities the mean of Σ_t KL_t is KL(base ‖ now)."""
+    base, now = (writer(vocab_size=5, initializer_range=scale).model.eval() for scale in (0.5, 0.7))
+    base.generation_config.eos_token_id = None  # all texts are of one length
+    start, length = 4, 3
+
+    @torch.no_grad()
+    def log_probabilities(model, ids):
+        return model(ids).logits.log_softmax(-1)[:, :-1]
+
+    every = torch.tensor([[start, *text] for text in itertools.product(range(5), repeat=length)])
+    p, q = (log_probabilities(m, every).gather(-1, every[:, 1:, None])[..., 0].sum(-1).double() for m in (base, now))
+    exact = float((p.exp() * (p - q)).sum())
+    found = {}
+    for top_p in (1.0, 0.8):
+        drawn = sample_tokens(base, [[start]] * 2000, length, 0, range(2000), 1.0, top_p)
+        ids = torch.tensor([[start, *text.ids] for text in drawn])
+        p, q = log_probabilities(base, ids), log_probabilities(now, ids)
+        sums = (p.exp() * (p - q)).sum(-1).sum(-1)
+        found[top_p] = abs(float(sums.mean()) - exact) / float(sums.std() / len(sums) ** 0.5)
+    assert found[1.0] < 3  # standard errors
+    assert found[0.8] > 6
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([Replay(20, 0.5)], r"(Replay and SelfReplay|SelfReplay and Replay): ratio.* add up to 1\.1"),
+        ([Replay(20, 0.1, mode="add")], r"mode: .*SelfReplay\(mode='replace'\)"),
+        ([DERpp(20, [[0, 0.1], [1, 0.4]])], r"add up to 1;"),
+        ([GeneralReplay(["the quick brown fox"] * 9, 0.2), Replay(20, "1/t")], r"add up to 1\.3"),
+    ],
+)
+@pytest.mark.parametrize("first", [False, True])
+def test_shares_and_modes_that_do_not_fit_are_found_before_anything_is_written(
+    tmp_path, tokenizer, monkeypatch, others, message, first
+):
+    calls, method = counted(monkeypatch), self_replay(ratio=0.6)
+    callbacks = [method, *others] if first else [*others, method]
+    data = TaskDataModule({"a": texts("a"), "b": texts("b")}, tokenizer, max_length=48, batch_size=4)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit_tasks(trainer(tmp_path, callbacks, max_epochs=1), writer(), data)
+    assert not calls
+
+
+def test_what_rehearses_nothing_is_in_nobodys_way(tmp_path, tokenizer):
+    """With a ratio of 0 neither its mode nor its share counts, and it is no replay."""
+    method = self_replay(ratio=0.0)
+    run(tmp_path, method, tokenizer, callbacks=[Replay(20, 0.3, mode="add")])
+    assert len(method.buffer) >= 10
+    with pytest.raises(MisconfigurationException, match=r"where='replayed'.*nothing is replayed"):
+        run(tmp_path, self_replay(ratio=0.0), tokenizer, callbacks=[LwF(where="replayed")])
 
 
 # ---------------------------------------------------------------------- leaves no trace
