@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         TaskProgress,
     )
     from lightning_cl.data import TaskDataModule, TrainedBPE
-    from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
+    from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
     from lightning_cl.models import CausalLM, InfiniteLR, WarmupDecay
     from lightning_cl.sequence import fit_tasks
     from lightning_cl.tasks import Task
@@ -53,6 +53,7 @@ _HOME = {
     "L2SP": "callbacks",
     "LwF": "callbacks",
     "MAS": "callbacks",
+    "MeanWhenLearnt": "metrics",
     "PromptSamples": "callbacks",
     "RWalk": "callbacks",
     "Replay": "callbacks",
@@ -85,6 +86,7 @@ __all__ = [
     "InfiniteLR",
     "KLToBase",
     "LwF",
+    "MeanWhenLearnt",
     "PromptSamples",
     "RWalk",
     "Replay",

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cl.cli_help import take_option
-from lightning_cl.cli_seeds import new_file, report_of, run_process, write_json
-from lightning_cl.evaluation.report import format_number, format_table
+from lightning_cl.cli_seeds import diverged, new_file, report_of, run_process, write_json
+from lightning_cl.evaluation.tables import format_number, format_table
 
 _TRIAL = "LIGHTNING_CL_TRIAL"
 
@@ -114,16 +114,22 @@ def _run(arguments: Sequence[str], trial: dict[str, Any]) -> tuple[int, Path | N
 
 def _trial(strength: float, folder: Path | None, report: dict[str, Any]) -> dict[str, Any]:
     final = dict(zip(report["tasks"], report["matrix"][-1], strict=True))
-    scores = {name: report[name] for name in ("average", "forgetting")}
-    return {"strength": strength, "folder": str(folder), "final": final, **scores}
+    unknown = [name for name in report["tasks"] if final[name] is None and name not in report["watched"]]
+    scores = {name: report.get(name) for name in ("average", "mean_when_learnt", "forgetting")}
+    about = {"final": final, "diverged": diverged(report), "unknown": unknown}
+    return {"strength": strength, "folder": str(folder), **about, **scores}
 
 
 def _best(trials: Sequence[dict[str, Any]], mode: str) -> float:
     sign = 1 if mode == "max" else -1
-    known = [trial for trial in trials if trial["average"] is not None]
+    # A mean over some of the tasks is no average: a strength at which a task diverged, or was not measured, is not
+    # better for what it leaves out.
+    known = [t for t in trials if t["average"] is not None and not t["diverged"] and not t["unknown"]]
     if not known:
+        lost = ", ".join(f"{trial['strength']:g}" for trial in trials if trial["diverged"]) or "none"
         raise ValueError(
-            "--strengths: no strength has an average over the first tasks (see the matrices in their reports); does"
+            "--strengths: no strength has a finite average over all of the first tasks (see the matrices in their"
+            f" reports; diverged: {lost}); does"
             " every task have validation data, and is what TaskMatrix monitors a finite number?"
         )
     return max(known, key=lambda trial: sign * trial["average"])["strength"]
@@ -131,13 +137,19 @@ def _best(trials: Sequence[dict[str, Any]], mode: str) -> float:
 
 def _table(trials: Sequence[dict[str, Any]], first: int, best: float, monitor: str, mode: str, path: Path) -> str:
     names = list(trials[0]["final"])
-    rows = [["strength", *names, "average", "forgetting", ""]]
+    rows = [["strength", *names, "average", "mean when learnt", "forgetting", ""]]
     for trial in trials:
-        numbers = [*(trial["final"][name] for name in names), trial["average"], trial["forgetting"]]
-        mark = "best" if trial["strength"] == best else ""
+        scores = (trial[name] for name in ("average", "mean_when_learnt", "forgetting"))
+        numbers = [*(trial["final"][name] for name in names), *scores]
+        mark = "best" if trial["strength"] == best else "diverged" if trial["diverged"] else ""
         rows.append([f"{trial['strength']:g}", *(format_number(number) for number in numbers), mark])
     better = "lower" if mode == "min" else "higher"
     lines = ["", f"{monitor} after the first {first} tasks ({better} is better)", "", *format_table(rows)]
+    lines += [
+        f"  strength {trial['strength']:g} is not chosen: {monitor} of {', '.join(trial['diverged'])} is not finite"
+        for trial in trials
+        if trial["diverged"]
+    ]
     tried = [trial["strength"] for trial in trials]
     if best in (min(tried), max(tried)) and len(trials) > 2:
         lines.append("  the best is at the end of the list: a strength beyond it may be better")

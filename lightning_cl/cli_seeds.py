@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cl.cli_help import take_option
+from lightning_cl.data.measured_on import difference
 from lightning_cl.evaluation.seeds import SCORES, format_seeds, paired_rows, summarize
 from lightning_cl.files import replace_file
 
@@ -185,6 +186,16 @@ def _check_pair(table: dict[str, Any], other: dict[str, Any], path: str) -> None
                 f"--against={path}: its {key} is {other.get(key)}, of these runs {table[key]}: there is nothing to"
                 " compare in pairs; give the same data and the same TaskMatrix to both methods"
             )
+    theirs = {run["seed"]: run.get("measured_on", {}) for run in other["runs"]}
+    for run in table["runs"]:
+        for task, now in run.get("measured_on", {}).items():
+            then = theirs.get(run["seed"], {}).get(task)
+            what = difference(then, now) if then is not None else None
+            if what is not None:
+                raise ValueError(
+                    f"--against={path}: task {task!r} of seed {run['seed']} was measured on other data there; it"
+                    f" differs in {what}; give the same data and settings to both methods"
+                )
 
 
 # ---------------------------------------------------------------------- one run
@@ -238,12 +249,25 @@ def report_of(folder: Path | None, option: str, run: str) -> dict[str, Any]:
     return json.loads(report_file.read_text(encoding="utf-8"))
 
 
+def diverged(report: dict[str, Any]) -> list[str]:
+    """The tasks whose score was measured and not finite, from their own training on (watched ones: at the end)."""
+    trained = [name for name in report["tasks"] if name not in report["watched"]]
+    last = len(report["matrix"]) - 1
+    found = {
+        entry["task"]
+        for entry in report.get("not_finite", ())  # earlier reports do not have it
+        if entry["row"] >= (trained.index(entry["task"]) + 1 if entry["task"] in trained else last)
+    }
+    return [name for name in report["tasks"] if name in found]
+
+
 def _result(seed: int, folder: Path | None) -> dict[str, Any]:
     report = report_of(folder, "--seeds", f"seed {seed}")
     final = dict(zip(report["tasks"], report["matrix"][-1], strict=True))
-    kept = ("matrix", "tasks", "watched", "monitor", "mode", "definitions")
-    scores = {name: report[name] for name in SCORES}
-    return {"seed": seed, "folder": str(folder), "final": final, **scores, **{key: report[key] for key in kept}}
+    kept = ("matrix", "tasks", "watched", "monitor", "mode", "definitions", "measured_on")
+    scores = {name: report.get(name) for name in SCORES}
+    about = {key: report[key] for key in kept if key in report}
+    return {"seed": seed, "folder": str(folder), "final": final, "diverged": diverged(report), **scores, **about}
 
 
 # ---------------------------------------------------------------------- files and the terminal

@@ -166,6 +166,7 @@ def test_the_table_is_that_of_the_reports(seeds):
     assert [row["values"] for row in table["rows"][:2]] == values
     assert [row["measure"] for row in table["rows"][2:]] == [
         "average",
+        "mean_when_learnt",
         "forgetting",
         "backward_transfer",
         "forward_transfer",
@@ -175,8 +176,10 @@ def test_the_table_is_that_of_the_reports(seeds):
     # Two values: sd is their distance over √2, and the half width 12.7062 * sd / √2.
     assert table["rows"][0]["high"] - table["rows"][0]["mean"] == pytest.approx(6.3531 * abs(first - second), rel=1e-4)
     lines = [line.split() for line in output.out.splitlines()]
-    shown = [f"{table['rows'][0][key]:.3f}".replace("-", "−") for key in ("mean", "sd", "low", "high")]
-    assert ["zoo", *shown[:3], "to", shown[3]] in lines
+    shown = [f"{table['rows'][0][key]:.3f}".replace("-", "−") for key in ("mean", "sd")]
+    assert ["zoo", *shown, "too", "few", "seeds"] in lines  # of two
+    when_learnt = [(run["matrix"][1][0] + run["matrix"][2][1]) / 2 for run in table["runs"]]
+    assert table["rows"][3]["values"] == pytest.approx(when_learnt)
     assert str(Path(table["runs"][0]["folder"]).parent / "seeds-0" / "seeds.json") in output.out
 
 

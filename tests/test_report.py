@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import struct
 
 import pytest
 import torch
 
-from lightning_cl import PromptSamples, TaskMatrix
+from lightning_cl import AGEM, EWC, L2SP, SI, DERpp, LwF, PromptSamples, Replay, SelfReplay, TaskMatrix
 from lightning_cl.callbacks.checks import named
 from lightning_cl.evaluation import build_report, format_report, write_report
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 LOSSES = [[4.0, 3.0, 5.0], [2.0, 2.5, 4.5], [3.0, 1.0, 4.0], [3.5, 1.0, 1.25]]
 
 
@@ -81,10 +82,25 @@ def test_unknown_is_an_empty_cell_and_null(tmp_path):
     assert [line[1:] for line in read_csv(tmp_path)[1:]] == [["", "3.0"], ["2.0", ""]]
 
 
-def test_infinite_scores_are_valid_json_too(tmp_path):
-    """A run that diverged still has a report."""
-    write_report(report_of([[4.0], [float("inf")]], "a"), tmp_path)
-    assert read_json(tmp_path)["matrix"] == [[4.0], [None]]
+def test_a_run_that_diverged_is_told_from_one_that_was_not_measured(tmp_path):
+    write_report(report_of([[4.0, NAN], [INF, 3.0], [2.0, INF]], "ab"), tmp_path)
+    found = read_json(tmp_path)
+    assert found["matrix"] == [[4.0, None], [None, 3.0], [2.0, None]]  # valid JSON
+    assert found["not_finite"] == [{"task": "a", "row": 1}, {"task": "b", "row": 2}]
+    assert [line[1:] for line in read_csv(tmp_path)[1:]] == [["4.0", ""], ["inf", "3.0"], ["2.0", "inf"]]
+    text = format_report(report_of([[4.0, NAN], [INF, 3.0], [2.0, INF]], "ab"), None)
+    assert "before training       4.000           –" in text
+    assert "b                     2.000  not finite" in text
+
+
+@pytest.mark.parametrize(("mode", "worst"), [("min", INF), ("max", -INF)])
+def test_a_task_that_diverged_is_named_and_the_average_is_the_worst(mode, worst):
+    report = report_of([[4.0, 4.0], [1.0, 4.0], [worst, 0.143]], "ab", mode=mode)
+    assert report["average"] == worst
+    assert "not finite. It was 1.000 after a. The run diverged" in sentence(report, "a")
+    report = report_of([[4.0, 4.0], [worst, 4.0], [3.0, 1.0]], "ab", mode=mode)
+    assert "not finite when learnt, 3.000 now" in sentence(report, "a")
+    assert report["mean_when_learnt"] == worst
 
 
 @pytest.mark.parametrize("rows", [LOSSES, LOSSES[:2], [[NAN] * 3] * 4], ids=["whole", "under way", "nothing known"])
@@ -152,6 +168,34 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_the_sentence_of_an_earlier_task(column, words):
     report = report_of([[value, 9.0 - i] for i, value in enumerate(column)], "ab")
     assert words in sentence(report, "a")
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (
+            [4.0, 4.5, 5.0],
+            "not learnt: its training made val_loss worse, 4.000 before and 4.500 after; 5.000 now: 0.500 worse",
+        ),
+        (
+            [4.0, 4.0, 4.0],
+            "not learnt: its training left val_loss about where it was, 4.000 before and 4.000 after; 4.000 now.",
+        ),
+        ([4.0, 3.99, 5.0], "not learnt: its training left val_loss about where it was, 4.000 before and 3.990 after"),
+    ],
+)
+def test_a_task_that_was_not_learnt_is_called_so(column, words):
+    report = report_of([[value, 9.0 - i] for i, value in enumerate(column)], "ab")
+    assert words in sentence(report, "a")
+    assert "learning rate" in sentence(report, "a")  # nothing is there to keep yet: no method is to blame
+
+
+def test_the_last_task_too_is_said_not_to_be_learnt():
+    report = report_of([[4.0, 4.0], [2.0, 4.0], [2.0, 4.3]], "ab")
+    assert "not learnt: its training made val_loss worse, 4.000 before and 4.300 after" in sentence(report, "b")
+    # What the task before gave it is not what its own training gave.
+    report = report_of([[4.0, 4.0], [2.0, 2.5], [2.0, 2.6]], "ab")
+    assert "made val_loss worse" in sentence(report, "b")
 
 
 @pytest.mark.parametrize("column", [[4.0, NAN, 3.0], [4.0, 2.0, NAN]])
@@ -227,6 +271,86 @@ def test_a_bad_loss_is_answered_with_advice_and_a_good_one_is_not():
     assert "Replay" not in sentence(good, "a")
 
 
+FORGOT = [[4.0, 4.0], [2.0, 4.0], [3.8, 1.0]]
+NOT_LEARNT = [[4.0, 4.0], [2.0, 4.0], [2.1, 4.1]]
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "learn"),
+    [
+        (Replay(10), "a larger Replay(ratio=…)", "a smaller Replay(ratio=…)"),
+        (DERpp(10), "a larger DERpp(ratio=…, alpha=…)", "a smaller DERpp(ratio=…, alpha=…)"),
+        (AGEM(10), "a larger AGEM(batch_size=…, buffer_size=…)", None),
+        (SelfReplay(), "a larger SelfReplay(ratio=…)", "a smaller SelfReplay(ratio=…)"),
+        (LwF(2.0), "a higher LwF(strength=…), 2 now", "a lower LwF(strength=…), 2 now"),
+        (EWC(0.5), "a higher EWC(strength=…), 0.5 now", "a lower EWC(strength=…), 0.5 now"),
+        (SI(), "a higher SI(share=…), 0.1 now", "a lower SI(share=…), 0.1 now"),
+        (L2SP(0.0), "L2SP(strength='auto'): at 0 it protects nothing", None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_advice_is_about_the_methods_of_the_run(method, keep, learn):
+    kept = sentence(report_of(FORGOT, "ab", methods=[method]), "a")
+    assert f"To keep more: {keep}" in kept
+    learnt = sentence(report_of(NOT_LEARNT, "ab", methods=[method]), "b")
+    assert ("To learn more: " + (f"{learn}" if learn else "look at its learning rate")) in learnt
+    for other in {"Replay", "DERpp", "EWC", "SelfReplay"} - {type(method).__name__}:
+        assert not re.search(rf"\b{other}\b", kept + learnt)
+
+
+def test_a_penalty_that_pulled_harder_than_the_task_is_not_to_be_stronger():
+    method = EWC(5.0)
+    method._diagnosis = [
+        {"task": "b", "strength": 5.0, "penalty": 1.0, "largest_share": 12.0, "too_strong": True, "total": 1.0}
+    ]
+    report = report_of(NOT_LEARNT, "ab", methods=[method])
+    assert "a lower EWC(strength=…), 5 now, which is too strong: it pulled up to 12 times" in sentence(report, "b")
+    assert "at most 12 times the task's: too strong" in report["methods"]["EWC"]["sentences"][0]
+    kept = sentence(report_of(FORGOT, "ab", methods=[method]), "a")
+    assert "higher EWC" not in kept
+    assert "no higher strength" in kept
+
+
+# ---------------------------------------------------------------------- rows of other data
+
+
+def changed_report(**kwargs):
+    """The run went on after `b` with other data for a and b; its last row but one was measured again."""
+    changes = [
+        {"task": name, "row": 2, "what": "limit_val_batches 10 → 2", "before": before}
+        for name, before in (("a", 2.45), ("b", 3.0))
+    ]
+    rows = [[4.0, 4.2, 5.0], [2.401, 4.1, 5.0], [1.83, 3.1, 4.0], [1.827, 3.4, 1.0]]
+    return report_of(rows, changes=changes, **kwargs)
+
+
+def test_no_score_and_no_sentence_crosses_a_change_of_data():
+    report = changed_report()
+    assert report["average"] == pytest.approx((1.827 + 3.4 + 1.0) / 3)
+    assert report["mean_when_learnt"] == pytest.approx((3.1 + 1.0) / 2)  # a was learnt on other data
+    assert report["backward_transfer"] == pytest.approx(3.1 - 3.4)
+    assert report["forgetting"] == pytest.approx(((1.827 - 1.83) + (3.4 - 3.1)) / 2)
+    assert report["forward_transfer"] == pytest.approx(5.0 - 4.0)  # of b nothing is known
+    a, b = (sentence(report, name) for name in "ab")
+    assert "2.401" not in a
+    assert "went from 1.830 to 1.827, 0.003 better than after b" in a
+    assert "measured on other data (limit_val_batches 10 → 2)" in a
+    assert "3.100 when learnt, 3.400 now: 0.300 worse" in b
+
+
+def test_a_line_separates_rows_of_other_data(tmp_path):
+    report = changed_report()
+    lines = format_report(report, None).splitlines()
+    place = next(i for i, line in enumerate(lines) if "(above: other data)" in line)
+    assert lines[place].split()[-2:] == ["-----", "-----"]
+    assert lines[place - 1].split()[0] == "a"
+    assert lines[place + 1].split()[0] == "b"
+    assert any("'b' on measured on other data than above: a (there 2.450), b (there 3.000)" in line for line in lines)
+    write_report(report, tmp_path)
+    assert [line[0] for line in read_csv(tmp_path)][2:5] == ["a", "(above: other data of a, b)", "b"]
+    assert read_json(tmp_path)["data_changes"][0]["before"] == 2.45
+
+
 # ---------------------------------------------------------------------- the table
 
 
@@ -234,7 +358,8 @@ def test_the_table_shows_all_numbers_and_the_costs(tmp_path):
     text = format_report(report_of(LOSSES), tmp_path)
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("  ") and line.split()}
     assert "before training  4.000  3.000  5.000" in " ".join(text.split("\n")).replace("   ", "  ")
-    assert rows["c"] == ["c", "10", "2.0", "s", "0.5", "s", "1,200", "tokens", "300", "tokens"]
+    assert rows["c"] == ["c", "10", "2.0", "0.5", "1,200", "300"]
+    assert "task  steps  training, s  end of task, s  new tokens  replayed tokens" in text
     assert "lower is better" in text
     assert str(tmp_path / "report.json") in text
 
@@ -249,6 +374,16 @@ def test_totals_are_the_sum_of_training_and_evaluation():
     report = report_of(LOSSES, seconds=4.0)
     assert report["costs"]["evaluation_seconds"] == 4.0
     assert report["costs"]["total_seconds"] == pytest.approx(4.0 + 3 * 2.5)
+
+
+def test_units_of_the_cost_table_are_one_for_a_column():
+    report = report_of(LOSSES)
+    report["costs"]["tasks"][1]["train_seconds"] = 240.0
+    lines = format_report(report, None).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("  task"))
+    assert "training, min" in lines[start]
+    assert [line.split()[2] for line in lines[start + 1 : start + 4]] == ["0.0", "4.0", "0.0"]
+    assert len({len(line) for line in lines[start : start + 4]}) == 1  # numbers to the right
 
 
 def test_answers_stand_side_by_side_under_their_prompt():

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.buffers.policies import PolicyName
-from lightning_cl.callbacks.base import trainable_parameters
+from lightning_cl.callbacks.base import Need, trainable_parameters
 from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.coordinator import amp_scale
 from lightning_cl.callbacks.memory import MemoryCallback
@@ -206,6 +206,11 @@ class AGEM(MemoryCallback):
             "interference": {task: counts | {"share": shares[task]} for task, counts in self.interference.items()},
             "sentences": [f"AGEM, {task}: {_told(counts)}" for task, counts in self.interference.items()],
         }
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        # It takes nothing off a step but what would harm the memory's samples.
+        return "a larger AGEM(batch_size=…, buffer_size=…)" if need == "keep" else None
 
 
 def _told(counts: dict[str, Any]) -> str:

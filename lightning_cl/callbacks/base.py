@@ -29,7 +29,7 @@ after_boundary      when all have answered ``at_boundary``: time to report
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from lightning_cl.data import TaskDataModule, TaskLoader
     from lightning_cl.data.stream import StreamLoader
     from lightning_cl.data.trained import Trained
+
+Need = Literal["keep", "learn"]
+"""What a report asks a method's advice for."""
 
 
 class ContinualCallback(Callback):
@@ -159,6 +162,14 @@ class ContinualCallback(Callback):
     def report(self) -> dict[str, Any]:
         """What the run's report says of this method: numbers and texts."""
         return {}
+
+    def advice(self, need: Need) -> str | None:
+        """What could be changed of this method, by what it saw in the run, in words; None: nothing.
+
+        Args:
+            need: ``keep`` more of earlier tasks, or ``learn`` more of a new one.
+        """
+        return None
 
     # ------------------------------------------------------------------ for methods
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
-from lightning_cl.callbacks.base import check_strength
+from lightning_cl.callbacks.base import Need, check_strength
 from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.dark_logits import DarkLogits, Replayed, bytes_of_position
@@ -197,6 +197,10 @@ class DERpp(Replay):
                 for task, mean in means.items()
             ],
         }
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        return f"a {'larger' if need == 'keep' else 'smaller'} {type(self).__name__}(ratio=…, alpha=…)"
 
 
 class DER(DERpp):

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.buffers.buffer import Unit
+from lightning_cl.callbacks.base import Need
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.filling import cost_of, keep
 from lightning_cl.callbacks.memory import Storage
@@ -99,6 +100,11 @@ class GeneralReplay(Replay):
     @override
     def mixes(self) -> bool:
         return self.replays
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        # Its samples are of no earlier task.
+        return f"a smaller {_NAME}(ratio=…)" if need == "learn" else None
 
     @override
     def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.base import ContinualCallback, check_choice, check_strength
+from lightning_cl.callbacks.base import ContinualCallback, Need, check_choice, check_strength
 from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.passes import OutputsFunction, aligned, leaving_no_trace, loss_positions
@@ -254,6 +254,10 @@ class LwF(ContinualCallback):
             "divergence": means,
             "sentences": [f"LwF, {name}: {value:.3g} nats {unit}, mean over training" for name, value in means.items()],
         }
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        return f"a {'higher' if need == 'keep' else 'lower'} LwF(strength=…), {self.strength:g} now"
 
 
 def _replays(trainer: L.Trainer) -> bool:

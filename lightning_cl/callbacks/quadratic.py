@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.auto_strength import AutoStrength
 from lightning_cl.callbacks.base import (
     ContinualCallback,
+    Need,
     check_choice,
     check_strength,
     clean_name,
@@ -23,13 +24,18 @@ from lightning_cl.callbacks.base import (
     trainable_parameters,
 )
 from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.diagnosis import describe_importance
+from lightning_cl.callbacks.diagnosis import (
+    advice_of,
+    compare_with_earlier,
+    describe_importance,
+    sentences_of,
+    warning_of,
+)
 from lightning_cl.callbacks.placement import Streamed, fit_to, full_cpu, pinned, whole
 from lightning_cl.functional import add_penalty_gradient_, proximal_step_, zero_non_finite_
 
 Apply = Literal["gradient", "proximal"]
 Strength = float | Literal["auto"]
-_NOTHING = 1e-5
 _MEASURED_STEPS = (4, 16, 64, 256)
 
 
@@ -92,7 +98,9 @@ class QuadraticPenalty(ContinualCallback):
         self.constant = 0.0
         self._diagnosis: list[dict[str, Any]] = []
         self._largest_share: float | None = None  # of the penalty in this task's gradients, where it was measured
-        self._before: dict[str, Tensor] = {}  # the weights before the step at which a strength is chosen
+        self._too_strong = False  # it has pulled harder than the task
+        self._before: dict[str, Tensor] = {}  # the weights before a step whose pull is measured
+        self._due = False  # at this step a strength is chosen
 
     @property
     def factor(self) -> float:
@@ -108,7 +116,7 @@ class QuadraticPenalty(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._largest_share = None
+        self._largest_share, self._too_strong = None, False
         if self.auto is not None:
             self.auto.begin_task()
 
@@ -140,14 +148,15 @@ class QuadraticPenalty(ContinualCallback):
         # At a few steps in any case: a task may be shorter than the logging interval.
         if self.is_log_step(trainer) or self._steps(trainer) in _MEASURED_STEPS:
             self._measure(parameters, scale, self.is_log_step(trainer))
-        if self.auto is None or not self.auto.is_due(self._steps(trainer)):
-            return
-        if self.apply == "proximal":
+        self._due = self.auto is not None and self.auto.is_due(self._steps(trainer))
+        if self.apply == "proximal" and (self._due or self._steps(trainer) in _MEASURED_STEPS):
             self._before = {name: p.detach().clone() for name, p in parameters.items()}
+        if self.apply == "proximal" or not self._due:
             return
         wanted = _norm(p.grad for p in parameters.values() if p.grad is not None) / scale
         pull = _norm(force for _, _, force in self.forces(parameters))
         self._choose(trainer, wanted, pull)
+        self._note_share(self.factor * pull, wanted)
 
     @override
     def edit_gradients(
@@ -176,7 +185,9 @@ class QuadraticPenalty(ContinualCallback):
             if largest > 0:
                 wanted = _norm(p - before[name] for own, _ in groups for name, p in own.items()) / largest
                 pull = _norm(force * (rate / largest) for own, rate in groups for _, _, force in self.forces(own))
-                self._choose(trainer, wanted, pull)
+                if self._due:
+                    self._choose(trainer, wanted, pull)
+                self._note_share(self.factor * pull, wanted)
         if self.factor > 0:
             for own, rate in groups:
                 self.move_weights(own, self.factor, rate, applied)
@@ -227,7 +238,9 @@ class QuadraticPenalty(ContinualCallback):
 
     def diagnose(self, new: dict[str, Tensor], note: str, **more: Any) -> None:
         """Keeps this task's importance in numbers, and warns of one that can do nothing."""
-        diagnosis = describe_importance(new) | more
+        diagnosis = describe_importance(new) | more | compare_with_earlier(more.get("normalized_by"), self._diagnosis)
+        if "faint" in diagnosis:
+            rank_zero_warn(f"{type(self).__name__}: after {self.task} {diagnosis['faint']['words']}")
         self._diagnosis.append({"task": self.task.name if self.task is not None else None, **diagnosis})
         if diagnosis["total"] == 0.0:
             rank_zero_warn(
@@ -301,25 +314,32 @@ class QuadraticPenalty(ContinualCallback):
         gradient = _norm(p.grad for p in parameters.values() if p.grad is not None)
         if gradient > 0:
             share = self.factor * pull**0.5 * scale / gradient
-            self._largest_share = max(share, self._largest_share or 0.0)
+            if self.apply == "gradient":
+                self._note_share(self.factor * pull**0.5, gradient / scale)
             if log:
                 self.log_scalar("penalty_to_gradient_norm", share)
+
+    def _note_share(self, pull: float, wanted: float) -> None:
+        """Notes how hard the penalty pulls; ``auto`` is too strong above the most that the task has wanted."""
+        if not wanted > 0 or self.factor == 0:
+            return  # `auto` has not chosen yet
+        self._largest_share = max(pull / wanted, self._largest_share or 0.0)
+        self._too_strong |= pull > max(wanted, self.auto.largest if self.auto is not None else 0.0)
 
     @torch.no_grad()
     def _describe_hold(self, pl_module: L.LightningModule) -> dict[str, Any]:
         """How the penalty held during the task that ends; warns where it did nothing."""
         if not self.is_active:
             return {}
-        largest = self._largest_share
-        if self.apply == "gradient" and largest is not None and largest < _NOTHING and self.factor > 0:
-            found = f"{type(self).__name__}: in {self.task} the penalty's gradient was"
-            rank_zero_warn(
-                f"{found} at most {largest:.0e} of the task's: at strength={self.factor:.3g} it does nothing. Try a"
-                f" strength about {0.1 / largest:.0e} times as large, or strength='auto'"
-                if largest > 0
-                else f"{found} zero: no parameter that is important was trained, or none has moved"
-            )
-        return {"penalty": self.penalty(pl_module), "strength": self.factor, "largest_share": largest}
+        entry = {
+            "penalty": self.penalty(pl_module),
+            "strength": self.factor,
+            "largest_share": self._largest_share,
+            "too_strong": self._too_strong,
+        }
+        if self.factor > 0 and (words := warning_of(entry, self.apply, self.auto is not None)):
+            rank_zero_warn(f"{type(self).__name__}: in {self.task} {words}")
+        return entry
 
     # ------------------------------------------------------------------ state
 
@@ -331,6 +351,7 @@ class QuadraticPenalty(ContinualCallback):
             "constant": self.constant,
             "diagnosis": list(self._diagnosis),
             "largest_share": self._largest_share,
+            "too_strong": self._too_strong,
             "auto": self.auto.state() if self.auto is not None else None,
         }
 
@@ -341,6 +362,7 @@ class QuadraticPenalty(ContinualCallback):
         self.constant = state["constant"]
         self._diagnosis = list(state["diagnosis"])
         self._largest_share = state["largest_share"]
+        self._too_strong = state.get("too_strong", False)  # earlier checkpoints do not have it
         if self.auto is not None and state["auto"] is not None:
             self.auto.load(state["auto"])
 
@@ -351,9 +373,14 @@ class QuadraticPenalty(ContinualCallback):
     @override
     def report(self) -> dict[str, Any]:
         chosen = {"chosen": list(self.auto.chosen), "share": self.share} if self.auto is not None else {}
-        held = [f"{type(self).__name__}, {_held(entry)}" for entry in self._diagnosis if "strength" in entry]
+        held = [words for entry in self._diagnosis for words in sentences_of(type(self).__name__, entry, self.apply)]
         importance = list(self._diagnosis)
         return {"strength": self.strength, "apply": self.apply, "importance": importance, **chosen, "sentences": held}
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        what, value = ("share", self.share) if self.auto is not None else ("strength", self.factor)
+        return advice_of(type(self).__name__, need, self._diagnosis, what, value)
 
 
 def check_damping(damping: float | str) -> float | Literal["auto"]:
@@ -373,10 +400,3 @@ def check_damping(damping: float | str) -> float | Literal["auto"]:
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:
     return sum(float(whole(t.detach().float().square().sum())) for t in tensors if t is not None) ** 0.5
-
-
-def _held(entry: dict[str, Any]) -> str:
-    """How a penalty held during a task, in words."""
-    share = entry["largest_share"]
-    pulled = f", its gradient at most {share:.2g} times the task's" if share is not None else ""
-    return f"{entry['task']}: strength {entry['strength']:.3g}, penalty {entry['penalty']:.3g} at the end{pulled}"

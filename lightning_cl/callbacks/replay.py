@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
-from lightning_cl.callbacks.base import check_choice
+from lightning_cl.callbacks.base import Need, check_choice
 from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.interference import Interference
@@ -167,6 +167,10 @@ class Replay(MemoryCallback):
     @override
     def report(self) -> dict[str, Any]:
         return {"ratio": self.ratio, "mode": self.mode, "draw": self.draw, **super().report()}
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        return f"a {'larger' if need == 'keep' else 'smaller'} {type(self).__name__}(ratio=…)"
 
 
 def check_together(trainer: L.Trainer) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.base import check_choice
+from lightning_cl.callbacks.base import Need, check_choice
 from lightning_cl.callbacks.checks import refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.memory import MemoryCallback, check_plannable
@@ -340,6 +340,10 @@ class SelfReplay(MemoryCallback):
             "tasks": self.written,
             "sentences": [self._sentence(name) for name in self.written],
         }
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        return f"a {'larger' if need == 'keep' else 'smaller'} SelfReplay(ratio=…)"
 
 
 def _parts_of(trainer: L.Trainer) -> tuple[Any, Any, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +20,20 @@ from lightning_cl.callbacks.base import ContinualCallback, check_choice
 from lightning_cl.callbacks.checks import named
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.passes import progress
+from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
-from lightning_cl.functional.retention import Mode, Preset
-from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
+from lightning_cl.functional.retention import Mode, Preset, with_worst
+from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
 
 
 class TaskMatrix(ContinualCallback):
     """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
 
-    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. After
-    every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is
-    printed.
+    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. Where a
+    run goes on with other validation data (or other batches of it), the row that it starts from is measured again, a
+    line separates the rows before it, and no score is made across that line. A score that comes out NaN or infinite
+    counts as the worst and is named. After every task the run's folder gets ``report.json``, ``matrix.csv`` and
+    ``matrix.png``; at the end the table is printed.
 
     Memory: none. Compute: one validation of every task before training and after every task.
 
@@ -40,8 +44,12 @@ class TaskMatrix(ContinualCallback):
 
     Attributes:
         matrix: ``[rows, tasks]``: row 0 is before any training, row i after the i-th trained task; one column for each
-            task, the watched ones too. What is not known is NaN.
+            task, the watched ones too. What was never measured is NaN; what was measured and is not finite is the
+            worst: ``inf`` in mode ``min``, ``-inf`` in mode ``max``.
         tasks: the names of the columns.
+        measured_on: for each task, what its column is measured on (:mod:`lightning_cl.data.measured_on`).
+        changes: where that became other data: ``task``, ``row`` (the first one on the new data), ``what`` differs, and
+            ``before``, the value of that row on the old data (None: there was none).
 
     Raises:
         ValueError: if mode or preset is none of the above.
@@ -56,6 +64,8 @@ class TaskMatrix(ContinualCallback):
         self.tasks: list[str] = []
         self.watched: list[str] = []
         self.on_training_data: list[str] = []
+        self.measured_on: dict[str, dict[str, Any]] = {}
+        self.changes: list[dict[str, Any]] = []
         self.seconds = 0.0
 
     boundary_order = -1  # its evaluation builds the model, which others need
@@ -77,6 +87,7 @@ class TaskMatrix(ContinualCallback):
     @override
     def on_sequence_start(self) -> None:
         self.matrix, self.tasks, self.seconds = torch.empty(0, 0), [], 0.0
+        self.measured_on, self.changes = {}, []
 
     @override
     def at_boundary(
@@ -94,6 +105,17 @@ class TaskMatrix(ContinualCallback):
         for column in progress(trainer, unknown, f"Evaluating all tasks {when}"):
             self.matrix[trained, column] = self._evaluate(trainer, pl_module, data, column, ckpt_path)
             ckpt_path = None  # the weights are in the module now
+        if ckpt_path is not None:
+            # Nothing was to be measured: one evaluation, to see if the data is still what the rows were measured on.
+            self._evaluate(trainer, pl_module, data, 0, ckpt_path)
+        for column in self._changed(trainer, data, trained):
+            if column not in unknown:
+                self.matrix[trained, column] = self._evaluate(trainer, pl_module, data, column, None)
+        diverged = [name for name, value in zip(self.tasks, self.matrix[trained], strict=True) if value.isinf()]
+        if diverged:
+            rank_zero_warn(
+                f"TaskMatrix: {self.monitor} of {', '.join(diverged)} is not finite {when}: it counts as the worst"
+            )
         if unknown:
             self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
         self.seconds += time.monotonic() - start
@@ -108,6 +130,35 @@ class TaskMatrix(ContinualCallback):
                 matrix[: len(self.matrix), column] = self.matrix[:, self.tasks.index(name)]
         self.matrix, self.tasks = matrix, names
         self.watched = [task.name for task in data.tasks if task.watched]
+
+    def _changed(self, trainer: L.Trainer, data: TaskDataModule, trained: int) -> list[int]:
+        """Columns whose data is not what their earlier rows were measured on; keeps and warns of what differs."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return []  # one batch of everything: no results
+        limit = trainer.limit_val_batches
+        now = {task.name: measured_on(data, task, limit, trainer.world_size) for task in data.tasks}
+        now = trainer.strategy.broadcast(now)  # all ranks must measure the same columns
+        unknown = not self.measured_on and bool((~self.matrix[:trained].isnan()).any())
+        found = {}
+        for column, name in enumerate(self.tasks):
+            what = difference(self.measured_on[name], now[name]) if name in self.measured_on else None
+            if what is not None:
+                found[column] = what
+                before = float(self.matrix[trained, column])
+                self.changes.append({"task": name, "row": trained, "what": what, "before": _known(before)})
+        self.measured_on |= now
+        if unknown:
+            rank_zero_warn(
+                "TaskMatrix: the checkpoint, of an earlier version, does not say on what data its rows were measured;"
+                " it is taken for the same as now"
+            )
+        if found:
+            names = ", ".join(f"{self.tasks[column]} ({what})" for column, what in found.items())
+            rank_zero_warn(
+                f"TaskMatrix: not measured on the same data as the rows before: {names}. A line separates those rows,"
+                " and no score is made across it; go on with the settings of the run before to compare"
+            )
+        return list(found)
 
     def _evaluate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, column: int, ckpt_path: str | None
@@ -141,7 +192,7 @@ class TaskMatrix(ContinualCallback):
             )
         value = trainer.callback_metrics[self.monitor].to(trainer.strategy.root_device, torch.float64)
         # A metric logged without sync_dist is each rank's own.
-        return float(trainer.strategy.reduce(value, reduce_op="mean"))
+        return float(with_worst(trainer.strategy.reduce(value, reduce_op="mean"), self.mode))
 
     def _log(self, trainer: L.Trainer, trained: int) -> None:
         metrics = {
@@ -178,20 +229,25 @@ class TaskMatrix(ContinualCallback):
     # ------------------------------------------------------------------ what others read
 
     def trained_matrix(self) -> Tensor:
-        """The matrix without the columns of watched tasks, whose rows and columns belong together."""
-        columns = [i for i, name in enumerate(self.tasks) if name not in self.watched]
-        return self.matrix[:, columns]
+        """What scores are made of: no watched tasks, and NaN where a row was measured on other data than the last."""
+        comparable = self.matrix.clone()
+        for change in self.changes:
+            if change["task"] in self.tasks:
+                comparable[: change["row"], self.tasks.index(change["task"])] = torch.nan
+        return comparable[:, [i for i, name in enumerate(self.tasks) if name not in self.watched]]
 
     def summary(self) -> dict[str, Any]:
         """The scores, each with its definition.
 
         Returns:
-            ``average``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN where nothing is
-            known), ``definitions``, ``tasks``, ``matrix`` (a list of rows) and what it is about.
+            ``average``, ``mean_when_learnt``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN
+            where nothing is known, infinite where the run diverged), ``definitions``, ``tasks``, ``matrix`` (a list of
+            rows), ``not_finite`` (which of its entries, as ``task`` and ``row``), and what it is about.
         """
         matrix = self.trained_matrix()
         metrics = {
             "average": AverageAccuracy(self.mode),
+            "mean_when_learnt": MeanWhenLearnt(self.mode),
             "backward_transfer": BackwardTransfer(self.mode, self.preset),
             "forgetting": Forgetting(self.mode),
             "forward_transfer": ForwardTransfer(self.mode, self.preset),
@@ -212,6 +268,11 @@ class TaskMatrix(ContinualCallback):
             "tasks": list(self.tasks),
             "watched": list(self.watched),
             "measured_on_training_data": list(self.on_training_data),
+            "measured_on": {name: dict(self.measured_on[name]) for name in self.tasks if name in self.measured_on},
+            "data_changes": [dict(change) for change in self.changes if change["task"] in self.tasks],
+            "not_finite": [
+                {"task": self.tasks[column], "row": row} for row, column in self.matrix.isinf().nonzero().tolist()
+            ],
             "matrix": self.matrix.tolist(),
         }
 
@@ -223,6 +284,8 @@ class TaskMatrix(ContinualCallback):
             "matrix": self.matrix.clone(),
             "tasks": list(self.tasks),
             "on_training_data": list(self.on_training_data),
+            "measured_on": {name: dict(on) for name, on in self.measured_on.items()},
+            "changes": [dict(change) for change in self.changes],
             "seconds": self.seconds,
         }
 
@@ -230,3 +293,10 @@ class TaskMatrix(ContinualCallback):
     def load_continual_state(self, state: dict[str, Any]) -> None:
         self.matrix, self.tasks, self.seconds = state["matrix"].clone(), list(state["tasks"]), state["seconds"]
         self.on_training_data = list(state["on_training_data"])
+        # Earlier checkpoints do not have them, and keep NaN where something was measured and was not finite.
+        self.measured_on = {name: dict(on) for name, on in state.get("measured_on", {}).items()}
+        self.changes = [dict(change) for change in state.get("changes", [])]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

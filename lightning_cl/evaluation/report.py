@@ -9,11 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_cl.evaluation.sentences import row_names as row_names
+from lightning_cl.evaluation.sentences import sentence
+from lightning_cl.evaluation.tables import format_bytes, format_number, format_table
 from lightning_cl.files import replace_file
 
 if TYPE_CHECKING:
     from lightning_cl.callbacks.base import ContinualCallback
     from lightning_cl.callbacks.task_matrix import TaskMatrix
+
+SCORES = ("average", "mean_when_learnt", "forgetting", "backward_transfer", "forward_transfer")
+"""The scores of a run, in the order in which they are shown."""
+
+UNSIGNED = ("average", "mean_when_learnt")
+"""Those that are scores of the task's own kind; the others are differences."""
 
 
 def build_report(
@@ -32,8 +41,7 @@ def build_report(
         "format": 1,
         **summary,
         "sentences": [
-            _sentence(summary, name, trained, [type(method).__name__ for method, _ in methods])
-            for name in [*trained, *summary["watched"]]
+            sentence(summary, name, [method for method, _ in methods]) for name in [*trained, *summary["watched"]]
         ],
         "costs": {
             "tasks": [{"task": name, **cost} for name, cost in zip(trained, costs, strict=False)],
@@ -56,7 +64,10 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["after", *report["tasks"]])
-            for name, row in zip(row_names(report), report["matrix"], strict=True):
+            for i, (name, row) in enumerate(zip(row_names(report), report["matrix"], strict=True)):
+                if changed := _changed_at(report, i):
+                    writer.writerow([f"(above: other data of {', '.join(changed)})", *("" for _ in row)])
+                # Empty is what was never measured; what is not finite stands as inf or -inf.
                 writer.writerow([name, *("" if math.isnan(value) else repr(value) for value in row)])
 
     replace_file(folder / "matrix.csv", write_csv)
@@ -67,23 +78,24 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
     """The report for a terminal."""
     monitor, better = report["monitor"], "lower" if report["mode"] == "min" else "higher"
     rows = [["after", *report["tasks"]]]
-    rows += [
-        [name, *(format_number(value) for value in row)]
-        for name, row in zip(row_names(report), report["matrix"], strict=True)
-    ]
+    for i, (name, row) in enumerate(zip(row_names(report), report["matrix"], strict=True)):
+        if changed := _changed_at(report, i):
+            rows.append(["(above: other data)", *("-----" if task in changed else "" for task in report["tasks"])])
+        rows.append([name, *(format_number(value) for value in row)])
     lines = ["", f"{monitor} of every task after every task ({better} is better)", "", *format_table(rows), ""]
     scores = [
-        [name.replace("_", " "), format_number(report[name], signed=name != "average"), report["definitions"][name]]
-        for name in ("average", "backward_transfer", "forgetting", "forward_transfer")
+        [name.replace("_", " "), format_number(report[name], signed=name not in UNSIGNED), report["definitions"][name]]
+        for name in SCORES
     ]
     lines += [*format_table(scores), ""]
-    lines += [f"  {sentence}" for sentence in report["sentences"]]
-    told = [sentence for method in report["methods"].values() for sentence in method.get("sentences", [])]
-    lines += ["", *(f"  {sentence}" for sentence in told)] if told else []
+    lines += [f"  {words}" for words in _data_changes(report)]
+    lines += [f"  {words}" for words in report["sentences"]]
+    told = [words for method in report["methods"].values() for words in method.get("sentences", [])]
+    lines += ["", *(f"  {words}" for words in told)] if told else []
     lines += _format_answers(report)
     lines += ["", *format_table(_cost_rows(report))]
     total = report["costs"]["total_seconds"]
-    state = ", ".join(f"{name} {_bytes(size)}" for name, size in report["costs"]["state_bytes"].items() if size)
+    state = ", ".join(f"{name} {format_bytes(size)}" for name, size in report["costs"]["state_bytes"].items() if size)
     lines.append(f"  {_seconds(total)} in all, {_seconds(report['costs']['evaluation_seconds'])} of them evaluation")
     lines.append(f"  state kept by the methods: {state or 'none'}")
     lines += [f"  left out: {words}" for cost in report["costs"]["tasks"] if (words := _left_out(cost))]
@@ -103,72 +115,39 @@ def _kept_on_disk(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def row_names(report: dict[str, Any]) -> list[str]:
-    """The names of the matrix's rows."""
-    trained = [name for name in report["tasks"] if name not in report["watched"]]
-    return ["before training", *trained][: len(report["matrix"])]
+def _changed_at(report: dict[str, Any], row: int) -> list[str]:
+    """The tasks that are measured on other data from this row on."""
+    return [change["task"] for change in report["data_changes"] if change["row"] == row]
 
 
-def _sentence(summary: dict[str, Any], name: str, trained: list[str], methods: list[str]) -> str:
-    """What became of a task, in one plain sentence."""
-    column = summary["tasks"].index(name)
-    values = [row[column] for row in summary["matrix"]]
-    metric, last = summary["monitor"], values[-1]
-    sign = 1 if summary["mode"] == "max" else -1
-    note = " (measured on its training data)" if name in summary["measured_on_training_data"] else ""
-    if name in summary["watched"]:
-        if math.isnan(values[0]) or math.isnan(last):
-            before = f"{metric} {format_number(values[0])} before training"
-            return f"{name} (watched){note}: {before}, {format_number(last)} now."
-        if last == values[0]:
-            return f"{name} (watched){note}: {metric} is {format_number(last)}, as before training."
-        change = sign * (last - values[0])
-        verb = "better" if change > 0 else "worse"
-        return (
-            f"{name} (watched){note}: {metric} went from {format_number(values[0])} to {format_number(last)},"
-            f" {format_number(abs(change))} {verb} than before training."
-        )
-    learnt = values[trained.index(name) + 1]
-    if name == trained[-1]:
-        return f"{name}{note}: learnt last, {metric} is {format_number(last)}."
-    begin = f"{name}{note}: {metric} {format_number(learnt)} when learnt, {format_number(last)} now"
-    lost = sign * (learnt - last)
-    if math.isnan(lost):
-        return f"{begin}."
-    if lost <= 0:
-        return f"{begin}: no worse than when it was learnt."
-    # What its own training gave: transfer from earlier tasks is not what it learnt.
-    before = values[trained.index(name)]
-    gain = sign * (learnt - (values[0] if math.isnan(before) else before))
-    if math.isnan(gain) or gain <= 0:
-        return f"{begin}: {format_number(lost)} worse. {_advice(0.0, methods)}"
-    kept = 1 - lost / gain
-    if kept < 0:
-        return f"{begin}: all that its training gave is lost, and more. {_advice(kept, methods)}"
-    return f"{begin}: {kept:.0%} of what its training gave was kept. {_advice(kept, methods)}".rstrip()
-
-
-def _advice(kept: float, methods: list[str]) -> str:
-    """What to try, by how much was lost and by what the run did already."""
-    if kept >= 0.9:
-        return ""
-    penalties = [name for name in methods if name in ("EWC", "SI")]
-    if "Replay" in methods:
-        return "To keep more: a larger Replay(ratio=…)."
-    if penalties:
-        return f"To keep more: Replay beside {penalties[0]}, or a higher strength as long as the average gains."
-    return "To keep more: Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC or SelfReplay."
+def _data_changes(report: dict[str, Any]) -> list[str]:
+    rows = row_names(report)
+    whats = {(change["row"], change["what"]): [] for change in report["data_changes"]}  # type: ignore[var-annotated]
+    for change in report["data_changes"]:
+        before = f" (there {format_number(change['before'])})" if change["before"] is not None else ""
+        whats[change["row"], change["what"]].append(f"{change['task']}{before}")
+    return [
+        f"From the row {rows[row]!r} on measured on other data than above: {', '.join(tasks)}. It differs in {what}. No"
+        " score is made across that line."
+        for (row, what), tasks in whats.items()
+    ]
 
 
 def _cost_rows(report: dict[str, Any]) -> list[list[str]]:
-    rows = [["task", "steps", "training", "end of task", "new", "replayed"]]
-    for cost in report["costs"]["tasks"]:
-        kind = "tokens" if cost.get("new_tokens") else "samples"
+    costs = report["costs"]["tasks"]
+    kinds = ["tokens" if cost.get("new_tokens") else "samples" for cost in costs]
+    common = f" {kinds[0]}" if len(set(kinds)) == 1 else ""  # one unit for a column, in its header
+    times = [max((cost[key] for cost in costs), default=0.0) for key in ("train_seconds", "end_seconds")]
+    units = [("s", 1) if longest < 120 else ("min", 60) for longest in times]
+    headers = [f"{what}, {unit}" for what, (unit, _) in zip(("training", "end of task"), units, strict=True)]
+    rows = [["task", "steps", *headers, f"new{common}", f"replayed{common}"]]
+    for cost, kind in zip(costs, kinds, strict=True):
         counts = [
-            f"{cost[f'{what}_{kind}']:,.0f} {kind}" if f"new_{kind}" in cost else "?" for what in ("new", "replayed")
+            f"{cost[f'{what}_{kind}']:,.0f}{'' if common else f' {kind}'}" if f"new_{kind}" in cost else "?"
+            for what in ("new", "replayed")
         ]
-        times = [_seconds(cost["train_seconds"]), _seconds(cost["end_seconds"])]
-        rows.append([str(cost["task"]), f"{cost['steps']:,.0f}", *times, *counts])
+        spent = [cost["train_seconds"] / units[0][1], cost["end_seconds"] / units[1][1]]
+        rows.append([str(cost["task"]), f"{cost['steps']:,.0f}", *(f"{value:.1f}" for value in spent), *counts])
     return rows
 
 
@@ -204,43 +183,12 @@ def _format_answers(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def format_table(rows: list[list[str]]) -> list[str]:
-    """Lines of a table for a terminal, its first row the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    # The first column and texts to the left, numbers to the right.
-    texts = [any(character.isalpha() for row in rows[1:] for character in row[i]) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if i == 0 or (texts[i] and i == len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def format_number(value: float | None, signed: bool = False) -> str:
-    """Three decimals with a true minus; a dash for what is not known."""
-    if value is None or math.isnan(value):
-        return "–"
-    text = f"{value:+.3f}" if signed else f"{value:.3f}"
-    return text.replace("-", "−")
-
-
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
-
-
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN: unknown is null."""
+    """JSON knows neither NaN nor infinity: both are null, and ``not_finite`` says which ones were measured."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

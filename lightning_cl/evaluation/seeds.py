@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.evaluation.report import format_number, format_table
+from lightning_cl.evaluation.report import SCORES
+from lightning_cl.evaluation.tables import format_number, format_table
 
-SCORES = ("average", "forgetting", "backward_transfer", "forward_transfer")
-"""The scores of a report that are summarised, beside each task's value at the end."""
+_FEWEST = 3  # the interval of two seeds is twelve times their spread
 
 
 def summarize(
@@ -61,7 +61,7 @@ def _rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"measure": "final", "task": task, "values": [run["final"][task] for run in runs]} for task in runs[0]["final"]
     ]
-    return rows + [{"measure": name, "task": None, "values": [run[name] for run in runs]} for name in SCORES]
+    return rows + [{"measure": name, "task": None, "values": [run.get(name) for run in runs]} for name in SCORES]
 
 
 def interval(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -117,10 +117,15 @@ def format_seeds(table: dict[str, Any], path: Path) -> str:
     better = "lower" if table["mode"] == "min" else "higher"
     lines = ["", f"{table['monitor']} over the seeds {', '.join(map(str, seeds))} ({better} is better)", ""]
     lines += _lines(table["rows"], "at the end")
-    lines += ["", *(f"  {name.replace('_', ' ')}: {table['definitions'][name]}" for name in SCORES)]
+    lines += ["", *(f"  {name.replace('_', ' ')}: {words}" for name, words in table["definitions"].items())]
     if table["against"] is not None:
         lines += ["", f"the same, less that of {table['against']['path']}, seed by seed", ""]
         lines += _lines(table["against"]["rows"], "difference")
+    lines += [
+        f"  seed {run['seed']}: {table['monitor']} of {', '.join(run['diverged'])} is not finite: no mean with it"
+        for run in table["runs"]
+        if run.get("diverged")
+    ]
     if not table["complete"]:
         lines += ["", f"  only {len(seeds)} of {len(table['seeds'])} seeds are finished"]
     return "\n".join([*lines, "", f"  {path}"]) + "\n"
@@ -130,6 +135,7 @@ def _lines(rows: Sequence[dict[str, Any]], title: str) -> list[str]:
     cells = [[title, "mean", "sd", "95 % interval"]]
     for row in rows:
         low, high, mean, sd = (format_number(row[key]) for key in ("low", "high", "mean", "sd"))
-        ends = f"{low} to {high}" if row["low"] is not None else "–"
+        few = len(row["values"]) < _FEWEST
+        ends = "too few seeds" if few else f"{low} to {high}" if row["low"] is not None else "–"
         cells.append([row["task"] or row["measure"].replace("_", " "), mean, sd, ends])
     return format_table(cells)

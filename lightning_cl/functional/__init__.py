@@ -27,6 +27,8 @@ from lightning_cl.functional.retention import (
     backward_transfer,
     forgetting,
     forward_transfer,
+    mean_when_learnt,
+    with_worst,
 )
 from lightning_cl.functional.sample_gradients import SampleGradients
 from lightning_cl.functional.selection import herding, k_center
@@ -45,6 +47,7 @@ __all__ = [
     "herding",
     "k_center",
     "kl_divergence",
+    "mean_when_learnt",
     "merge_quadratics",
     "normalize_importance",
     "path_importance",
@@ -56,5 +59,6 @@ __all__ = [
     "sampled_label_loss",
     "squared_gradients",
     "top_logits",
+    "with_worst",
     "zero_non_finite_",
 ]

@@ -4,7 +4,11 @@
 task ``i``; column ``j`` is task ``j``. Below, ``R[i, j]`` counts tasks from 1, so ``R[i, j] = matrix[i, j - 1]`` and
 ``R[0, j]`` is the row before training. A sequence that is under way has fewer rows: then ``T`` is the number of tasks
 trained so far. ``mode`` says whether a higher score is better (``max``: accuracy) or a lower
-one (``min``: loss). Unknown entries are NaN and are left out of a mean; a mean of nothing is NaN.
+one (``min``: loss). Entries that were never measured are NaN and are left out of a mean; a mean of nothing is NaN.
+
+A score that was measured and is not finite (the run diverged) is the worst there is: ``inf`` in mode ``min``, ``-inf``
+in mode ``max`` (:func:`with_worst` makes it so). A mean with it is the worst too, and so is a difference: no run looks
+better for it. Only where the row before training is not finite is there nothing to compare with: that is not known.
 
 Signs are the same in both modes: transfer is positive where later (or earlier) tasks *helped*, forgetting is positive
 where something was *lost*.
@@ -29,6 +33,16 @@ Mode = Literal["max", "min"]
 Preset = Literal["gem", "trace", "sapt"]
 
 
+def with_worst(scores: Tensor, mode: Mode = "max") -> Tensor:
+    """Measured scores, with the worst one where they are NaN or infinite.
+
+    Args:
+        scores: any shape; all of them were measured.
+        mode: whether higher or lower scores are better.
+    """
+    return torch.where(scores.isfinite(), scores, -_sign(mode) * torch.inf)
+
+
 def average_score(matrix: Tensor) -> Tensor:
     """``mean_j R[T, j]``: the score over all tasks at the end (also called AA, AP or OP).
 
@@ -36,6 +50,15 @@ def average_score(matrix: Tensor) -> Tensor:
         matrix: ``[tasks + 1, tasks]``, see the module's docstring.
     """
     return matrix[-1, : _trained(matrix)].nanmean()
+
+
+def mean_when_learnt(matrix: Tensor) -> Tensor:
+    """``mean_j R[j, j]``: the score of each task right after its own training, what there was to keep.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``, see the module's docstring.
+    """
+    return matrix.diagonal(offset=-1)[: _trained(matrix)].nanmean()
 
 
 def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem") -> Tensor:
@@ -48,7 +71,7 @@ def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem"
     """
     check_preset(preset)
     tasks = _trained(matrix)
-    terms = _sign(mode) * (matrix[tasks, : tasks - 1] - matrix.diagonal(offset=-1)[: tasks - 1])
+    terms = _gain(matrix[tasks, : tasks - 1], matrix.diagonal(offset=-1)[: tasks - 1], mode)
     if preset != "gem" and tasks > 1:
         terms = torch.cat([terms, terms.new_zeros(1)])
     return terms.nanmean()
@@ -63,13 +86,13 @@ def forgetting(matrix: Tensor, mode: Mode = "max") -> Tensor:
         matrix: ``[tasks + 1, tasks]``.
         mode: whether higher or lower scores are better; for a loss this is the rise over the lowest loss so far.
     """
-    tasks, signed = _trained(matrix), _sign(mode) * matrix
+    tasks, sign = _trained(matrix), _sign(mode)
     if tasks < 2:
         return matrix.new_tensor(float("nan"))
-    rows = signed[1:tasks, : tasks - 1]
-    best = rows.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(0)
-    best = torch.where(best.isinf(), torch.nan, best)  # nothing known, or nothing finite
-    return (best - signed[tasks, : tasks - 1]).nanmean()
+    rows = sign * matrix[1:tasks, : tasks - 1]
+    best = sign * torch.where(rows.isnan(), -torch.inf, rows).amax(0)
+    best = torch.where(rows.isnan().all(0), torch.nan, best)  # never measured
+    return -_gain(matrix[tasks, : tasks - 1], best, mode).nanmean()
 
 
 def forward_transfer(
@@ -97,9 +120,15 @@ def forward_transfer(
                 "preset='sapt' compares with models trained on one task alone: give `single_task`, one score for each"
                 f" of the {matrix.shape[1]} tasks"
             )
-        return (_sign(mode) * (matrix.diagonal(offset=-1)[:tasks] - single_task[:tasks])).nanmean()
-    before = matrix.diagonal()[1:tasks]  # R[j − 1, j] for j = 2 … T
-    return (_sign(mode) * (before - matrix[0, 1:tasks])).nanmean()
+        return _gain(matrix.diagonal(offset=-1)[:tasks], single_task[:tasks], mode).nanmean()
+    before, baseline = matrix.diagonal()[1:tasks], matrix[0, 1:tasks]  # R[j − 1, j] for j = 2 … T
+    return _gain(before, torch.where(baseline.isinf(), torch.nan, baseline), mode).nanmean()
+
+
+def _gain(now: Tensor, then: Tensor, mode: Mode) -> Tensor:
+    """What was gained since `then`, positive is good; the worst where one of the two is not finite."""
+    change = _sign(mode) * (now - then)
+    return torch.where((now.isinf() | then.isinf()) & ~(now.isnan() | then.isnan()), -torch.inf, change)
 
 
 def _trained(matrix: Tensor) -> int:

@@ -19,6 +19,7 @@ from lightning_cl.functional.retention import (
     check_preset,
     forgetting,
     forward_transfer,
+    mean_when_learnt,
 )
 
 
@@ -26,7 +27,9 @@ class _MatrixMetric(Metric):
     """A score of the matrix of every task after every task, row by row.
 
     ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``); a
-    later row may have more tasks than an earlier one, whose missing entries are unknown.
+    later row may have more tasks than an earlier one, whose missing entries are unknown. NaN is what was never
+    measured; a score that was measured and came out NaN or infinite is to be given as the worst one
+    (:func:`~lightning_cl.functional.with_worst`).
     """
 
     full_state_update = False
@@ -69,6 +72,21 @@ class AverageAccuracy(_MatrixMetric):
     def compute(self) -> Tensor:
         """The mean."""
         return average_score(self.matrix())
+
+
+class MeanWhenLearnt(_MatrixMetric):
+    """``mean_j R[j, j]``: the mean score of each task right after its own training.
+
+    Args:
+        mode: whether higher (``max``) or lower (``min``) scores are better; the mean is the same.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    definition = "mean over the tasks, each right after its own training: what there was to keep"
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return mean_when_learnt(self.matrix())
 
 
 class BackwardTransfer(_MatrixMetric):

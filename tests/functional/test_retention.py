@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from lightning_cl.functional import average_score, backward_transfer, forgetting, forward_transfer
+from lightning_cl.functional import (
+    average_score,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    mean_when_learnt,
+    with_worst,
+)
 
 NAN = float("nan")
 SINGLE = torch.tensor([0.85, 0.60, 0.90])
@@ -142,6 +149,54 @@ def test_without_the_row_before_training_only_gem_forward_transfer_is_unknown():
     assert backward_transfer(matrix).item() == close(-0.075)
     assert forgetting(matrix).item() == close(0.125)
     assert forward_transfer(matrix, preset="sapt", single_task=SINGLE).item() == close(0.1 / 3)
+
+
+# what was measured and is not finite
+
+INF = float("inf")
+
+
+def test_mean_when_learnt_is_the_mean_of_the_diagonal():
+    assert mean_when_learnt(hand_matrix()).item() == close((0.80 + 0.70 + 0.95) / 3)
+    assert mean_when_learnt(hand_matrix()[:3]).item() == close((0.80 + 0.70) / 2)
+
+
+@pytest.mark.parametrize("broken", [NAN, INF, -INF])
+@pytest.mark.parametrize(("mode", "worst"), [("min", INF), ("max", -INF)])
+def test_a_measured_score_that_is_not_finite_is_the_worst(broken, mode, worst):
+    assert with_worst(torch.tensor([1.0, broken]), mode).tolist() == [1.0, worst]
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
+def test_a_task_that_diverged_at_the_end_makes_everything_the_worst(mode, sign):
+    """An average of 1.072 must not become 0.143 because a task is broken."""
+    matrix = sign * torch.tensor([[3.0, 3.0], [2.0, 3.0], [INF, 0.143]])
+    assert average_score(matrix).item() == sign * INF
+    assert backward_transfer(matrix, mode).item() == -INF
+    assert forgetting(matrix, mode).item() == INF
+    assert mean_when_learnt(matrix).item() == close(sign * (2.0 + 0.143) / 2)
+
+
+def test_a_task_that_diverged_when_learnt_is_no_transfer_and_nothing_was_forgotten_less():
+    """A loss of infinity when learnt and at the end, or only when learnt: never NaN, never good."""
+    for last in (INF, 2.5):
+        matrix = torch.tensor([[3.0, 3.0], [INF, 3.0], [last, 1.0]])
+        assert backward_transfer(matrix, "min").item() == -INF
+        assert forgetting(matrix, "min").item() == INF
+        assert mean_when_learnt(matrix).item() == INF
+
+
+def test_forgetting_is_since_the_best_finite_score():
+    matrix = torch.tensor([[3.0, 3.0, 3.0], [INF, 3.0, 3.0], [2.0, 1.0, 3.0], [2.5, 1.0, 1.0]])
+    assert forgetting(matrix, "min").item() == close(0.25)
+
+
+def test_a_baseline_that_is_not_finite_is_nothing_to_compare_with():
+    matrix = torch.tensor([[INF, INF, 4.0], [2.0, 3.0, 3.5], [2.0, 1.0, 3.0], [2.0, 1.0, 1.0]])
+    assert forward_transfer(matrix, "min").item() == close(1.0)
+    matrix[1, 1] = INF  # the second task, before its own training
+    matrix[0, 1] = 3.0
+    assert forward_transfer(matrix, "min").item() == -INF
 
 
 # short sequences

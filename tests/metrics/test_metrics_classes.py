@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from lightning_cl import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer
-from lightning_cl.functional import average_score, backward_transfer, forgetting, forward_transfer
+from lightning_cl import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
+from lightning_cl.functional import average_score, backward_transfer, forgetting, forward_transfer, mean_when_learnt
 
 NAN = float("nan")
 SINGLE = torch.tensor([0.85, 0.60, 0.90])
@@ -17,6 +17,7 @@ HAND = torch.tensor([[0.10, 0.20, 0.30], [0.80, 0.25, 0.35], [0.90, 0.70, 0.40],
 # metric, the function, and the value worked by hand
 CASES = {
     "average": (AverageAccuracy(), average_score, (0.60 + 0.75 + 0.95) / 3),
+    "when learnt": (MeanWhenLearnt(), mean_when_learnt, (0.80 + 0.70 + 0.95) / 3),
     "bwt gem": (BackwardTransfer(), backward_transfer, (-0.20 + 0.05) / 2),
     "bwt trace": (BackwardTransfer(preset="trace"), lambda m: backward_transfer(m, preset="trace"), -0.15 / 3),
     "bwt sapt": (BackwardTransfer(preset="sapt"), lambda m: backward_transfer(m, preset="sapt"), -0.15 / 3),

@@ -1,0 +1,40 @@
+"""Tables and numbers for a terminal."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a table for a terminal, its first row the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    # The first column and texts to the left, numbers to the right.
+    columns = zip(*rows[1:], strict=True)
+    texts = [not any(cell[:1].isdigit() or cell[1:2].isdigit() for cell in column) for column in columns]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if i == 0 or (i == len(row) - 1 and texts[i : i + 1] == [True]) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def format_number(value: float | None, signed: bool = False) -> str:
+    """Three decimals with a true minus; a dash for what was never measured, words for what is not finite."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "not finite"
+    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    return text.replace("-", "−")
+
+
+def format_bytes(value: float) -> str:
+    """A number of bytes with the unit that suits it."""
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
