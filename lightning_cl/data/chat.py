@@ -377,8 +377,8 @@ def _check_left_out(chat: Chat, text: str, encoder: _Encoder) -> set[str]:
     for turn, what in found:
         if what in (CALLS, ANSWERS) and turn is not None and turn >= chat.first and turn not in chat.muted:
             raise LeftOutError(
-                f"messages[{turn}]: the chat template leaves the {what} out, and the turn would be learnt without; give a"
-                " template that writes them: TaskDataModule(chat_template=…)"
+                f"messages[{turn}]: the chat template leaves the {what} out, and the turn would be learnt without; give"
+                " a template that writes them: TaskDataModule(chat_template=…)"
             )
     return {f"{what}, which the chat template leaves out" for _, what in found}
 
