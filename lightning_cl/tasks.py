@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+_LONGEST_NAME = 150  # in bytes; file systems take 255, and checkpoints add to it
+
 
 @dataclass
 class Task:
@@ -28,6 +30,8 @@ class Task:
             sets and no longer by the Trainer's limits.
         max_steps: optimizer steps on this task.
         batch_size: samples in a batch of this task.
+        columns: names of the data's own columns or keys for ours, as ``{prompt: Question, completion: Answer}``.
+        field: the key under which a ``.json`` file has its list of records; dots for keys in keys, as ``data.train``.
         lr: peak learning rate of this task: all parameter groups are scaled so that the first one starts from it.
 
     Raises:
@@ -42,10 +46,17 @@ class Task:
     max_steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
+    columns: dict[str, str] | None = None
+    field: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"Task(name={self.name!r}): a task needs a name, a non-empty string")
+        if len(self.slug.encode()) > _LONGEST_NAME:
+            raise ValueError(
+                f"Task(name={self.name[:40] + '…'!r}): a name of {len(self.name)} characters; files are named after it:"
+                f" give one of at most {_LONGEST_NAME} bytes"
+            )
         for argument in ("max_epochs", "max_steps", "batch_size"):
             value = getattr(self, argument)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

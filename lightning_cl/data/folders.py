@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 
 from lightning_cl.data.containers import RECORD_SUFFIXES, SUFFIXES
+from lightning_cl.data.decoding import stem_of, suffix_of
 
 ROLES = {
     "train": ("train", "training"),
@@ -26,6 +27,13 @@ scss sh sol sql sv svelte swift tcl tex tf toml ts tsx txt v vhd vhdl vim vue xm
 """
 DOCUMENT_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """Source code and text, by suffix in lower case. JSON and CSV are data more often than text."""
+
+_OTHER_DATA = """
+arrow feather avro orc xls xlsx ods pdf doc docx odt rtf ppt pptx epub mobi zip tar tgz bz2 xz zst 7z rar pkl pickle npy
+npz h5 hdf5 db sqlite sqlite3 mdb bin pt safetensors
+"""
+DATA_SUFFIXES = frozenset({*SUFFIXES, *(f".{suffix}" for suffix in _OTHER_DATA.split())})
+"""What a folder of data may hold."""
 
 _JUNK = {"__pycache__", "node_modules", "bower_components", "site-packages", "venv", "env", "virtualenv"}
 _JUNK |= {"build", "dist", "target", "_build", "htmlcov", "CMakeFiles"}
@@ -49,12 +57,13 @@ def split_files(folder: Path) -> dict[str, str]:
     for place in (folder, folder / "data"):
         found: dict[str, str] = {}
         for path in sorted(place.iterdir()) if place.is_dir() else ():
-            stem = _SHARD.sub("", path.stem)
+            own = stem_of(path)
+            stem = _SHARD.sub("", own)
             role = next((role for role, names in ROLES.items() if stem.lower() in names), None)
-            if role is None or path.suffix.lower() not in SUFFIXES or not path.is_file():
+            if role is None or suffix_of(path) not in SUFFIXES or not path.is_file():
                 continue
             fixed = glob.escape(str(place / stem))
-            source = str(path) if stem == path.stem else f"{fixed}-*{path.suffix}"
+            source = str(path) if stem == own else f"{fixed}-*{path.name[len(own) :]}"
             if found.setdefault(role, source) != source:
                 raise ValueError(f"{str(folder)!r}: there are two files for {role}: {found[role]} and {source}")
         if found:
@@ -64,7 +73,7 @@ def split_files(folder: Path) -> dict[str, str]:
 
 def is_record_file(path: Path) -> bool:
     """Whether a file's suffix, in upper or lower case, is one of those of files of records."""
-    return path.suffix.lower() in RECORD_SUFFIXES
+    return suffix_of(path) in RECORD_SUFFIXES
 
 
 def is_document_file(path: Path) -> bool:
@@ -85,6 +94,11 @@ def glob_files(pattern: str) -> tuple[Path, list[Path]]:
     found = (Path(path) for path in glob.iglob(pattern, recursive=True))
     kept = {path for path in found if path.is_file() and not _in_junk(path.relative_to(fixed).parts[:-1])}
     return fixed, sorted(kept, key=lambda path: path.as_posix())
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file's suffix is one that people keep data under, also one that cannot be read here."""
+    return suffix_of(path) in DATA_SUFFIXES
 
 
 def source_text(path: Path) -> str | None:

@@ -42,13 +42,34 @@ def warn_left_out(task: str, texts: Mapping[str, Any], max_length: int) -> None:
     whole = {role: data for role, data in texts.items() if isinstance(data, TokenDataset)}
     for role, data in whole.items():
         for what, count in sorted(data.tally.left_out.items()):
-            rank_zero_warn(f"task {task!r}, {_NAMES[role]}: in {count:,} records something is not used: {what}")
+            rank_zero_warn(f"task {task!r}, {_NAMES[role]}: not used: {what}: {count:,}")
     said = [f"{_NAMES[role]}: {words}" for role, data in whole.items() if (words := _words(data))]
     if not said:
         return
     longer = any(data.tally.truncated or data.tally.too_long for data in whole.values())
     advice = f"; a larger max_length than {max_length} keeps more" if longer else ""
     rank_zero_warn(f"task {task!r}, {'; '.join(said)}{advice}")
+
+
+def warn_odd_split(task: str, train: TokenDataset, fraction: float, batch_size: int) -> None:
+    """Says that a validation split left next to nothing to train on, or is far from what was asked for.
+
+    Args:
+        task: its name.
+        train: what is left to train on.
+        fraction: the share of the records that was asked for.
+        batch_size: samples in a batch.
+    """
+    tally = train.tally
+    words = f"task {task!r}: {tally.held_out:,} of {tally.records:,} records are held out for validation"
+    wanted = fraction * tally.records
+    if len(train) < batch_size:
+        rank_zero_warn(f"{words}; {len(train):,} samples are left to train on, less than a batch of {batch_size}")
+    elif abs(tally.held_out - wanted) > max(1.0, wanted / 2):
+        rank_zero_warn(
+            f"{words}, val_fraction={fraction:g} of them is {wanted:,.1f}: their lengths differ by much, and characters"
+            " count as well as records; give Task(val=…) to choose"
+        )
 
 
 def warn_validated_on_training_data(task: str, val: TokenDataset, max_length: int) -> None:

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cl.data.chat import has_template
-from lightning_cl.data.left_out import left_out, warn_validated_on_training_data
+from lightning_cl.data.layout import Layout
+from lightning_cl.data.left_out import left_out, warn_odd_split, warn_validated_on_training_data
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.prompts import PromptDataset, join_prompts
@@ -154,7 +155,7 @@ class TaskDataModule(L.LightningDataModule):
         """
         for task in self.tasks:
             for role in ("train", "val", "test"):
-                source = getattr(task, role)
+                source = Layout.of(task.columns, task.field).renamed(getattr(task, role))
                 check_text_source(source, task.name, role)
                 if is_text_source(source):
                     if self.tokenizer is None:
@@ -334,7 +335,7 @@ class TaskDataModule(L.LightningDataModule):
             return source
         task = Task(name, train=source)
         sources = {**split_sources(task), "val": False, "test": None}  # nothing is held out
-        return prepare_texts(task, sources, self.tokenizer, self._text_settings())["train"]
+        return prepare_texts(task, sources, self.tokenizer, self._text_settings(task))["train"]
 
     def validated_on_training_data(self, task: Task) -> bool:
         """Whether a task's column of the matrix is measured on what it was trained on."""
@@ -352,7 +353,10 @@ class TaskDataModule(L.LightningDataModule):
             f"{len(train):,} samples, {tokens:,} tokens, {masked:.1%} of them without loss;"
             f" {', '.join(f'{count} {what}' for what, count in counts.items())}"
         ]
-        lines += [f"in {count:,} records something is not used: {what}" for what, count in train.tally.left_out.items()]
+        if train.tally.held_out:
+            held_out, records = train.tally.held_out, train.tally.records
+            lines.append(f"held out for validation: {held_out:,} of {records:,} records, {held_out / records:.1%}")
+        lines += [f"not used: {what}: {count:,}" for what, count in train.tally.left_out.items()]
         if train.tally.untemplated:
             lines.append(
                 f"{train.tally.untemplated:,} prompts with completions, joined without the tokenizer's chat template"
@@ -384,15 +388,17 @@ class TaskDataModule(L.LightningDataModule):
 
     def _prepare(self, task: Task) -> _Prepared:
         sources = split_sources(task)
-        texts = prepare_texts(task, sources, self.tokenizer, self._text_settings())
+        texts = prepare_texts(task, sources, self.tokenizer, self._text_settings(task))
         data = {**sources, **texts}
         held_out = "val" in texts and sources["val"] is None
         if held_out and len(texts["val"]) == 0:
             warn_validated_on_training_data(task.name, texts["val"], self.max_length)
             data["val"], held_out = None, False
+        if held_out:
+            warn_odd_split(task.name, texts["train"], self.val_fraction, task.batch_size or self.batch_size)
         return _Prepared(data["train"], data["val"], data["test"], held_out, texts)
 
-    def _text_settings(self) -> TextSettings:
+    def _text_settings(self, task: Task) -> TextSettings:
         return TextSettings(
             self.max_length,
             self.val_fraction,
@@ -401,6 +407,7 @@ class TaskDataModule(L.LightningDataModule):
             self.path_header,
             self.template,
             self.last_turn,
+            Layout.of(task.columns, task.field),
         )
 
     def _data(self, task: Task) -> _Prepared:
@@ -465,8 +472,10 @@ class TaskDataModule(L.LightningDataModule):
 
     def _vocabulary_texts(self) -> list[str]:
         for task in self.trained_tasks:
-            if is_text_source(task.train) and not is_stream(task.train):
-                return read_texts(task.train, task.name, "train", Tally(self.on_bad_record))
+            layout = Layout.of(task.columns, task.field)
+            source = layout.renamed(task.train)
+            if is_text_source(source) and not is_stream(source):
+                return read_texts(source, task.name, "train", Tally(self.on_bad_record), layout)
         raise ValueError("tokenizer=TrainedBPE(…): there is no text to train it on (a stream cannot be read twice)")
 
     def _data_modules(self) -> list[L.LightningDataModule]:

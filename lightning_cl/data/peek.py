@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lightning_cl.data.containers import NO_LAYOUT, delimiter_of
+from lightning_cl.data.decoding import encoding_of, open_bytes, suffix_of
 from lightning_cl.data.formats import has_known_format
 
 _BEGINNING = 1_000_000  # bytes of a file that are looked at
@@ -18,23 +21,32 @@ def holds_records(path: Path) -> bool:
     A source tree has configurations and tables that are nothing to learn. A ``.jsonl`` file whose first line is broken
     counts as records.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix == ".parquet":
-        return has_known_format(_columns(path))
-    with path.open("rb") as file:
-        text = file.read(_BEGINNING).decode("utf-8-sig", errors="replace").lstrip()
-    if suffix == ".csv":
-        header = next(csv.reader(text.splitlines()[:1]), [])
-        return has_known_format([name.strip() for name in header])
+        return _is_known(_columns(path))
+    try:
+        with open_bytes(path, str(path)) as file:
+            encoding = encoding_of(file)
+            text = file.read(_BEGINNING).decode(encoding, errors="replace").lstrip()
+    except (OSError, ValueError):
+        return False
+    if suffix in (".csv", ".tsv"):
+        lines = text.splitlines()[:1]
+        header = next(csv.reader(lines, delimiter=delimiter_of(lines[0]) if lines else ","), [])
+        return _is_known([name.strip() for name in header])
+    if suffix == ".json" and not text.startswith("["):
+        return False
     if suffix == ".json":
-        if not text.startswith("["):
-            return False
         text = text[1:].lstrip()
     try:
         first: Any = json.JSONDecoder().raw_decode(text)[0]
-    except (json.JSONDecodeError, RecursionError):
-        return suffix == ".jsonl" and bool(text)
-    return isinstance(first, dict) and has_known_format(first)
+    except (ValueError, RecursionError):
+        return suffix in (".jsonl", ".ndjson") and bool(text)
+    return isinstance(first, dict) and _is_known(first)
+
+
+def _is_known(names: Collection[Any]) -> bool:
+    return has_known_format(NO_LAYOUT.meanings(names).values())
 
 
 def _columns(path: Path) -> list[str]:

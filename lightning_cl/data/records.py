@@ -8,8 +8,18 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_cl.data.containers import SUFFIXES, Record, read_file, read_items, read_stream, read_table
+from lightning_cl.data.containers import (
+    NO_LAYOUT,
+    SUFFIXES,
+    Record,
+    read_file,
+    read_items,
+    read_stream,
+    read_table,
+)
+from lightning_cl.data.decoding import suffix_of
 from lightning_cl.data.formats import Document, Text, as_document, check_answer
+from lightning_cl.data.layout import Layout
 from lightning_cl.data.peek import holds_records
 from lightning_cl.data.sample_texts import SAMPLES
 from lightning_cl.data.sources import (
@@ -61,10 +71,10 @@ def check_text_source(source: Any, task: str, role: str) -> None:
         raise ValueError(f"{where}: no file matches (looked in {location.base.absolute()})")
     for split in dict(location.splits).values():
         check_text_source(split, task, role)
-    if location.kind == "file" and location.files[0].suffix.lower() not in SUFFIXES:
+    if location.kind == "file" and suffix_of(location.files[0]) not in SUFFIXES:
         raise ValueError(
-            f"{where}: expected a file ending in {', '.join(SUFFIXES)}; other text is read as it is from a folder or a"
-            " glob, as in 'src/**/*.py'"
+            f"{where}: expected a file ending in {', '.join(SUFFIXES)}, also with .gz after it; other text is read as"
+            " it is from a folder or a glob, as in 'src/**/*.py'"
         )
     if location.kind in ("file", "records"):
         for file in location.files:
@@ -77,7 +87,7 @@ def _check_beside(location: Location, where: str) -> None:
     beside = next((file for file in location.beside if holds_records(file)), None)
     if beside is None:
         return
-    folder, ending = location.base, beside.suffix
+    folder, ending = location.base, "".join(beside.suffixes[-2:] if beside.suffix == ".gz" else [beside.suffix])
     if location.kind == "splits":
         files = ", ".join(source for _, source in location.splits)
         rank_zero_warn(
@@ -98,7 +108,9 @@ def _check_beside(location: Location, where: str) -> None:
     )
 
 
-def read_records(source: Any, task: str, role: str, path_header: bool = False) -> Iterator[Record]:
+def read_records(
+    source: Any, task: str, role: str, path_header: bool = False, layout: Layout = NO_LAYOUT
+) -> Iterator[Record]:
     """The records of one task's data, one at a time, each with its place.
 
     Args:
@@ -112,6 +124,7 @@ def read_records(source: Any, task: str, role: str, path_header: bool = False) -
         role: ``train``, ``val`` or ``test``: which split is read, and for messages.
         path_header: for one document a file: puts ``# file: <path>`` in front as a first line, the path relative to the
             folder or to the fixed part of the glob (``src`` in ``src/**/*.py``).
+        layout: names of the data's own columns.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -128,20 +141,22 @@ def read_records(source: Any, task: str, role: str, path_header: bool = False) -
             raise ValueError(
                 f"{where}: there is no data for {role} in it; there is some for {', '.join(splits) or 'no role'}"
             )
-        yield from read_records(splits[role], task, role, path_header)
+        yield from read_records(splits[role], task, role, path_header, layout)
     elif isinstance(source, (str, Path)):
-        yield from _read_path(source, locate(source), where, path_header)
+        yield from _read_path(source, locate(source), where, path_header, layout)
     elif isinstance(source, (list, tuple)):
         yield from read_items(source, where, "item")
     elif hasattr(source, "select_columns") and hasattr(source, "__len__"):
-        yield from read_table(source, where)
+        yield from read_table(source, where, layout)
     elif is_table(source):
         yield from read_stream(source, where)
     else:
         yield from read_items(source, where, "row")
 
 
-def _read_path(source: str | Path, location: Location, where: str, path_header: bool) -> Iterator[Record]:
+def _read_path(
+    source: str | Path, location: Location, where: str, path_header: bool, layout: Layout
+) -> Iterator[Record]:
     if location.kind == "sample":
         yield from read_items(SAMPLES[str(source)[len("sample:") :]](), f"{where}={str(source)!r}", "document")
     elif location.kind == "documents":
@@ -149,11 +164,16 @@ def _read_path(source: str | Path, location: Location, where: str, path_header: 
             yield Record(text, f"{where}={str(file)!r}", header=header)
     else:
         for file in location.files:
-            yield from read_file(file, f"{where}={str(file)!r}")
+            yield from read_file(file, f"{where}={str(file)!r}", layout)
 
 
 def read_documents(
-    source: Any, task: str, role: str, tally: Tally | None = None, path_header: bool = False
+    source: Any,
+    task: str,
+    role: str,
+    tally: Tally | None = None,
+    path_header: bool = False,
+    layout: Layout = NO_LAYOUT,
 ) -> Iterator[Document]:
     """The documents of one task's data, one at a time; those without any text are dropped and counted.
 
@@ -164,6 +184,7 @@ def read_documents(
         role: ``train``, ``val`` or ``test``.
         tally: counts what is left out, and says what a bad record does; by default it is an error.
         path_header: whether a file's document starts with its path.
+        layout: names of the data's own columns.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -171,16 +192,21 @@ def read_documents(
     """
     tally = Tally() if tally is None else tally
     found, bad = False, tally.bad
-    for record in read_records(source, task, role, path_header):
+    count_unread(source, tally)
+    for record in read_records(source, task, role, path_header, layout):
         try:
             if record.problem is not None:
                 raise ValueError(record.problem)
-            document = as_document(record.content, record.where, tally)
+            content = layout.named(record.content) if isinstance(record.content, dict) else record.content
+            document = as_document(content, record.where, tally)
             check_answer(document)
             if record.header:
                 document = Text(document.plain, record.header)
         except ValueError as error:
             tally.refuse(f"{record.where}: {error}")
+            continue
+        except RecursionError:
+            tally.refuse(f"{record.where}: lists and dictionaries are nested too deeply")
             continue
         if not document.plain.strip():
             tally.dropped += 1
@@ -195,7 +221,16 @@ def read_documents(
         raise ValueError(f"task {task!r}, {role}{name}: there is no text in it{skipped}")
 
 
-def read_texts(source: Any, task: str, role: str, tally: Tally | None = None) -> list[str]:
+def count_unread(source: Any, tally: Tally) -> None:
+    """Counts the files of data in a folder that are not read, by their suffix."""
+    if not isinstance(source, (str, Path)):
+        return
+    for file in locate(source).unread:
+        what = f"files of the folder ending in {suffix_of(file)}"
+        tally.left_out[what] = tally.left_out.get(what, 0) + 1
+
+
+def read_texts(source: Any, task: str, role: str, tally: Tally | None = None, layout: Layout = NO_LAYOUT) -> list[str]:
     """The plain text of every document, whatever its format, as for training a vocabulary.
 
     Args:
@@ -203,9 +238,10 @@ def read_texts(source: Any, task: str, role: str, tally: Tally | None = None) ->
         task: the task's name, for messages.
         role: ``train``, ``val`` or ``test``.
         tally: says what a bad record does; by default it is an error.
+        layout: names of the data's own columns.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the source is empty or a record is malformed; the message names file and line.
     """
-    return [document.plain for document in read_documents(source, task, role, tally)]
+    return [document.plain for document in read_documents(source, task, role, tally, layout=layout)]

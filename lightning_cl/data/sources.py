@@ -6,16 +6,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_cl.data.containers import SUFFIXES
+from lightning_cl.data.decoding import suffix_of
 from lightning_cl.data.folders import (
     DOCUMENT_SUFFIXES,
     ROLES,
     files_below,
     glob_files,
+    is_data_file,
     is_document_file,
     is_glob,
     is_record_file,
@@ -23,6 +25,7 @@ from lightning_cl.data.folders import (
     split_files,
 )
 from lightning_cl.data.formats import has_known_format
+from lightning_cl.data.layout import Layout
 from lightning_cl.data.sample_texts import SAMPLES
 
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -41,6 +44,7 @@ class Location:
         files: in order.
         splits: sources by role, of a folder of splits.
         beside: files that may hold records and are not read as such, since the others are of another kind.
+        unread: files of data that are not read at all.
     """
 
     kind: str
@@ -48,6 +52,7 @@ class Location:
     files: tuple[Path, ...] = ()
     splits: tuple[tuple[str, str], ...] = ()
     beside: tuple[Path, ...] = ()
+    unread: tuple[Path, ...] = ()
 
 
 def locate(source: str | Path) -> Location:
@@ -69,13 +74,20 @@ def locate(source: str | Path) -> Location:
         if len(records) == len(files):
             return Location("records" if files else "nothing", base, records)
         return Location("documents", base, tuple(files), beside=records)
-    known = path.suffix.lower() in DOCUMENT_SUFFIXES.union(SUFFIXES)
+    known = suffix_of(path) in DOCUMENT_SUFFIXES.union(SUFFIXES)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not known:
         return Location("hub")
     return Location("missing")
 
 
 def _folder(path: Path) -> Location:
+    location = _kind_of_folder(path)
+    read = {*location.files, *(file for _, source in location.splits for file in _files_of(source))}
+    unread = [file for file in files_below(path) if file not in read and is_data_file(file) and not _is_side_file(file)]
+    return replace(location, unread=tuple(unread))
+
+
+def _kind_of_folder(path: Path) -> Location:
     splits, files = split_files(path), files_below(path)
     documents, records = list(filter(is_document_file, files)), list(filter(is_record_file, files))
     of_splits = {file for source in splits.values() for file in _files_of(source)}
@@ -160,7 +172,7 @@ def is_table(source: Any) -> bool:
     if isinstance(source, dict) or not hasattr(source, "column_names") or not hasattr(source, "__iter__"):
         return False
     # A stream may learn its columns only from its first record.
-    return source.column_names is None or has_known_format(source.column_names)
+    return source.column_names is None or has_known_format(Layout().meanings(source.column_names).values())
 
 
 def is_stream(source: Any) -> bool:

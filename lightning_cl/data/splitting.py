@@ -13,6 +13,7 @@ import torch
 from lightning_cl.data.formats import Completion, Document, Instruction, Text
 from lightning_cl.data.tool_calls import calls_of, with_objects
 
+_LONGEST = 10
 AnyDocument = TypeVar("AnyDocument", bound="Document | str")
 
 
@@ -20,6 +21,9 @@ def split_documents(
     documents: Sequence[AnyDocument], fraction: float, seed: int
 ) -> tuple[list[AnyDocument], list[AnyDocument]]:
     """Holds out whole documents with about `fraction` of all characters; a single text gives its end.
+
+    A document that is longer than ten of the usual (median) length counts as ten: else one book among short notes would
+    have all of the notes held out.
 
     The choice depends on seed and texts alone. Copies of a document stay on one side, since what is measured on a text
     that is trained on is memory: documents that say the same (:func:`said`).
@@ -40,7 +44,9 @@ def split_documents(
     copies = {i: group for group in groups.values() for i in group}
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     lengths = [len(_plain(document)) for document in documents]
-    wanted, taken, chosen, left = fraction * sum(lengths), 0, set[int](), len(groups)
+    most = _LONGEST * sorted(lengths)[len(lengths) // 2]
+    wanted = fraction * sum(min(length, most) for length in lengths)
+    taken, chosen, left = 0, set[int](), len(groups)
     for index in order[:-1]:
         if index in chosen:
             continue

@@ -23,6 +23,8 @@ class Tally:
         reasons: the messages of the first few bad records.
         left_out: what of the records stands in no sample, as fields that are not used and what a chat template does not
             write, with the number of records that had it.
+        records: records of a training set from which some were held out.
+        held_out: those that were held out for validation.
         untemplated: prompts with completions that the tokenizer's chat template was not used for.
 
     Raises:
@@ -37,6 +39,8 @@ class Tally:
     reasons: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     untemplated: int = 0
+    records: int = 0
+    held_out: int = 0
 
     def __post_init__(self) -> None:
         if self.on_bad_record not in ("error", "skip"):

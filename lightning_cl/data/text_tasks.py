@@ -8,7 +8,9 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_cl.data.containers import NO_LAYOUT
 from lightning_cl.data.formats import Document
+from lightning_cl.data.layout import Layout
 from lightning_cl.data.left_out import warn_left_out
 from lightning_cl.data.records import is_text_source, read_documents
 from lightning_cl.data.sources import content_key, is_stream, resolve_splits
@@ -34,6 +36,7 @@ class TextSettings:
         path_header: whether a file's document starts with its path.
         template: whether prompts with completions are written in the tokenizer's chat template.
         last_turn: whether only the last turn of the assistant bears loss.
+        layout: names of the data's own columns.
     """
 
     max_length: int
@@ -43,6 +46,7 @@ class TextSettings:
     path_header: bool
     template: bool = False
     last_turn: bool = False
+    layout: Layout = NO_LAYOUT
 
     def encoded(self, documents: Iterable[Document], tokenizer: Any, tally: Tally) -> Iterator[Sample]:
         """The samples of documents."""
@@ -78,7 +82,8 @@ class TokenStream:
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
         tally = self.tally = Tally(self._settings.on_bad_record)
-        documents = read_documents(self._source, self._task, self._role, tally, self._settings.path_header)
+        settings = self._settings
+        documents = read_documents(self._source, self._task, self._role, tally, settings.path_header, settings.layout)
         warned = 0
         for ids, mask in self._settings.encoded(documents, self._tokenizer, tally):
             for reason in tally.reasons[warned:]:
@@ -99,10 +104,11 @@ class TokenStream:
 
 def split_sources(task: Task) -> dict[str, Any]:
     """A task's data by role; what its `train` supplies for validation and test fills the gaps."""
-    sources = {role: getattr(task, role) for role in ROLES}
-    if not is_text_source(task.train):
+    layout = Layout.of(task.columns, task.field)
+    sources = {role: layout.renamed(getattr(task, role)) for role in ROLES}
+    if not is_text_source(sources["train"]):
         return sources
-    supplied = resolve_splits(task.train)
+    supplied = {role: layout.renamed(source) for role, source in resolve_splits(sources["train"]).items()}
     given = {role: sources[role] if sources[role] is not None else supplied[role] for role in ("val", "test")}
     return {"train": supplied["train"], **given}
 
@@ -146,8 +152,9 @@ def _train_and_held_out(task: Task, source: Any, tokenizer: Any, settings: TextS
 
     def part(role: str) -> list[Document]:
         if not parts:  # read once, and only if one of the two is not in the cache
-            documents = list(read_documents(source, task.name, "train", tally, settings.path_header))
+            documents = list(read_documents(source, task.name, "train", tally, settings.path_header, settings.layout))
             parts["train"], parts["val"] = split_documents(documents, settings.val_fraction, settings.seed)
+            tally.records, tally.held_out = len(documents), len(parts["val"])
         return parts[role]
 
     def make(role: str) -> TokenDataset:
@@ -167,7 +174,7 @@ def _train_and_held_out(task: Task, source: Any, tokenizer: Any, settings: TextS
 def _tokenised(task: Task, source: Any, role: str, tokenizer: Any, settings: TextSettings) -> TokenDataset:
     def make() -> TokenDataset:
         tally = Tally(settings.on_bad_record)
-        documents = read_documents(source, task.name, role, tally, settings.path_header)
+        documents = read_documents(source, task.name, role, tally, settings.path_header, settings.layout)
         return TokenDataset.from_samples(settings.encoded(documents, tokenizer, tally), tally)
 
     return cached(_key(source, role, tokenizer, settings), make)
@@ -184,6 +191,7 @@ def _key(source: Any, role: str, tokenizer: Any, settings: TextSettings) -> dict
         "start": start_tokens(tokenizer),
         "template": settings.template,
         "last_turn": settings.last_turn,
+        "layout": [settings.layout.columns, settings.layout.field],
         "max_length": settings.max_length,
         "on_bad_record": settings.on_bad_record,
         "rules": 4,  # raised whenever the same records get other tokens, loss masks or splits

@@ -63,15 +63,20 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     def write_csv(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["after", *report["tasks"]])
+            writer.writerow(["after", *map(_cell, report["tasks"])])
             for i, (name, row) in enumerate(zip(row_names(report), report["matrix"], strict=True)):
                 if changed := _changed_at(report, i):
                     writer.writerow([f"(above: other data of {', '.join(changed)})", *("" for _ in row)])
                 # Empty is what was never measured; what is not finite stands as inf or -inf.
-                writer.writerow([name, *("" if math.isnan(value) else repr(value) for value in row)])
+                writer.writerow([_cell(name), *("" if math.isnan(value) else repr(value) for value in row)])
 
     replace_file(folder / "matrix.csv", write_csv)
     replace_file(folder / "matrix.png", lambda path: draw_matrix(report, path))
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def format_report(report: dict[str, Any], folder: Path | None) -> str:
