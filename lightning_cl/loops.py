@@ -29,6 +29,20 @@ if TYPE_CHECKING:
     from lightning_cl.callbacks.base import ContinualCallback
 
 
+class _TasksSteps(int):
+    """The step at which a task ends, counted over all tasks; it is shown as the task's own number of steps."""
+
+    own: int
+
+    def __new__(cls, first_step: int, own: int) -> _TasksSteps:
+        steps = super().__new__(cls, first_step + own)
+        steps.own = own
+        return steps
+
+    def __repr__(self) -> str:
+        return str(self.own)
+
+
 @dataclass
 class Limits:
     """What a fit is bounded by, in epochs and steps of its own."""
@@ -108,7 +122,7 @@ def count_from(trainer: L.Trainer, limits: Limits, first_step: int) -> None:
     """The loop counts the steps of all tasks: to be called when optimizers and schedules have read the task's own."""
     loop = trainer.fit_loop.epoch_loop
     if limits.max_steps != -1:
-        loop.max_steps = first_step + limits.max_steps
+        loop.max_steps = _TasksSteps(first_step, limits.max_steps)  # Lightning's closing line shows it
     if limits.min_steps is not None:
         loop.min_steps = first_step + limits.min_steps
 

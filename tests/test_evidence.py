@@ -332,3 +332,13 @@ def test_without_normalize_a_faint_importance_is_left_as_it_is():
         warnings.simplefilter("error")
         for _ in range(2):
             method.diagnose({"w": torch.ones(4)}, "", normalized_by=None)
+
+
+# ---------------------------------------------------------------------- Lightning's closing line
+
+
+def test_the_closing_line_counts_the_steps_of_the_task(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, tasks("abc"), max_steps=4, max_epochs=-1, limit_val_batches=1)
+    said = [record.message for record in caplog.records if "stopped" in record.message]
+    assert said == ["`Trainer.fit` stopped: `max_steps=4` reached."] * 3

@@ -67,6 +67,7 @@ class TaskMatrix(ContinualCallback):
         self.measured_on: dict[str, dict[str, Any]] = {}
         self.changes: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self._methods: list[tuple[ContinualCallback, str]] = []  # of the run, for the picture
 
     boundary_order = -1  # its evaluation builds the model, which others need
 
@@ -215,14 +216,16 @@ class TaskMatrix(ContinualCallback):
             return
         from lightning_cl.evaluation import build_report, format_report, write_report
         from lightning_cl.evaluation.importance_figure import write_importance
+        from lightning_cl.evaluation.to_loggers import log_evidence
 
         coordinator = TaskCoordinator.of(trainer)
-        methods = named(TaskCoordinator.methods(trainer))
+        methods = self._methods = named(TaskCoordinator.methods(trainer))
         report = build_report(self, coordinator.costs, methods)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_report(report, folder)
             write_importance(report, folder)
+            log_evidence(trainer.loggers, report, trainer.global_step)
         if final:
             rank_zero_info(format_report(report, None if trainer.fast_dev_run else folder))  # type: ignore[attr-defined]
 
@@ -275,6 +278,23 @@ class TaskMatrix(ContinualCallback):
             ],
             "matrix": self.matrix.tolist(),
         }
+
+    def plot(self) -> Any:
+        """Draws what was measured so far, as ``matrix.png`` has it.
+
+        Returns:
+            a ``matplotlib.figure.Figure``: a notebook shows it, and ``savefig`` writes it.
+
+        Raises:
+            RuntimeError: if nothing has been measured yet.
+        """
+        from lightning_cl.evaluation import build_report
+        from lightning_cl.evaluation.figure import matrix_figure
+
+        if not len(self.matrix):
+            raise RuntimeError("TaskMatrix.plot(): nothing has been measured yet; it measures under fit_tasks")
+        report = build_report(self, [], self._methods)
+        return matrix_figure(report, None if self._methods else self.monitor)
 
     # ------------------------------------------------------------------ state
 

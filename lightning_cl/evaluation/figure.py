@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_cl.evaluation.fonts import readable
+from lightning_cl.evaluation.sentences import row_names
+from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number, text_width
+
 _LONGEST = 18  # characters of a name; a longer one is shortened
-_UPRIGHT = 9  # characters that stand beside each other without being turned
+_UPRIGHT = 9  # columns that stand beside each other without being turned
+_LEAST = 0.1  # of the highest score: a change of so much has the full colour, if no change is larger
+_BETTER, _WORSE, _NOT_YET, _BROKEN = "#2166ac", "#b2182b", "#d9d9d9", "#3f0010"
+_OTHER_DATA = "#e67e00"
 _COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
 
 
@@ -19,32 +27,74 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
         report: of :func:`~lightning_cl.evaluation.build_report`.
         path: the file to write.
     """
+    matrix_figure(report).savefig(path, format="png")
+
+
+def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
+    """Draws the report's matrix.
+
+    Args:
+        report: of :func:`~lightning_cl.evaluation.build_report`.
+        title: in front of the scores; the methods of the run by default.
+
+    Returns:
+        a ``matplotlib.figure.Figure`` with an Agg canvas.
+    """
     # Not pyplot: a library must not change the user's backend or open windows.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
-    from lightning_cl.evaluation.report import row_names
-
-    tasks, matrix = report["tasks"], report["matrix"]
-    names = short_names(tasks)
-    report = {**report, "tasks": names, "watched": [names[tasks.index(name)] for name in report["watched"]]}
-    tasks, rows = names, row_names(report)
-    turned = max(map(len, tasks)) > _UPRIGHT
+    drawn, families = readable(report["tasks"])
+    tasks, matrix = short_names(drawn), report["matrix"]
+    label = dict(zip(report["tasks"], tasks, strict=True))
+    shifts = _changes(report)
+    report = report | {
+        "tasks": tasks,
+        "by_place": [name for i, name in enumerate(drawn) if name == f"task {i + 1}" != report["tasks"][i]],
+        "watched": [label[name] for name in report["watched"]],
+        "data_changes": [change | {"task": label[change["task"]]} for change in report["data_changes"]],
+    }
+    rows = row_names(report)
+    turned = max(map(text_width, tasks)) > _UPRIGHT
     width = max(9.0, 5.4 + 1.1 * len(tasks) + 0.8 * len(rows))
-    height = max(3.6, 1.5 + 0.55 * len(rows)) + (0.7 if turned else 0.0)
+    height = max(3.8, 1.8 + 0.55 * len(rows)) + (0.7 if turned else 0.0)
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.25))
-    _heat_map(left, tasks, rows, matrix, report)
+    _heat_map(left, tasks, rows, matrix, shifts, report)
     _curves(right, tasks, rows, matrix, report)
     scores = " · ".join(
-        f"{name.replace('_', ' ')} {report[name]:{'' if name == 'average' else '+'}.3f}".replace("-", "−")
-        for name in ("average", "forgetting", "backward_transfer")
-        if not math.isnan(report[name])
+        f"{name.replace('_', ' ')} {format_number(report[name], signed=name not in UNSIGNED)}"
+        for name in SCORES
+        if name != "forward_transfer" and not math.isnan(report[name])
     )
     methods = [name for name in report["methods"] if name != "PromptSamples"]
-    figure.suptitle(f"{' + '.join(methods) if methods else 'no protection'}: {scores}", fontsize=11)
-    figure.savefig(path, format="png")
+    title = title or (" + ".join(methods) if methods else "no protection")
+    figure.suptitle(f"{title}: {scores}" if scores else title, fontsize=11)
+    for text in figure.findobj(Text):
+        text.set(fontfamily=families, parse_math=False)
+    return figure
+
+
+def _changes(report: dict[str, Any]) -> list[list[float]]:
+    """How much better each entry is than when its task was learnt; NaN before that.
+
+    A watched task is compared with the row before training. Where a column goes on with other data, its first row on
+    them is what the later ones are compared with.
+    """
+    trained = [name for name in report["tasks"] if name not in report["watched"]]
+    sign = 1 if report["mode"] == "max" else -1
+    shifts = [[math.nan] * len(row) for row in report["matrix"]]
+    for j, name in enumerate(report["tasks"]):
+        first = trained.index(name) + 1 if name in trained else 0
+        starts = [first, *(change["row"] for change in report["data_changes"] if change["task"] == name)]
+        for i in range(max(first, 1), len(shifts)):
+            reference = max(start for start in starts if start <= i)
+            if reference > 0 or name not in trained:
+                change = sign * (report["matrix"][i][j] - report["matrix"][reference][j])
+                shifts[i][j] = change if math.isfinite(change) else math.nan
+    return shifts
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -65,26 +115,28 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 def _turn(axes: Any, names: Sequence[str]) -> None:
     """Labels of the x axis that would run into each other stand aslant."""
-    if max(map(len, names)) <= _UPRIGHT:
+    if max(map(text_width, names)) <= _UPRIGHT:
         return
     above = axes.xaxis.get_ticks_position() == "top"
     for label in axes.get_xticklabels():
         label.set(rotation=30, ha="left" if above else "right", rotation_mode="anchor")
 
 
-def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:
-    import numpy as np
+def _heat_map(
+    axes: Any,
+    tasks: list[str],
+    rows: list[str],
+    matrix: list[list[float]],
+    shifts: list[list[float]],
+    report: dict[str, Any],
+) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
-    values = np.array(matrix, dtype=float)
-    # Each column between its own worst and best: tasks differ in what a good score is. Blue is good, red is bad, which
-    # the colour-blind can tell apart too.
-    good = values if report["mode"] == "max" else -values
-    known = np.isfinite(good)
-    low = np.where(known, good, np.inf).min(0)
-    high = np.where(known, good, -np.inf).max(0)
-    shade = (good - low) / np.where(high > low, high - low, 1.0)
-    axes.imshow(np.where(known, shade, np.nan), cmap="RdYlBu", vmin=-0.15, vmax=1.15, aspect="auto")
+    colors = LinearSegmentedColormap.from_list("change", (_WORSE, "white", _BETTER)).with_extremes(bad=_NOT_YET)
+    full = _full_color(matrix, shifts)
+    shades = [[shift / full for shift in row] for row in shifts]
+    axes.imshow(shades, cmap=colors, vmin=-1, vmax=1, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_yticks(range(len(rows)), [f"after {row}" if i else row for i, row in enumerate(rows)])
     axes.xaxis.tick_top()
@@ -92,39 +144,79 @@ def _heat_map(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[fl
     axes.tick_params(length=0)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            color = "white" if known[i, j] and not 0.08 < shade[i, j] < 0.92 else "black"
-            text = "?" if math.isnan(value) else f"{value:.2f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=11, color=color)
+            broken = math.isinf(value)
+            if broken:
+                axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=_BROKEN, edgecolor="none"))
+            text = "not\nfinite" if broken else "–" if math.isnan(value) else f"{value:.2f}"
+            color = "white" if broken or abs(shades[i][j]) > 0.6 else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8 if broken else 11, color=color)
     trained = [name for name in tasks if name not in report["watched"]]
     for i, name in enumerate(trained[: len(rows) - 1]):
         axes.add_patch(
             Rectangle((tasks.index(name) - 0.5, i + 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.8)
         )
+    for change in report["data_changes"]:
+        place = tasks.index(change["task"])
+        ends = (place - 0.5, place + 0.5)
+        axes.plot(ends, [change["row"] - 0.5] * 2, color=_OTHER_DATA, linewidth=4, clip_on=False, zorder=5)
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_xlabel(f"{report['monitor']} · box: just trained\nred: the task's worst, blue: its best", fontsize=9)
+    notes = [f"{report['monitor']} · box: just trained"]
+    notes += ["grey: not learnt yet", f"red: worse than when learnt (full: {full:.2g})", "blue: better"]
+    notes += ["above the orange line: other data"] * bool(report["data_changes"])
+    if report["by_place"]:
+        more = ", …" if len(report["by_place"]) > 1 else ""
+        notes.append(f"{report['by_place'][0]}{more}: no font has the letters")
+    axes.set_xlabel("\n".join(notes), fontsize=9)
+
+
+def _full_color(matrix: list[list[float]], shifts: list[list[float]]) -> float:
+    """The change that has the full colour, the same for all tasks: noise alone must not be red."""
+    scores = [abs(value) for row in matrix for value in row if math.isfinite(value)]
+    learnt = [
+        abs(value)
+        for row, changes in zip(matrix, shifts, strict=True)
+        for value, change in zip(row, changes, strict=True)
+        if change == 0
+    ]
+    least = _LEAST * max(learnt or scores, default=0.0)
+    return max([least, *(abs(change) for row in shifts for change in row if not math.isnan(change))]) or 1.0
 
 
 def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[float]], report: dict[str, Any]) -> None:
     trained = [name for name in tasks if name not in report["watched"]]
+    handles = []
     for j, name in enumerate(tasks):
         color = _COLORS[j % len(_COLORS)]
-        values = [row[j] for row in matrix]
+        values = [row[j] if math.isfinite(row[j]) else math.nan for row in matrix]
         style = ":" if name in report["watched"] else "-"
-        axes.plot(range(len(rows)), values, style, color=color, linewidth=2, marker="o", markersize=4, label=name)
+        changes = sorted({change["row"] for change in report["data_changes"] if change["task"] == name})
+        for start, end in itertools.pairwise([0, *changes, len(values)]):
+            # Not joined where the data is other data.
+            line = axes.plot(
+                range(start, end), values[start:end], style, color=color, linewidth=2, marker="o", markersize=4
+            )
+        handles += line
         if name in trained and trained.index(name) + 1 < len(rows):
             learnt = trained.index(name) + 1
             axes.plot(
                 learnt, values[learnt], "o", color=color, markersize=11, markerfacecolor="none", markeredgewidth=2
             )
-    turned = max(map(len, tasks)) > _UPRIGHT
+    for row in {change["row"] for change in report["data_changes"]}:
+        axes.axvline(row - 0.5, color=_OTHER_DATA, linestyle="--", linewidth=1.5)
+    turned = max(map(text_width, tasks)) > _UPRIGHT
     begin, after = ("before training", "after ") if turned else ("before\ntraining", "after\n")
     axes.set_xticks(range(len(rows)), [f"{after}{row}" if i else begin for i, row in enumerate(rows)])
     _turn(axes, tasks)
     axes.set_ylabel(f"{report['monitor']} ({'lower' if report['mode'] == 'min' else 'higher'} is better)")
     axes.grid(axis="y", alpha=0.3)
-    # Beside the curves: inside there may be no place without one.
+    # Beside the curves: inside there may be no place without one. Labels are set afterwards: one that begins with an
+    # underscore would be left out.
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes.legend(frameon=False, fontsize=9, title="ring: just trained", title_fontsize=8, **beside)
+    shown = [f"{index}" for index in range(len(tasks))]
+    words = {"title": "ring: just trained", "title_fontsize": 8}
+    legend = axes.legend(handles, shown, frameon=False, fontsize=9, **words, **beside)
+    for text, name in zip(legend.get_texts(), tasks, strict=True):
+        text.set_text(name)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

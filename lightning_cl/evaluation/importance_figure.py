@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lightning_cl.evaluation.fonts import readable
 from lightning_cl.files import replace_file
 
 _MOST_KINDS = 14
@@ -13,8 +14,9 @@ _MOST_KINDS = 14
 
 def write_importance(report: dict[str, Any], folder: Path) -> None:
     """Writes ``importance.png``, whole or not at all, if a method of the run measures importance."""
+    label = dict(zip(report["tasks"], readable(report["tasks"])[0], strict=True))
     panels = [
-        (name, method["importance"][-1])
+        (name, method["importance"][-1] | {"task": label.get(last := method["importance"][-1]["task"], last)})
         for name, method in report["methods"].items()
         if method.get("importance") and method["importance"][-1].get("layers")
     ]
@@ -41,6 +43,9 @@ def draw_importance(panels: list[tuple[str, dict[str, Any]]], path: Path) -> Non
     rows = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, diagnosis), table in zip(rows, panels, tables, strict=True):
         _panel(figure, axes, f"{name}: importance after {diagnosis['task']}", *table)
+    families = readable([f"{name} {diagnosis['task']}" for name, diagnosis in panels])[1]
+    for axes in rows:
+        axes.title.set(fontfamily=families, parse_math=False)
     figure.savefig(path, format="png")
 
 

@@ -11,18 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_cl.evaluation.sentences import row_names as row_names
 from lightning_cl.evaluation.sentences import sentence
-from lightning_cl.evaluation.tables import format_bytes, format_number, format_table
+from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table
 from lightning_cl.files import replace_file
 
 if TYPE_CHECKING:
     from lightning_cl.callbacks.base import ContinualCallback
     from lightning_cl.callbacks.task_matrix import TaskMatrix
-
-SCORES = ("average", "mean_when_learnt", "forgetting", "backward_transfer", "forward_transfer")
-"""The scores of a run, in the order in which they are shown."""
-
-UNSIGNED = ("average", "mean_when_learnt")
-"""Those that are scores of the task's own kind; the others are differences."""
 
 
 def build_report(

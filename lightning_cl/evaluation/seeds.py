@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.evaluation.report import SCORES
+from lightning_cl.evaluation.tables import SCORES as SCORES
 from lightning_cl.evaluation.tables import format_number, format_table
 
 _FEWEST = 3  # the interval of two seeds is twelve times their spread

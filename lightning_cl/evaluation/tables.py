@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+
+SCORES = ("average", "mean_when_learnt", "forgetting", "backward_transfer", "forward_transfer")
+"""The scores of a run, in the order in which they are shown."""
+
+UNSIGNED = ("average", "mean_when_learnt")
+"""Those that are scores of the task's own kind; the others are differences."""
 
 
 def format_table(rows: list[list[str]]) -> list[str]:
     """Lines of a table for a terminal, its first row the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(text_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     # The first column and texts to the left, numbers to the right.
     columns = zip(*rows[1:], strict=True)
     texts = [not any(cell[:1].isdigit() or cell[1:2].isdigit() for cell in column) for column in columns]
     return [
         "  "
         + "  ".join(
-            cell.ljust(width) if i == 0 or (i == len(row) - 1 and texts[i : i + 1] == [True]) else cell.rjust(width)
+            cell + " " * (width - text_width(cell))
+            if i == 0 or (i == len(row) - 1 and texts[i : i + 1] == [True])
+            else " " * (width - text_width(cell)) + cell
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
+
+
+def text_width(text: str) -> int:
+    """Columns of a terminal that a text takes: Chinese, Japanese and Korean signs take two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text
+    )
 
 
 def format_number(value: float | None, signed: bool = False) -> str:
