@@ -7,12 +7,18 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_cl.files import sync
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Returns where a run's files go: the logger's folder, or ``default_root_dir`` (to be called on all ranks)."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

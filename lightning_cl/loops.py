@@ -153,6 +153,14 @@ def batches_in_flight(trainer: L.Trainer) -> int:
     return progress.ready - progress.processed  # type: ignore[attr-defined]
 
 
+def batches_of_open_window(trainer: L.Trainer) -> int:
+    """Batches whose gradients wait for others before the optimizer steps (gradient accumulation)."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if progress.is_last_batch:
+        return 0  # the last window of an epoch may be shorter
+    return progress.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+
 def batches_ready(trainer: L.Trainer) -> int:
     """Batches of this epoch that Lightning has begun with."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -23,11 +23,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import check_state, check_trainer, methods_of, named
 from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator
-from lightning_cl.checkpoint_io import DurableCheckpointIO, TorchCheckpointIO, read_checkpoint, resolve_checkpoint
+from lightning_cl.checkpoint_io import (
+    DurableCheckpointIO,
+    TorchCheckpointIO,
+    find_last_checkpoint,
+    read_checkpoint,
+    resolve_checkpoint,
+    run_folder,
+)
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation.tasks import describe_plan
 from lightning_cl.loops import Limits, forget_progress, limit_to_task, restored_limits
 from lightning_cl.random_state import untouched_random_state
+from lightning_cl.stopping import heed, heeding_sigterm
 from lightning_cl.tasks import Task, TaskPosition
 
 
@@ -66,10 +74,13 @@ def fit_tasks(
     checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
     coordinator = _prepare(trainer, module, data, checkpoint_path)
     try:
-        with restored_limits(trainer) as limits:
+        with heeding_sigterm(), restored_limits(trainer) as limits:
             _train(trainer, module, data, coordinator, checkpoint_path, limits)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(describe_plan(trainer, data))
+    except (SystemExit, KeyboardInterrupt):  # SIGTERM, and Ctrl-C as Lightning hands it on
+        rank_zero_info(_how_to_resume(trainer, coordinator, methods))
+        raise
     finally:
         coordinator.end_sequence()
         data.driven = False
@@ -105,19 +116,17 @@ def _train(
         rank_zero_info(position.title)
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+        heed(trainer, all_ranks=True)
         _check_finished(coordinator, position)
         coordinator.costs[-1] |= data.left_out(tasks[index])
         rank_zero_info(f"{position.title}: {coordinator.costs[-1]['steps']} steps")
         _boundary(trainer, module, data, trained=index + 1)
         _save_boundary(trainer, coordinator, tasks[index], index, fresh=checkpoint_path is None and index == 0)
+        if index + 1 < len(tasks):
+            heed(trainer, all_ranks=True)
     if start == len(tasks) and checkpoint_path is not None:
         rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go behind them in the list")
         _load_weights(trainer, module, data, checkpoint_path)
-
-
-def run_folder(trainer: L.Trainer) -> Path:
-    """Where a run's files go: the logger's folder, or the Trainer's ``default_root_dir`` (called on all ranks)."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 # ---------------------------------------------------------------------- before the first task
@@ -261,6 +270,7 @@ def _boundary(
     with untouched_random_state():
         for method in sorted(methods, key=lambda m: m.boundary_order):
             method.at_boundary(trainer, module, data, trained, ckpt_path)
+            heed(trainer, all_ranks=True)
         for method in methods:
             method.after_boundary(trainer, trained, final=trained == len(data.trained_tasks))
 
@@ -287,3 +297,18 @@ def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task,
         folder.rename(folder.with_name(f"tasks-v{version}"))
     trainer.strategy.barrier("tasks")
     trainer.save_checkpoint(folder / f"{index}-{task.slug}.ckpt", weights_only=False)
+    before_end, coordinator.before_end = coordinator.before_end, None
+    if before_end is not None and trainer.is_global_zero:
+        before_end.unlink(missing_ok=True)  # the boundary has all of it
+
+
+def _how_to_resume(trainer: L.Trainer, coordinator: TaskCoordinator, methods: set[str]) -> str:
+    """Says where a run was stopped, and how it goes on."""
+    try:
+        path = find_last_checkpoint(run_folder(trainer), methods)
+    except (OSError, ValueError):
+        return f"Stopped in {coordinator.position}; nothing was saved to resume from"
+    return (
+        f"Stopped in {coordinator.position}. To resume: fit_tasks(…, ckpt_path={str(path)!r}), or the same command with"
+        f" --ckpt_path {path}"
+    )

@@ -65,6 +65,9 @@ class ContinualCallback(Callback):
     edit_order: int = 0
     """Lower edits gradients first: penalties 0, projections 1."""
 
+    ends_long: bool = False
+    """Whether its part of a task's end can take long: a checkpoint is written before, so that no training is lost."""
+
     boundary_order: int = 0
     """Lower evaluates first between tasks."""
 

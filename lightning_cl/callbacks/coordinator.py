@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -19,17 +20,28 @@ from typing_extensions import override
 from lightning_cl.callbacks.all_ranks import from_all_ranks
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import FORMAT, check_state, check_trainer, methods_of, named
+from lightning_cl.checkpoint_io import run_folder
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.row_kinds import Kinds
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.loops import Limits, batches_in_flight, batches_ready, count_from, forget_restart, let_methods_mix
+from lightning_cl.loops import (
+    Limits,
+    batches_in_flight,
+    batches_of_open_window,
+    batches_ready,
+    count_from,
+    forget_restart,
+    let_methods_mix,
+)
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
+from lightning_cl.stopping import heed
 from lightning_cl.tasks import TaskPosition
 
 if TYPE_CHECKING:
     from lightning_cl.data import TaskDataModule
 
 CHECKPOINT_KEY = "lightning_cl"
+_FEW = 1_000_000
 
 
 class TaskCoordinator(Callback):
@@ -65,6 +77,11 @@ class TaskCoordinator(Callback):
         self._loaded = False
         self._checked = False
         self.checkpoint_path: Path | None = None  # that a sequence goes on from
+        self.end_done: list[str] = []  # methods that have done their end of this task
+        self._ending: dict[str, Any] | None = None  # a method whose end is under way, as it was before
+        self.before_end: Path | None = None  # what was written before the methods' ends
+        self._moved = False  # whether the weights have moved since the batch began
+        self._at_batch: dict[str, Any] | None = None  # random states and buffers when the batch began
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
@@ -173,6 +190,10 @@ class TaskCoordinator(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
+        self._moved = False
+        # Where an exception leads to a checkpoint, the batch that it came in is trained on anew, with the same random
+        # numbers and the running statistics of before.
+        self._at_batch = _before_batch(pl_module) if saves_on_exception(trainer) else None
         loader: Any = trainer.train_dataloader
         self.kinds = trained = None
         if isinstance(loader, StreamLoader):
@@ -210,6 +231,7 @@ class TaskCoordinator(Callback):
 
     def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         methods = self._in_edit_order(trainer)
+        self._moved = True
         self.applied.clear()
         for method in methods:
             method.edit_weights(trainer, pl_module, optimizer)
@@ -220,7 +242,7 @@ class TaskCoordinator(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = None
+        self._batch = self._at_batch = None
         for method, name in named(self.methods(trainer)):
             for key, value in method.scalars.items():
                 pl_module.log(f"continual/{name}/{key}", value, on_step=True, on_epoch=False, batch_size=1)
@@ -259,10 +281,17 @@ class TaskCoordinator(Callback):
         self._clock = None
         start = time.monotonic()
         reshard(pl_module)
-        for method in self.methods(trainer):
+        self._save_before_end(trainer)
+        for method, name in named(self.methods(trainer)):
+            if name in self.end_done:
+                continue  # resumed from a checkpoint that was written in a later method's end
+            self._ending = {"name": name, **_kept_state(method)} if trainer.checkpoint_callbacks else None
             method.on_task_end(trainer, pl_module)
             method.tasks_done += 1
-        self.ended = True
+            self.end_done.append(name)
+            self._ending = None
+            heed(trainer, all_ranks=True)
+        self.ended, self.end_done = True, []
         begun, self.begin_seconds = self.begin_seconds, 0.0
         self.costs.append(
             {
@@ -273,6 +302,15 @@ class TaskCoordinator(Callback):
                 **self._sample_counts(trainer),
             }
         )
+
+    def _save_before_end(self, trainer: L.Trainer) -> None:
+        """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
+        if not self.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
+            return
+        if any(method.ends_long for method in self.methods(trainer)) and self.data is not None:
+            slug = self.data.trained_tasks[self.position.index].slug
+            self.before_end = run_folder(trainer) / "tasks" / f"{self.position.index}-{slug}.trained.ckpt"
+            trainer.save_checkpoint(self.before_end, weights_only=False)
 
     def _train_seconds(self) -> float:
         return self._seconds_before + (time.monotonic() - self._clock if self._clock is not None else 0.0)
@@ -308,6 +346,7 @@ class TaskCoordinator(Callback):
         self.driven, self.data = True, data
         self.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
+        self.end_done, self._ending, self.before_end = [], None, None
         self.position, self.first_step, self.costs = (
             TaskPosition(0, self.names[0], len(self.names)),
             trainer.global_step,
@@ -338,6 +377,17 @@ class TaskCoordinator(Callback):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
+        states = {
+            name: _kept_state(method) for method, name in named(self.methods(trainer)) if not self._is_ending(name)
+        }
+        if self._ending is not None:
+            # An exception in a method's end: what it had changed by then is not kept, its end is done anew.
+            states[self._ending["name"]] = {key: self._ending[key] for key in ("tasks_done", "state")}
+        begun = self._at_batch if loader is not None and batches_in_flight(trainer) and not self._moved else None
+        if begun is not None:
+            checkpoint["state_dict"] |= {
+                n: b for n, b in (begun["buffers"] or {}).items() if n in checkpoint["state_dict"]
+            }
         checkpoint[CHECKPOINT_KEY] = {
             "format": FORMAT,
             "driven": bool(self.names),
@@ -354,11 +404,10 @@ class TaskCoordinator(Callback):
             "loader": self._place(trainer, loader),
             "random_states": self._resumed["random_states"]
             if self.at_boundary and self._resumed is not None
-            else from_all_ranks(get_random_state()),
-            "methods": {
-                name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
-                for method, name in named(self.methods(trainer))
-            },
+            else from_all_ranks(begun["random"] if begun is not None else get_random_state()),
+            "methods": states,
+            "end_done": [] if self.at_boundary else list(self.end_done),
+            "inexact": self._why_inexact(trainer) if loader is not None else None,
         }
         if self.at_boundary:
             # The next task gets a fresh optimizer and schedule, and scores of its own.
@@ -366,6 +415,19 @@ class TaskCoordinator(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
                     checkpoint["callbacks"].pop(callback.state_key, None)
+
+    def _is_ending(self, name: str) -> bool:
+        return self._ending is not None and self._ending["name"] == name
+
+    def _why_inexact(self, trainer: L.Trainer) -> str | None:
+        """Why a run that resumes from a checkpoint of this moment is not the one that was stopped, bit for bit."""
+        if batches_in_flight(trainer):
+            if self._moved:
+                return "inside a step, when the weights had moved already"
+            if self._at_batch is None or self._at_batch["buffers"] is None:
+                return "inside a step, of which the beginning was not kept"
+        window = batches_of_open_window(trainer)
+        return f"inside an accumulation window: the gradients of {window} batches are lost" if window else None
 
     def _place(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
         """Where the loader stands, if it knows: behind the last batch that was trained on."""
@@ -398,6 +460,12 @@ class TaskCoordinator(Callback):
         self.names = list(state["tasks"])
         self.position = TaskPosition(state["index"], state["name"], max(len(self.names), state["index"] + 1))
         self.started, self.ended, self.first_step = state["started"], state["ended"], state["first_step"]
+        self.end_done = list(state.get("end_done", []))
+        if state.get("inexact"):
+            rank_zero_warn(
+                f"ckpt_path: the checkpoint was written {state['inexact']}. The run goes on from it, but not bit for"
+                " bit as if it had not been stopped"
+            )
         self._seconds_before = state["train_seconds"] if self.started else 0.0
         self.begin_seconds = state["begin_seconds"] if self.started else 0.0
         self.costs = [dict(cost) for cost in state["costs"]]
@@ -405,6 +473,27 @@ class TaskCoordinator(Callback):
         for method, name in named(self.methods(trainer)):
             method.tasks_done = state["methods"][name]["tasks_done"]
             method.load_continual_state(state["methods"][name]["state"])
+
+
+def _kept_state(method: ContinualCallback) -> dict[str, Any]:
+    """A method as a checkpoint keeps it."""
+    return {"tasks_done": method.tasks_done, "state": method.continual_state()}
+
+
+def _before_batch(pl_module: L.LightningModule) -> dict[str, Any]:
+    """What a forward pass changes: random states, and running statistics where they are few."""
+    buffers = dict(pl_module.named_buffers())
+    are_few = sum(buffer.numel() for buffer in buffers.values()) <= _FEW
+    kept = {name: buffer.detach().clone() for name, buffer in buffers.items()} if are_few else None
+    return {"random": get_random_state(), "buffers": kept}
+
+
+def saves_on_exception(trainer: L.Trainer) -> bool:
+    """Tells if an exception leads to a checkpoint."""
+    return any(
+        isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
+        for callback in trainer.checkpoint_callbacks
+    )
 
 
 def reshard(pl_module: L.LightningModule) -> None:

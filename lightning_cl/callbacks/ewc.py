@@ -65,6 +65,8 @@ class EWC(QuadraticPenalty):
         ValueError: if an argument is out of its range.
     """
 
+    ends_long = True  # a pass over samples of the task
+
     def __init__(
         self,
         strength: Strength = "auto",

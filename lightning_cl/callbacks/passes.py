@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from lightning_cl.random_state import untouched_random_state
+from lightning_cl.stopping import heed
 
 OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
 """``outputs(module, batch)`` gives the logits of a batch: ``[batch, classes]`` or ``[batch, length, classes]``."""
@@ -109,9 +110,15 @@ def _restore_attribute(owner: Any, name: str) -> Callable[[], None]:
 
 
 def progress(trainer: L.Trainer, items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
-    """A bar for work outside of Lightning's loops, where the Trainer shows bars at all."""
+    """Shows a bar for work outside of Lightning's loops, where the Trainer shows bars at all.
+
+    Raises:
+        SIGTERMException: between two items, where the process was told to stop.
+    """
     hidden = trainer.progress_bar_callback is None or trainer.global_rank > 0
-    return iter(tqdm(items, desc=label, total=total, disable=hidden, leave=False))
+    for item in tqdm(items, desc=label, total=total, disable=hidden, leave=False):
+        heed(trainer)
+        yield item
 
 
 def to_device(trainer: L.Trainer, batch: Any) -> Any:

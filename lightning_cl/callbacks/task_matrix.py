@@ -79,6 +79,10 @@ class TaskMatrix(ContinualCallback):
                 f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} has no validation_step to measure"
                 " it in"
             )
+        if trainer.limit_val_batches == 0:
+            raise MisconfigurationException(
+                "TaskMatrix: Trainer(limit_val_batches=0) leaves nothing to measure; give a limit above 0, or none"
+            )
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
