@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from lightning_cl.checksum import find_damage, save_checked
 from lightning_cl.files import sync
 
 
@@ -38,7 +38,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
+                save_checked(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -50,24 +50,42 @@ class DurableCheckpointIO(TorchCheckpointIO):
 def resolve_checkpoint(
     ckpt_path: str | Path | None, folder: str | Path, methods: set[str] | None = None
 ) -> Path | None:
-    """A checkpoint's path; ``"last"`` is the newest one below `folder` that a sequence can go on from."""
+    """A checkpoint's path; ``"last"`` is the newest one below `folder` that a sequence can go on from.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is damaged.
+    """
     if ckpt_path is None:
         return None
-    return find_last_checkpoint(folder, methods) if str(ckpt_path) == "last" else Path(ckpt_path)
+    if str(ckpt_path) == "last":
+        return find_last_checkpoint(folder, methods)
+    if Path(ckpt_path).is_file():  # else a folder of shards, or a word that Lightning knows
+        check_checkpoint(ckpt_path)
+    return Path(ckpt_path)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Compares the checksums of a checkpoint with its content.
+
+    Raises:
+        ValueError: if the file is damaged; the message names it.
+    """
+    damage = find_damage(Path(path))
+    if damage is not None:
+        raise ValueError(f"ckpt_path={str(path)!r}: the file is {damage}; resume from an earlier checkpoint")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, its tensors mapped from the file.
+    """A checkpoint's content, its tensors mapped from the file; :func:`resolve_checkpoint` has compared its checksum.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or no checkpoint; the message names it.
+        ValueError: if the file cannot be read; the message names it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path={str(path)!r}: no such file")
-    if not is_whole(path):
-        raise ValueError(f"ckpt_path={str(path)!r}: the file is damaged or cut off; resume from an earlier checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -75,12 +93,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint was written to its end: the directory of its archive is the last thing in the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return bool(archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
+    """Tells a checkpoint that is as it was written from one that is damaged; reads all of it."""
+    return find_damage(path) is None
 
 
 def find_last_checkpoint(folder: str | Path, methods: set[str] | None = None) -> Path:

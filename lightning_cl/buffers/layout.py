@@ -44,7 +44,7 @@ RECORD = np.dtype(
         ("label", "<i8"),  # class; −1: none
         ("flags", "<u4"),
         ("data_crc", "<u4"),  # of the ids, the bits and the blob
-        ("crc", "<u4"),  # of the 60 bytes before
+        ("crc", "<u4"),  # of the record's number (as <u8) and of the 60 bytes before; in version 1 of these alone
     ]
 )
 HEADER_SIZE = 64
@@ -54,7 +54,9 @@ _FIELDS = struct.Struct("<QIiQIIIqqII")
 _CRC = struct.Struct("<I")
 _HEADER = struct.Struct("<8sI12s")
 _MAGIC = b"LCLBUFFR"
-_VERSION = 1
+_NUMBER = struct.Struct("<Q")
+VERSION = 2
+"""Of new files. Those of version 1 are read, and written to, as they are."""
 
 
 class DamagedFileError(ValueError):
@@ -81,36 +83,56 @@ class Record(NamedTuple):
         """Whether the content is gone."""
         return bool(self.flags & ERASED)
 
-    def to_bytes(self) -> bytes:
-        """64 bytes, the last four of them a checksum."""
+    def to_bytes(self, number: int, version: int = VERSION) -> bytes:
+        """64 bytes, the last four of them a checksum.
+
+        Args:
+            number: which record of its file it is.
+            version: of the file.
+        """
         fields = _FIELDS.pack(*self)
-        return fields + _CRC.pack(zlib.crc32(fields))
+        return fields + _CRC.pack(_checksum(fields, number, version))
 
 
-def read_record(content: bytes, number: int, path: Path) -> Record:
+def _checksum(fields: bytes, number: int, version: int) -> int:
+    # With its number, so that a record at another record's place is found.
+    return zlib.crc32(fields, zlib.crc32(_NUMBER.pack(number)) if version > 1 else 0)
+
+
+def read_record(content: bytes, number: int, path: Path, version: int = VERSION) -> Record:
     """A record from its 64 bytes.
+
+    Args:
+        content: the bytes.
+        number: which record of its file it is.
+        path: of the file.
+        version: of the file.
 
     Raises:
         DamagedFileError: if its checksum does not fit.
     """
     fields = content[:-4]
-    if _CRC.unpack(content[-4:])[0] != zlib.crc32(fields):
+    if _CRC.unpack(content[-4:])[0] != _checksum(fields, number, version):
         raise DamagedFileError(f"{path}: record {number} is damaged (its checksum does not fit)")
     return Record(*_FIELDS.unpack(fields))
 
 
-def header(kind: str) -> bytes:
+def header(kind: str, version: int = VERSION) -> bytes:
     """The first 64 bytes of a file.
 
     Args:
         kind: ``records``, ``tokens``, ``mask`` or ``blobs``.
+        version: of the file.
     """
-    content = _HEADER.pack(_MAGIC, _VERSION, kind.encode()).ljust(HEADER_SIZE - 4, b"\0")
+    content = _HEADER.pack(_MAGIC, version, kind.encode()).ljust(HEADER_SIZE - 4, b"\0")
     return content + _CRC.pack(zlib.crc32(content))
 
 
-def check_header(path: Path, kind: str) -> None:
-    """Whether a file is a part of a buffer.
+def check_header(path: Path, kind: str) -> int:
+    """Finds out that a file is a part of a buffer.
+
+    Returns:
+        its version.
 
     Raises:
         FileNotFoundError: if it is not there.
@@ -120,6 +142,9 @@ def check_header(path: Path, kind: str) -> None:
         raise FileNotFoundError(f"{path}: this file of a buffer is missing")
     with path.open("rb") as file:
         found = file.read(HEADER_SIZE)
-    if found != header(kind):
-        reason = "it is of another version" if found[:8] == _MAGIC and found[8:12] != header(kind)[8:12] else "damaged"
-        raise DamagedFileError(f"{path}: no header of a buffer's {kind} file ({reason})")
+    for version in range(1, VERSION + 1):
+        if found == header(kind, version):
+            return version
+    known = [header(kind, version)[8:12] for version in range(1, VERSION + 1)]
+    reason = "it is of another version" if found[:8] == _MAGIC and found[8:12] not in known else "damaged"
+    raise DamagedFileError(f"{path}: no header of a buffer's {kind} file ({reason})")

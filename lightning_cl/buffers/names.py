@@ -81,11 +81,14 @@ class Names:
                 entry = _entry_of(line)
                 if entry is None:
                     break  # being written, or damaged: an error for a record that needs it or what follows
-                self._read_to += len(line)
                 if "info" in entry:
                     self.info, self.id = entry["info"], entry["id"]
                 else:
-                    self._known["task" if "task" in entry else "form"].append(entry["name"])
+                    kind = "task" if "task" in entry else "form"
+                    if entry[kind] != len(self._known[kind]):
+                        break  # a line that stands at another line's place
+                    self._known[kind].append(entry["name"])
+                self._read_to += len(line)
 
 
 def _line_of(entry: dict[str, Any]) -> bytes:

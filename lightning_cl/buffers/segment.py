@@ -68,8 +68,8 @@ class Segment:
 
     def __init__(self, folder: Path, writable: bool = False) -> None:
         self.folder, self.writable = Path(folder), writable
-        for kind in KINDS:
-            check_header(self.path(kind), kind)
+        versions = {kind: check_header(self.path(kind), kind) for kind in KINDS}
+        self._version = versions["records"]
         self._maps: dict[str, mmap.mmap] = {}
         self._touched = 0
         self._names = Names(self.path("names"))
@@ -152,7 +152,7 @@ class Segment:
         self._add("tokens", sample.ids + bytes(4 * padding) if padding else sample.ids)
         self._add("mask", sample.mask)
         self._add("blobs", sample.blob)
-        self._add("records", record.to_bytes())
+        self._add("records", record.to_bytes(self.count, self._version))
         self.count += 1
         if len(self._waiting["tokens"]) + len(self._waiting["blobs"]) > _WRITE_BEHIND:
             self.flush()
@@ -209,7 +209,7 @@ class Segment:
         if not record.erased:
             # First the mark: should the writer be killed in between, the record is known to be gone.
             gone = record._replace(flags=record.flags | ERASED, data_crc=0)
-            self._overwrite("records", number * RECORD.itemsize, gone.to_bytes())
+            self._overwrite("records", number * RECORD.itemsize, gone.to_bytes(number, self._version))
         for kind, (start, size) in _spans(record).items():
             if any(self._bytes(kind, start, size)):
                 self._overwrite(kind, start, bytes(size))
@@ -246,7 +246,10 @@ class Segment:
         if number >= self._written:
             self._find(number)
         return read_record(
-            self._bytes("records", number * RECORD.itemsize, RECORD.itemsize), number, self.path("records")
+            self._bytes("records", number * RECORD.itemsize, RECORD.itemsize),
+            number,
+            self.path("records"),
+            self._version,
         )
 
     def read(self, number: int) -> Content:
