@@ -121,5 +121,5 @@ def checksum_of(parts: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
     crc = zlib.crc32("\0".join(texts).encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(parts, key=lambda part: part[0]):
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"

@@ -184,7 +184,9 @@ def buffer(tmp_path):
 def everything(state, folder):
     again = ReplayBuffer(50, "fifo", store=DiskStore(folder))
     again.load_state_dict(state)
-    return [(int(sample["input_ids"][0]), again.info(n).task) for sample, n in zip(again.items, again.numbers)]
+    return [
+        (int(sample["input_ids"][0]), again.info(n).task) for sample, n in zip(again.items, again.numbers, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("change", ["inserted", "repeated", "swapped", "lost"])
