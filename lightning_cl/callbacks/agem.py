@@ -89,11 +89,11 @@ class AGEM(MemoryCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
-            refuse_sharded(trainer, "AGEM: the memory's gradient cannot be taken of")
+            refuse_sharded(trainer, f"{type(self).__name__}: the memory's gradient cannot be taken of")
         elif trainer.strategy.distributed_sampler_kwargs["num_replicas"] != trainer.world_size:
             raise MisconfigurationException(
-                "AGEM: with tensor_parallel_size > 1 several ranks would need the same samples of the memory; use"
-                " ModelParallelStrategy(tensor_parallel_size=1) or strategy='ddp'"
+                f"{type(self).__name__}: with tensor_parallel_size > 1 several ranks would need the same"
+                " samples of the memory; use ModelParallelStrategy(tensor_parallel_size=1) or strategy='ddp'"
             )
 
     # ------------------------------------------------------------------ the projection
@@ -168,8 +168,9 @@ class AGEM(MemoryCallback):
         counts["cosines"] += found.cosine if math.isfinite(found.cosine) else 0.0
         if not finite and counts["not_finite"] == 1:
             rank_zero_warn(
-                f"AGEM: the gradient of samples in memory is not finite in step {trainer.global_step} (a loss that is"
-                f" NaN or infinite, or an overflow); such steps of {self.task} are not projected"
+                f"{type(self).__name__}: the gradient of samples in memory is not finite in step"
+                f" {trainer.global_step} (a loss that is NaN or infinite, or an overflow); such steps"
+                f" of {self.task} are not projected"
             )
         if self.is_log_step(trainer):
             self.log_scalar("interference", counts["projected"] / counts["steps"])
@@ -185,7 +186,9 @@ class AGEM(MemoryCallback):
                 why = "the loss of the samples in memory has no gradient; is it constant, or fitted perfectly?"
             else:
                 why = "the task's gradient never pointed against the memory's, and training was as without it"
-            rank_zero_warn(f"AGEM: none of {counts['steps']} steps of {self.task} was projected: {why}")
+            rank_zero_warn(
+                f"{type(self).__name__}: none of {counts['steps']} steps of {self.task} was projected: {why}"
+            )
         super().on_task_end(trainer, pl_module)
 
     @override
@@ -204,7 +207,9 @@ class AGEM(MemoryCallback):
         return super().report() | {
             "batch_size": self.batch_size,
             "interference": {task: counts | {"share": shares[task]} for task, counts in self.interference.items()},
-            "sentences": [f"AGEM, {task}: {_told(counts)}" for task, counts in self.interference.items()],
+            "sentences": [
+                f"{type(self).__name__}, {task}: {_told(counts)}" for task, counts in self.interference.items()
+            ],
         }
 
     @override

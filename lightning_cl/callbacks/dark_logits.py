@@ -74,11 +74,12 @@ class DarkLogits:
 
     Attributes:
         classes: the most classes that stored logits were chosen from.
+        spoilt: of how many positions the logits were not finite, so that nothing is stored of them.
     """
 
     def __init__(self, owner: str, top_k: int, outputs: OutputsFunction | None) -> None:
         self.owner, self.top_k, self.outputs = owner, top_k, outputs
-        self.classes = 0
+        self.classes = self.spoilt = 0
         self._student: Student | None = None
 
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule, buffer: ReplayBuffer) -> None:
@@ -147,6 +148,7 @@ class DarkLogits:
                     hidden = outputs[:, : mask.shape[1]][mask.to(outputs.device)]
                     kept = head_top_logits(hidden, call.head_with({}), classes, self.top_k)
                 self.classes = max(self.classes, classes)
+                self.spoilt += int((kept[0] == UNKNOWN).all(-1).sum())
                 counts = mask.sum(1).tolist()
                 for place, values, indices in zip(group, *(side.split(counts) for side in kept), strict=True):
                     found[place] = {VALUES: values.clone(), CLASSES: indices.clone()}

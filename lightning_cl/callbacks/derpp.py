@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -109,6 +110,7 @@ class DERpp(Replay):
             )
         self.top_k, self.outputs = top_k, outputs
         self._dark = DarkLogits(type(self).__name__, top_k, outputs)
+        self._spoilt: dict[str, int] = {}  # of each task: positions whose logits could not be stored
         self._totals: dict[str, Tensor] = {}  # of each task: the sum of distances, and over how many positions
 
     @property
@@ -146,6 +148,20 @@ class DERpp(Replay):
     ) -> list[dict[str, Tensor]]:
         return self._dark.of_samples(trainer, pl_module, samples)
 
+    @override
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_task_end(trainer, pl_module)
+        own = torch.tensor(self._dark.spoilt, device=trainer.strategy.root_device)
+        spoilt = int(trainer.strategy.reduce(own, reduce_op="sum"))
+        if spoilt:
+            assert self.task is not None
+            self._spoilt[self.task.name] = spoilt
+            rank_zero_warn(
+                f"{type(self).__name__}: the logits of {spoilt} positions of {self.task} are NaN or infinite; nothing"
+                " is stored of them"
+            )
+        self._dark.spoilt = 0
+
     # ------------------------------------------------------------------ the term
 
     @override
@@ -175,12 +191,14 @@ class DERpp(Replay):
     @override
     def continual_state(self) -> dict[str, Any]:
         totals = {name: total.cpu() for name, total in self._totals.items()}
-        return super().continual_state() | {"classes": self._dark.classes, "totals": totals}
+        mine = {"classes": self._dark.classes, "totals": totals}
+        return super().continual_state() | mine | {"spoilt": dict(self._spoilt), "spoilt_so_far": self._dark.spoilt}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
         self._dark.classes, self._totals = state["classes"], dict(state["totals"])
+        self._spoilt, self._dark.spoilt = dict(state.get("spoilt", {})), state.get("spoilt_so_far", 0)
 
     @override
     def report(self) -> dict[str, Any]:
@@ -191,10 +209,15 @@ class DERpp(Replay):
             "top_k": self.top_k,
             "logit_bytes_per_position": bytes_of_position(self._dark.classes, self.top_k),
             "dark_loss": means,
+            "positions_without_logits": dict(self._spoilt),
             **super().report(),
             "sentences": [
                 f"{name}, {task}: replayed logits were {mean:.3g} from the stored ones (mean square), over training"
                 for task, mean in means.items()
+            ]
+            + [
+                f"{name}, {task}: the logits of {count} positions were NaN or infinite, and are not stored"
+                for task, count in self._spoilt.items()
             ],
         }
 
@@ -245,8 +268,8 @@ class DER(DERpp):
         difference = self._dark.difference_from_cross_entropy(trainer, pl_module)
         if difference is not None:
             raise MisconfigurationException(
-                f"DER: {difference}; the labels of replayed samples can be taken off the mean cross-entropy of"
-                f" {type(pl_module).__name__}'s logits alone. Use DERpp, which leaves the labels in"
+                f"{type(self).__name__}: {difference}; the labels of replayed samples can be taken off the mean"
+                f" cross-entropy of {type(pl_module).__name__}'s logits alone. Use DERpp, which leaves the labels in"
             )
 
     @override

@@ -56,6 +56,12 @@ def mean_by_layer(importance: Mapping[str, Tensor]) -> dict[str, dict[str, float
 
 # ---------------------------------------------------------------------- in words
 
+_SPOILT = {
+    "spoilt_steps": "in {} steps a gradient was NaN or infinite; the weights concerned were not followed in them",
+    "left_out": "the loss of {} samples was NaN or infinite; the importance is that of the others",
+    "not_finite": "the importance of {} weights was not finite; they are not protected",
+}
+
 
 def compare_with_earlier(mean: float | None, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Notes a measured importance that is far below an earlier task's: brought to the same mean, it is mostly noise.
@@ -119,7 +125,9 @@ def sentences_of(name: str, entry: Mapping[str, Any], apply: str) -> list[str]:
         verdict = ": it did nothing" if share is not None and share < _NOTHING else verdict
         held = f"strength {entry['strength']:.3g}, penalty {entry['penalty']:.3g} at the end{pulled}{verdict}"
         said.append(f"{name}, {entry['task']}: {held}")
-    return [*said, f"{name}, {entry['task']}: {entry['faint']['words']}"] if "faint" in entry else said
+    odd = [entry["faint"]["words"]] if "faint" in entry else []
+    odd += [words.format(entry[key]) for key, words in _SPOILT.items() if entry.get(key)]
+    return said + [f"{name}, {entry['task']}: {words}" for words in odd]
 
 
 def advice_of(name: str, need: Need, diagnoses: Sequence[Mapping[str, Any]], what: str, value: float) -> str | None:

@@ -92,11 +92,11 @@ class EWC(QuadraticPenalty):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_sharded(trainer, "EWC: gradients of single samples cannot be taken from")
+        refuse_sharded(trainer, f"{type(self).__name__}: gradients of single samples cannot be taken from")
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        refuse_several_loaders(loader, task, "EWC")
+        refuse_several_loaders(loader, task, type(self).__name__)
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -112,13 +112,14 @@ class EWC(QuadraticPenalty):
     @override
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        fisher, estimator = self._fisher(trainer, pl_module)
+        fisher, estimator, left_out = self._fisher(trainer, pl_module)
         mean = normalize_importance(fisher) if self.normalize else None
         self.diagnose(
             fisher,
             "The loss has no gradient here: is it constant, or the fit perfect (estimator='empirical')?",
             estimator=estimator,
             normalized_by=mean,
+            left_out=left_out,
         )
         if self.mode == "online":
             self.add_importance(fisher, self.decay)
@@ -134,8 +135,8 @@ class EWC(QuadraticPenalty):
         self.anchor = {name: self._kept(t, t.dtype) for name, t in anchor.items()}
         self.constant += constant
 
-    def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str]:
-        """This task's Fisher diagonal, and the estimator that was used."""
+    def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str, int]:
+        """This task's Fisher diagonal, the estimator that was used, and how many samples were left out."""
         assert self.task is not None
         index, parameters = self.task.index, trainable_parameters(pl_module)
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
@@ -143,10 +144,10 @@ class EWC(QuadraticPenalty):
         samples = TaskSamples(trainer, count, index, label, batch_size=self.batch_size)
         losses = self._losses(trainer, pl_module)
         measure = squared_batch_gradients if self.estimator == "batched" else sum_over_samples
-        total, positions, _ = measure(trainer, pl_module, parameters, samples, losses)
-        for value in total.values():
-            value.div_(max(positions, 1))
-        return self.without_non_finite(total), "/".join(sorted(losses.used))
+        sums = measure(trainer, pl_module, parameters, samples, losses)
+        for value in sums.total.values():
+            value.div_(max(sums.positions, 1))
+        return self.without_non_finite(sums.total), "/".join(sorted(losses.used)), sums.left_out
 
     @override
     def report(self) -> dict[str, Any]:

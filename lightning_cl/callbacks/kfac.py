@@ -113,24 +113,31 @@ class KFACEWC(EWC):
         assert self.task is not None
         index, parameters = self.task.index, trainable_parameters(pl_module)
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
-        samples = TaskSamples(trainer, count, index, f"KFACEWC: Fisher of {self.task}", batch_size=self.batch_size)
+        samples = TaskSamples(
+            trainer, count, index, f"{type(self).__name__}: Fisher of {self.task}", batch_size=self.batch_size
+        )
         losses, sink = self._losses(trainer, pl_module), FactorSums(self.largest)
-        total, positions, loose = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
-        measured = {name: p for name, p in parameters.items() if name not in loose}
-        factors = self._moments(trainer, sink, measured, positions)
-        diagonal = {name: value.div_(max(positions, 1)) for name, value in total.items() if name not in factors}
+        sums = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
+        measured = {name: p for name, p in parameters.items() if name not in sums.loose}
+        factors = self._moments(trainer, sink, measured, sums.total, sums.positions)
+        diagonal = {n: v.div_(max(sums.positions, 1)) for n, v in sums.total.items() if n not in factors}
         diagonal = self.without_non_finite(diagonal)
-        whole = {name: factors[name].diagonal() if name in factors else diagonal[name] for name in parameters}
         mean = None
         if self.normalize:
-            numbers = sum(value.numel() for value in whole.values())
-            mean = sum(float(value.sum(dtype=torch.float64)) for value in whole.values()) / max(numbers, 1)
+            # By the traces: products of small factors would be nothing in fp32.
+            total_sum = sum(f.trace() for f in factors.values())
+            total_sum += sum(float(value.sum(dtype=torch.float64)) for value in diagonal.values())
+            mean = total_sum / max(sum(p.numel() for p in parameters.values()), 1)
             if mean > 0:
-                whole = {name: value / mean for name, value in whole.items()}
-                diagonal = {name: whole[name] for name in diagonal}
-                factors = {name: Kronecker(f.inputs, f.outputs / mean) for name, f in factors.items()}
+                diagonal = {name: value / mean for name, value in diagonal.items()}
+                factors = {n: Kronecker(f.inputs / mean**0.5, f.outputs / mean**0.5) for n, f in factors.items()}
+        whole = {name: factors[name].diagonal() if name in factors else diagonal[name] for name in parameters}
         self.diagnose(
-            whole, "The loss has no gradient here.", estimator="/".join(sorted(losses.used)), normalized_by=mean
+            whole,
+            "The loss has no gradient here.",
+            estimator="/".join(sorted(losses.used)),
+            normalized_by=mean,
+            left_out=sums.left_out,
         )
         self.add_importance(diagonal, self.decay)
         for name, new in factors.items():
@@ -145,7 +152,12 @@ class KFACEWC(EWC):
         self._spectra = {}
 
     def _moments(
-        self, trainer: L.Trainer, sink: FactorSums, parameters: Mapping[str, Tensor], positions: int
+        self,
+        trainer: L.Trainer,
+        sink: FactorSums,
+        parameters: Mapping[str, Tensor],
+        total: Mapping[str, Tensor],
+        positions: int,
     ) -> dict[str, Kronecker]:
         """``A`` as the mean over a layer's positions, ``G`` per position that bears loss; over all ranks."""
         device = trainer.strategy.root_device
@@ -158,9 +170,10 @@ class KFACEWC(EWC):
                 continue
             zeros = [torch.zeros(n, n, device=weight.device) for n in reversed(weight.shape)]
             sums = [trainer.strategy.reduce(t, reduce_op="sum") for t in sink.sums.get(name, zeros)]
-            # Not finite: no factors, and a diagonal of 0.
             if all(bool(side.isfinite().all()) for side in sums):
                 moments[name] = Kronecker(sums[0] / count, sums[1] / max(positions, 1))
+            else:  # no factors: its diagonal, which is said to be left unprotected
+                total[name].fill_(torch.nan)
         return moments
 
     # ------------------------------------------------------------------ the penalty

@@ -71,11 +71,11 @@ class KLToBase(ContinualCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_sharded(trainer, "KLToBase: the base's weights cannot be swapped in for")
+        refuse_sharded(trainer, f"{type(self).__name__}: the base's weights cannot be swapped in for")
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        refuse_several_loaders(loader, task, "KLToBase")
+        refuse_several_loaders(loader, task, type(self).__name__)
 
     @override
     def on_sequence_start(self) -> None:

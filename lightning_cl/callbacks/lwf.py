@@ -98,22 +98,24 @@ class LwF(ContinualCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_sharded(trainer, "LwF: a teacher's weights cannot be put in the place of")
+        refuse_sharded(trainer, f"{type(self).__name__}: a teacher's weights cannot be put in the place of")
         if stage == "fit" and self.where == "replayed" and not _replays(trainer):
             raise MisconfigurationException(
-                "LwF(where='replayed'): nothing is replayed; add lightning_cl.Replay, or another callback that"
-                " replays, to Trainer(callbacks=[…]), or give where='new'"
+                f"{type(self).__name__}(where='replayed'): nothing is replayed; add lightning_cl.Replay, or another"
+                " callback that replays, to Trainer(callbacks=[…]), or give where='new'"
             )
         if self._device is not None:
             try:
                 torch.empty(0, device=self._device)
             except (RuntimeError, AssertionError) as error:
                 reason = str(error).splitlines()[0]
-                raise MisconfigurationException(f"LwF(teacher_device={str(self._device)!r}): {reason}") from error
+                raise MisconfigurationException(
+                    f"{type(self).__name__}(teacher_device={str(self._device)!r}): {reason}"
+                ) from error
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        refuse_several_loaders(loader, task, "LwF")
+        refuse_several_loaders(loader, task, type(self).__name__)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

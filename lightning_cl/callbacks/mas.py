@@ -75,11 +75,11 @@ class MAS(QuadraticPenalty):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_sharded(trainer, "MAS: gradients of single samples cannot be taken from")
+        refuse_sharded(trainer, f"{type(self).__name__}: gradients of single samples cannot be taken from")
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        refuse_several_loaders(loader, task, "MAS")
+        refuse_several_loaders(loader, task, type(self).__name__)
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,14 +88,14 @@ class MAS(QuadraticPenalty):
             look_at_one(trainer, pl_module, self._norms(trainer, pl_module))
 
     def _norms(self, trainer: L.Trainer, pl_module: L.LightningModule) -> LossesOf:
-        read_logits = LogitsReader(trainer, pl_module, self.outputs)
+        read_logits, owner = LogitsReader(trainer, pl_module, self.outputs), type(self).__name__
 
         def norms(batch: Any, numbers: list[int]) -> tuple[Iterable[Tensor], int]:
             logits = read_logits(batch)
             if logits is None:
                 raise MisconfigurationException(
-                    f"MAS: nothing that {type(pl_module).__name__} calls returns an object with `.logits`; give"
-                    " MAS(outputs=lambda module, batch: logits)"
+                    f"{owner}: nothing that {type(pl_module).__name__} calls returns an object with `.logits`; give"
+                    f" {owner}(outputs=lambda module, batch: logits)"
                 )
             selected, _, _ = select(batch, logits, read_logits.shifted)
             rows = max(1, CHUNK_BYTES // (4 * selected.shape[-1]))
@@ -109,15 +109,19 @@ class MAS(QuadraticPenalty):
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
-        samples = TaskSamples(trainer, count, self.task.index, f"MAS: {self.task}", batch_size=self.batch_size)
+        samples = TaskSamples(
+            trainer, count, self.task.index, f"{type(self).__name__}: {self.task}", batch_size=self.batch_size
+        )
         parameters = trainable_parameters(pl_module)
         norms = self._norms(trainer, pl_module)
-        new, positions, _ = sum_over_samples(trainer, pl_module, parameters, samples, norms, Tensor.abs_)
+        sums = sum_over_samples(trainer, pl_module, parameters, samples, norms, Tensor.abs_)
+        new = sums.total
         for value in new.values():
-            value.div_(max(positions, 1))
+            value.div_(max(sums.positions, 1))
         new = self.without_non_finite(new)
         mean = normalize_importance(new) if self.normalize else None
-        self.diagnose(new, "The output does not depend on any weight that is trained.", normalized_by=mean)
+        note = "The output does not depend on any weight that is trained."
+        self.diagnose(new, note, normalized_by=mean, left_out=sums.left_out)
         self.add_importance(new)
         self.set_anchor(pl_module)
 

@@ -82,3 +82,9 @@ def whole(tensor: Tensor) -> Tensor:
     """The whole value of a sharded tensor; an ordinary one as it is."""
     full_tensor = getattr(tensor, "full_tensor", None)
     return full_tensor() if full_tensor is not None else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; an ordinary one as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor

@@ -97,6 +97,7 @@ class QuadraticPenalty(ContinualCallback):
         self.anchor: dict[str, Tensor] = {}
         self.constant = 0.0
         self._diagnosis: list[dict[str, Any]] = []
+        self._not_finite = 0  # weights of the importance that was measured last
         self._largest_share: float | None = None  # of the penalty in this task's gradients, where it was measured
         self._too_strong = False  # it has pulled harder than the task
         self._before: dict[str, Tensor] = {}  # the weights before a step whose pull is measured
@@ -228,7 +229,7 @@ class QuadraticPenalty(ContinualCallback):
 
     def without_non_finite(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same with 0 where a value is not finite; warns of it. To be called before anything else is made of it."""
-        count = zero_non_finite_(new)
+        count = self._not_finite = zero_non_finite_(new)
         if count:
             rank_zero_warn(
                 f"{type(self).__name__}: after {self.task} the importance of {count} weights is not finite (a sample"
@@ -239,6 +240,7 @@ class QuadraticPenalty(ContinualCallback):
     def diagnose(self, new: dict[str, Tensor], note: str, **more: Any) -> None:
         """Keeps this task's importance in numbers, and warns of one that can do nothing."""
         diagnosis = describe_importance(new) | more | compare_with_earlier(more.get("normalized_by"), self._diagnosis)
+        diagnosis["not_finite"], self._not_finite = self._not_finite, 0
         if "faint" in diagnosis:
             rank_zero_warn(f"{type(self).__name__}: after {self.task} {diagnosis['faint']['words']}")
         self._diagnosis.append({"task": self.task.name if self.task is not None else None, **diagnosis})

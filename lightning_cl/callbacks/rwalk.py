@@ -15,7 +15,13 @@ from lightning_cl.callbacks.placement import fit_to, full_cpu
 from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength, check_damping
 from lightning_cl.callbacks.step_watch import StepWatch
 from lightning_cl.functional import normalize_importance, path_integral_step_, relative_damping
-from lightning_cl.functional.riemannian_walk import path_length, path_score_, running_fisher_, to_unit_range
+from lightning_cl.functional.riemannian_walk import (
+    add_square_,
+    path_length,
+    path_score_,
+    running_fisher_,
+    to_unit_range,
+)
 
 _SUMS = ("fisher", "score", "_window_squares", "_window_drop", "_window_start", "_task_score")
 
@@ -34,8 +40,8 @@ class RWalk(QuadraticPenalty):
 
     ``g²`` are squares of whole batches' gradients, which is no Fisher information but what the paper's online
     average needs; F goes on over the tasks. Its first average is taken whole, and a task's last interval may be
-    shorter. The authors' code leaves out the ½ and adds the averaged score to the old
-    one; this is the paper's.
+    shorter. The authors' code leaves out the ½ and adds the averaged score to the old one; this is the paper's. A step
+    whose gradient is NaN or infinite is left out, with a warning and a count in the report.
 
     Memory: 16 bytes per trainable parameter kept (F, s, importance, anchor), and 24 more while a task is trained (four
     sums, the gradient and the weights before each step). Compute per step: as SI, and one multiplication more.
@@ -84,13 +90,14 @@ class RWalk(QuadraticPenalty):
         self._window_drop: dict[str, Tensor] = {}  # Σ −g Δθ
         self._window_start: dict[str, Tensor] = {}  # θ at the last update
         self._window_steps = 0
-        self._fisher_started = False
+        self._window_spoilt: dict[str, Tensor | int] = {}  # how many of these steps had no finite gradient
+        self._started: set[str] = set()  # whose F there is
         self._watch = StepWatch()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_sharded(trainer, "RWalk: the range of its scores is not measured over")
+        refuse_sharded(trainer, f"{type(self).__name__}: the range of its scores is not measured over")
 
     @override
     @torch.no_grad()
@@ -104,7 +111,7 @@ class RWalk(QuadraticPenalty):
         self._window_squares = {name: zero.clone() for name, zero in zeros.items()}
         self._window_drop = zeros
         self._window_start = {name: p.detach().float().clone() for name, p in parameters.items()}
-        self._window_steps = 0
+        self._window_steps, self._window_spoilt = 0, {}
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -128,8 +135,9 @@ class RWalk(QuadraticPenalty):
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         parameters = trainable_parameters(pl_module)
         for name, gradient, step in self._watch.after(parameters):
-            self._window_squares[name].addcmul_(gradient, gradient)
             path_integral_step_(self._window_drop[name], gradient, step)
+            added = add_square_(self._window_squares[name], gradient)
+            self._window_spoilt[name] = self._window_spoilt.get(name, 0) + ~added
         self._window_steps += 1
         if self._window_steps == self.every:
             self._close_window(all_parameters(pl_module))
@@ -138,9 +146,12 @@ class RWalk(QuadraticPenalty):
         if self._window_steps == 0:
             return
         for name, squares in self._window_squares.items():
-            # The first average has nothing before it.
-            rate = self.rate if self._fisher_started else 1.0
-            running_fisher_(self.fisher[name], squares.div_(self._window_steps), rate)
+            steps = self._window_steps - int(self._window_spoilt.get(name, 0))
+            if steps > 0:
+                # The first average has nothing before it.
+                rate = self.rate if name in self._started else 1.0
+                running_fisher_(self.fisher[name], squares.div_(steps), rate)
+                self._started.add(name)
             squares.zero_()
         damping = self.damping
         if isinstance(damping, str):
@@ -153,19 +164,20 @@ class RWalk(QuadraticPenalty):
             path_score_(self._task_score[name], drop, self.fisher[name], now - start, damping)
             start.copy_(now)
             drop.zero_()
-        self._fisher_started, self._window_steps = True, 0
+        self._window_steps, self._window_spoilt = 0, {}
 
     @override
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._watch.clear()
+        spoilt = self._watch.end(type(self).__name__, self.task)
         self._close_window(all_parameters(pl_module))
         for name, new in self._task_score.items():
             self.score[name] = new if name not in self.score else self.score[name].add_(new).mul_(0.5)
         fisher, score = to_unit_range(self.fisher), to_unit_range(self.score)
-        importance = {name: fisher[name] + score[name] for name in self._task_score}
+        importance = self.without_non_finite({name: fisher[name] + score[name] for name in self._task_score})
         mean = normalize_importance(importance) if self.normalize else None
-        self.diagnose(importance, "No step lowered the loss: was anything trained?", normalized_by=mean)
+        note = "No step lowered the loss: was anything trained?"
+        self.diagnose(importance, note, normalized_by=mean, spoilt_steps=spoilt)
         self.importance.update({name: self._kept(value, self.state_dtype) for name, value in importance.items()})
         self.set_anchor(pl_module, importance)
         self._task_score, self._window_squares, self._window_drop, self._window_start = {}, {}, {}, {}
@@ -173,15 +185,23 @@ class RWalk(QuadraticPenalty):
     @override
     def continual_state(self) -> dict[str, Any]:
         sums = {name: {n: full_cpu(t) for n, t in getattr(self, name).items()} for name in _SUMS}
-        more = {"sums": sums, "window_steps": self._window_steps, "fisher_started": self._fisher_started}
-        return super().continual_state() | more
+        return super().continual_state() | {
+            "sums": sums,
+            "window_steps": self._window_steps,
+            "window_spoilt": {name: int(count) for name, count in self._window_spoilt.items()},
+            "started": sorted(self._started),
+            "spoilt_steps": int(self._watch.spoilt),
+        }
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
         for name in _SUMS:
             setattr(self, name, dict(state["sums"][name]))
-        self._window_steps, self._fisher_started = state["window_steps"], state["fisher_started"]
+        # Earlier checkpoints do not know of spoilt steps.
+        self._window_steps, self._started = state["window_steps"], set(state.get("started", state["sums"]["fisher"]))
+        self._window_spoilt = dict(state.get("window_spoilt", {}))
+        self._watch.spoilt = torch.tensor(state.get("spoilt_steps", 0))
 
     @override
     def state_bytes(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_cl.callbacks.passes import leaving_no_trace, non_reentrant_checkpoints
@@ -28,6 +28,8 @@ class SampleSums(NamedTuple):
     positions: int
     loose: frozenset[str]
     """Parameters that were measured one sample at a time."""
+    left_out: int
+    """Samples whose loss is NaN or infinite; they are in none of the sums."""
 
 
 def sum_over_samples(
@@ -54,7 +56,7 @@ def sum_over_samples(
         transform: in place, applied to each sample's gradient.
         sink: see :class:`~lightning_cl.functional.sample_gradients.SampleGradients`.
     """
-    positions = 0
+    positions = left_out = 0
     with leaving_no_trace(pl_module), non_reentrant_checkpoints(), torch.enable_grad():
         engine = SampleGradients(pl_module, parameters, transform)
         probe = samples.probe(_PROBE)
@@ -77,18 +79,16 @@ def sum_over_samples(
         engine.loose = _of_all_ranks(trainer, engine.loose, list(parameters))
         if len(engine.loose) < len(parameters):
             for numbers, batch in samples.batches():
-
-                def losses(batch: Any = batch, numbers: list[int] = numbers) -> Iterable[Tensor]:
-                    nonlocal positions
-                    terms, count = losses_of(batch, numbers)
-                    positions += count
-                    return terms
-
-                engine.add(len(numbers), losses)
+                counts = [_add(engine, losses_of, batch, numbers)]
+                if counts == [None] and len(numbers) > 1:
+                    rows = [rows_of(batch, slice(row, row + 1)) for row in range(len(numbers))]
+                    counts = [_add(engine, losses_of, r, [number]) for r, number in zip(rows, numbers, strict=True)]
+                positions += sum(count for count in counts if count is not None)
+                left_out += counts.count(None)
             engine.loose = _of_all_ranks(trainer, engine.loose, list(parameters))
         loose = {name: parameters[name] for name in parameters if name in engine.loose}
         if loose:
-            counted = 0
+            counted = spoilt = 0
             for name in loose:
                 engine.total[name].zero_()
             some = ", ".join(list(loose)[:3]) + (" …" if len(loose) > 3 else "")
@@ -96,12 +96,13 @@ def sum_over_samples(
             with only_trainable(pl_module, loose.values()):
                 for number, single in samples.singles():
                     terms, count = losses_of(single, [number])
-                    counted += count
-                    add_one_by_one_(engine.total, terms, loose, transform)
+                    if add_one_by_one_(engine.total, terms, loose, transform):
+                        counted += count
+                    else:
+                        spoilt += 1
             if len(loose) == len(parameters):
-                positions = counted
-    total, everywhere = _over_ranks(trainer, engine.total, positions)
-    return SampleSums(total, everywhere, frozenset(engine.loose))
+                positions, left_out = counted, spoilt
+    return _over_ranks(trainer, samples, engine.total, positions, frozenset(engine.loose), left_out)
 
 
 def look_at_one(trainer: L.Trainer, pl_module: L.LightningModule, losses_of: LossesOf) -> None:
@@ -129,19 +130,44 @@ def squared_batch_gradients(
         losses_of: the loss of a batch.
     """
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    positions = 0
+    positions = left_out = 0
     with leaving_no_trace(pl_module), non_reentrant_checkpoints(), torch.enable_grad():
         for numbers, batch in samples.batches(like_length=False):
             terms, count = losses_of(batch, numbers)
-            positions += count
-            add_one_by_one_(total, terms, parameters, Tensor.square_)
-    return SampleSums(*_over_ranks(trainer, total, positions), frozenset())
+            if add_one_by_one_(total, terms, parameters, Tensor.square_):
+                positions += count
+            else:
+                left_out += len(numbers)
+    return _over_ranks(trainer, samples, total, positions, frozenset(), left_out)
 
 
-def _over_ranks(trainer: L.Trainer, total: Mapping[str, Tensor], positions: int) -> tuple[dict[str, Tensor], int]:
+def _add(engine: SampleGradients, losses_of: LossesOf, batch: Any, numbers: list[int]) -> int | None:
+    """Adds a batch; gives how many positions bear loss, or None if the loss is not finite and nothing was added."""
+    positions = 0
+
+    def losses() -> Iterable[Tensor]:
+        nonlocal positions
+        terms, positions = losses_of(batch, numbers)
+        return terms
+
+    return positions if engine.add(len(numbers), losses) else None
+
+
+def _over_ranks(
+    trainer: L.Trainer,
+    samples: TaskSamples,
+    total: Mapping[str, Tensor],
+    positions: int,
+    loose: frozenset[str],
+    left_out: int,
+) -> SampleSums:
+    """The sums of all ranks; warns of samples that were left out."""
     summed = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in total.items()}
-    everywhere = torch.tensor(positions, dtype=torch.float64, device=trainer.strategy.root_device)
-    return summed, int(trainer.strategy.reduce(everywhere, reduce_op="sum"))
+    counts = torch.tensor([positions, left_out], dtype=torch.float64, device=trainer.strategy.root_device)
+    everywhere, spoilt = map(int, trainer.strategy.reduce(counts, reduce_op="sum").tolist())
+    if spoilt:
+        rank_zero_warn(f"{samples.label}: the loss of {spoilt} samples is NaN or infinite; they are left out")
+    return SampleSums(summed, everywhere, loose, spoilt)
 
 
 def _bound(losses_of: LossesOf, batch: Any, numbers: list[int]) -> Callable[[], Iterable[Tensor]]:

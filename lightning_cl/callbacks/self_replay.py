@@ -150,25 +150,25 @@ class SelfReplay(MemoryCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_together(trainer)
-        refuse_sharded(trainer, "SelfReplay: a model cannot write with")
+        refuse_sharded(trainer, f"{type(self).__name__}: a model cannot write with")
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        check_plannable(loader, "SelfReplay", task)
+        check_plannable(loader, type(self).__name__, task)
         if isinstance(loader, StreamLoader):
             for argument, wrong in (("mode='add'", self.mode == "add"), (f"examples={self.examples}", self.examples)):
                 if wrong:
                     raise MisconfigurationException(
-                        f"SelfReplay({argument}): the training data of task {task!r} is a stream, which is read as it"
-                        " is trained on; give mode='replace' and examples=0"
+                        f"{type(self).__name__}({argument}): the training data of task {task!r} is a stream, which is"
+                        " read as it is trained on; give mode='replace' and examples=0"
                     )
             return
         sample = loader.dataset[0] if len(loader.dataset) else None
         if not isinstance(sample, dict) or not {"input_ids", "loss_mask"} <= sample.keys():
             holds = f"the keys {sorted(map(str, sample))}" if isinstance(sample, dict) else type(sample).__name__
             raise MisconfigurationException(
-                f"SelfReplay: a sample of task {task!r} holds {holds}; it has to stand in one batch with what the model"
-                ' writes, {"input_ids", "loss_mask"}, as the samples of text tasks in TaskDataModule do'
+                f"{type(self).__name__}: a sample of task {task!r} holds {holds}; it has to stand in one batch with"
+                ' what the model writes, {"input_ids", "loss_mask"}, as the samples of text tasks in TaskDataModule do'
             )
 
     @override
@@ -186,7 +186,7 @@ class SelfReplay(MemoryCallback):
             return
         curve = curve_of(self.ratio, self.tasks_done + 1)
         mix = Mix(self.buffer, curve, self.mode, seed=seed_of(self.seed, self.tasks_done))
-        mix_into_loader(trainer, loader, mix, "SelfReplay")
+        mix_into_loader(trainer, loader, mix, type(self).__name__)
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

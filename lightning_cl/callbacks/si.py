@@ -27,6 +27,7 @@ class SI(QuadraticPenalty):
     Nothing is measured apart from training: no extra passes over the data. Decoupled weight decay is a part of the step
     really taken, and so of ω. The clamp at zero is per task; the authors' code clamps the running sum over tasks. The
     anchor is where the weights are when a task starts: a head that was reset between tasks is held at its new values.
+    Where a gradient is NaN or infinite, the step adds nothing to ω; the report counts such steps, with a warning.
 
     Memory: 8 bytes per trainable parameter kept (Ω, anchor), and 12 more (ω too) while one is trained (the gradient and
     the weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
@@ -107,7 +108,7 @@ class SI(QuadraticPenalty):
     @override
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._watch.clear()
+        spoilt = self._watch.end(type(self).__name__, self.task)
         parameters = trainable_parameters(pl_module)
         omega = {name: omega for name, omega in self.omega.items() if name in parameters}
         displacement = {
@@ -116,21 +117,24 @@ class SI(QuadraticPenalty):
         damping = self.damping
         if isinstance(damping, str):
             damping = relative_damping(moved.square() for moved in displacement.values())
-        new = path_importance(omega, displacement, damping)
+        new = self.without_non_finite(path_importance(omega, displacement, damping))
         mean = normalize_importance(new) if self.normalize else None
-        self.diagnose(new, "No step lowered the loss: was anything trained?", normalized_by=mean, damping=damping)
+        note = "No step lowered the loss: was anything trained?"
+        self.diagnose(new, note, normalized_by=mean, damping=damping, spoilt_steps=spoilt)
         self.add_importance(new)
         self.set_anchor(pl_module, new)
         self.omega = {}
 
     @override
     def continual_state(self) -> dict[str, Any]:
-        return super().continual_state() | {"omega": {name: full_cpu(t) for name, t in self.omega.items()}}
+        omega = {name: full_cpu(t) for name, t in self.omega.items()}
+        return super().continual_state() | {"omega": omega, "spoilt_steps": int(self._watch.spoilt)}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
         self.omega = dict(state["omega"])
+        self._watch.spoilt = torch.tensor(state.get("spoilt_steps", 0))  # earlier checkpoints do not have it
 
     @override
     def state_bytes(self) -> int:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from lightning_cl.callbacks.placement import local
 
 
 class StepWatch:
     """Keeps each parameter's gradient and value before a step; afterwards gives the gradient and the step taken.
 
     Memory: 8 bytes per parameter, kept from step to step: allocating anew costs more than the copies.
+
+    Attributes:
+        spoilt: in how many steps a gradient was NaN or infinite, and the step was taken all the same (somebody has
+            cleaned the gradient afterwards). A tensor, so that a GPU need not be waited for.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        self.spoilt = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def before(self, parameters: Mapping[str, Tensor], names: Collection[str], scale: float) -> None:
@@ -44,9 +52,29 @@ class StepWatch:
     @torch.no_grad()
     def after(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """For each parameter that was followed its name, its gradient, and ``Δθ``; both may be overwritten."""
+        sums = []
         for name, (gradient, weights) in self._held.items():
+            sums.append(local(gradient).sum())
             yield name, gradient, torch.sub(parameters[name].detach(), weights, out=weights)
+        if sums:
+            spoilt = ~torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
+            self.spoilt = self.spoilt.to(spoilt.device) + spoilt
 
-    def clear(self) -> None:
-        """Frees the memory."""
+    def end(self, owner: str, task: object) -> int:
+        """Ends a task: frees the memory, and warns of :attr:`spoilt` steps, which are counted anew from now on.
+
+        Args:
+            owner: the callback's name.
+            task: that ends.
+
+        Returns:
+            how many steps were spoilt.
+        """
         self._held.clear()
+        spoilt, self.spoilt = int(self.spoilt), torch.zeros((), dtype=torch.int64)
+        if spoilt:
+            rank_zero_warn(
+                f"{owner}: in {spoilt} steps of {task} a gradient was NaN or infinite, and the step was taken all the"
+                " same (a hook or the clipping has cleaned it); the weights concerned are not followed in these steps"
+            )
+        return spoilt

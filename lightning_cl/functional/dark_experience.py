@@ -31,7 +31,8 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Values are mean-centred (:func:`dark_loss` does not see the mean), so that fp16 holds them to a relative error of
     2⁻¹¹ whatever was added to all logits; beyond ±65,504 they are cut off. A logit of −∞ stays −∞, and takes no part
-    in the mean. Memory beyond the logits: one or two fp32 copies of them.
+    in the mean. With a logit that is NaN or +∞ nothing is known of its position: all its values are −∞. Memory beyond
+    the logits: one or two fp32 copies of them.
 
     Args:
         logits: ``[…, classes]`` in any floating-point type.
@@ -56,7 +57,8 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ruled_out = values == UNKNOWN
     mean = values.masked_fill(ruled_out, 0.0).sum(-1, keepdim=True) / (~ruled_out).sum(-1, keepdim=True)
     largest = torch.finfo(torch.float16).max
-    centred = (values - mean).clamp(-largest, largest).masked_fill(ruled_out, UNKNOWN)
+    centred = (values - mean).clamp(-largest, largest)
+    centred = centred.masked_fill(ruled_out | ~mean.isfinite(), UNKNOWN)
     return centred.half(), indices.to(index_type(classes))
 
 

@@ -70,34 +70,61 @@ class FactorSums:
         return True
 
 
-def nearest_kronecker(terms: Sequence[Kronecker], iterations: int = 100) -> Kronecker:
+def nearest_kronecker(terms: Sequence[Kronecker], squarings: int = 50) -> Kronecker:
     """The ``A ⊗ G`` nearest to a sum of such products, in the Frobenius norm (Van Loan & Pitsianis 1993).
 
-    A sum of Kronecker products is a matrix of low rank when it is rearranged; its leading singular vectors are
-    combinations of the terms' factors, found by power iteration on their inner products alone. For positive
-    semi-definite terms the coefficients, and so the result, are not negative.
+    With factors of norm 1 the sum is ``Σ_k w_k A_k ⊗ G_k``. Rearranged, it is a matrix of low rank, and its leading
+    singular vectors are ``Σ_k x_k A_k`` and ``Σ_k y_k G_k``. The vector x is the leading eigenvector of ``D γ D α``,
+    with ``D = diag(w)`` and the inner products α of the ``A_k`` and γ of the ``G_k``; ``y = D α x``. It is found by
+    power iteration: the small matrix is squared again and again. For positive semi-definite terms its entries, the
+    coefficients, and so the result, are not negative. Sizes and small matrices are in float64, so that the scale of the
+    terms does not matter; the result has the balance between both factors that the largest term has.
 
     Args:
         terms: at least one.
-        iterations: of the power iteration.
+        squarings: of the small matrix: as many as ``2 ** squarings`` iterations.
     """
     if len(terms) == 1:
         return terms[0]
-    alpha, gamma = (
-        torch.tensor([[float((p[side] * q[side]).sum(dtype=torch.float64)) for q in terms] for p in terms])
-        for side in (0, 1)
-    )
-    x = torch.ones(len(terms), dtype=alpha.dtype)
-    for _ in range(iterations):
-        x = gamma @ (alpha @ x)
-        if float(x.norm()) == 0.0:
-            return terms[-1]
-        x = x / x.norm()
-    y = alpha @ x
-    length = float(x @ y)
-    inputs = sum((float(c) * t.inputs for c, t in zip(x, terms, strict=True)), torch.zeros_like(terms[0].inputs))
-    outputs = sum((float(c) * t.outputs for c, t in zip(y, terms, strict=True)), torch.zeros_like(terms[0].outputs))
-    return Kronecker(inputs, outputs / length)
+    (a_sizes, a_units), (g_sizes, g_units) = (_units([term[side] for term in terms]) for side in (0, 1))
+    weights = [a * g for a, g in zip(a_sizes, g_sizes, strict=True)]
+    largest = max(range(len(terms)), key=weights.__getitem__)
+    if weights[largest] == 0.0:
+        return terms[-1]
+    w = torch.tensor(weights, dtype=torch.float64) / weights[largest]
+    alpha, gamma = _inner_products(a_units), _inner_products(g_units)
+    power = (w[:, None] * gamma * w) @ alpha
+    for _ in range(squarings):
+        power = power @ power
+        power = power / power.abs().max()
+    x = power.sum(1)
+    x = x / x.abs().max()
+    y = w * (alpha @ x)
+    y = y / (x @ alpha @ x)
+    # The factors of the largest term have their own sizes again; what is relative to them is near 1.
+    inputs = _combined(x * a_sizes[largest], a_units)
+    return Kronecker(inputs, _combined(y * g_sizes[largest], g_units))
+
+
+def _units(sides: Sequence[Tensor]) -> tuple[list[float], list[Tensor]]:
+    """Norms in float64, and the tensors divided by them; a tensor of zeros stays one."""
+    sizes, units = [], []
+    for side in sides:
+        # In two steps: the square of what is small is nothing in fp32.
+        largest = float(side.abs().max())
+        unit = side / largest if largest > 0 else side
+        norm = float(unit.square().sum(dtype=torch.float64)) ** 0.5
+        sizes.append(largest * norm)
+        units.append(unit / norm if norm > 0 else unit)
+    return sizes, units
+
+
+def _inner_products(units: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([[float((p * q).sum(dtype=torch.float64)) for q in units] for p in units], dtype=torch.float64)
+
+
+def _combined(coefficients: Tensor, units: Sequence[Tensor]) -> Tensor:
+    return sum((c * unit for c, unit in zip(coefficients.tolist(), units, strict=True)), torch.zeros_like(units[0]))
 
 
 class Spectrum(NamedTuple):

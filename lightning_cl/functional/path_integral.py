@@ -60,10 +60,11 @@ def relative_damping(squares: Iterable[Tensor]) -> float:
         squares: what the damping is added to, one tensor per parameter.
 
     Returns:
-        The mean, over sharded tensors as a whole; 0.0 where there is nothing.
+        The mean of what is finite, over sharded tensors as a whole; 0.0 where there is nothing.
     """
     total, count = 0.0, 0
     for square in squares:
-        total += float(full_value(square.sum(dtype=torch.float64)))
-        count += square.numel()
+        finite = square.isfinite()
+        total += float(full_value(square.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).sum(dtype=torch.float64)))
+        count += int(full_value(finite.sum()))
     return total / count if count else 0.0

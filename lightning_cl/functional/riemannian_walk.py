@@ -9,6 +9,23 @@ from torch import Tensor
 
 
 @torch.no_grad()
+def add_square_(squares: Tensor, gradient: Tensor) -> Tensor:
+    """``squares += g²`` in place, or nothing where a ``g²`` is NaN or infinite: it would stay in the average for ever.
+
+    Args:
+        squares: the sum since the last update of F, fp32.
+        gradient: of a whole parameter; in fp32 it is overwritten.
+
+    Returns:
+        whether it was added, a bool of no axes on the device, so that a GPU need not be waited for.
+    """
+    square = gradient.float().square_()
+    is_finite = square.sum().isfinite()
+    squares.add_(square.masked_fill_(~is_finite, 0.0))
+    return is_finite
+
+
+@torch.no_grad()
 def running_fisher_(fisher: Tensor, squared_gradient: Tensor, rate: float) -> None:
     """``F ← α · g² + (1 − α) · F`` in place (eq. 6).
 
@@ -29,10 +46,11 @@ def path_score_(score: Tensor, drop: Tensor, fisher: Tensor, displacement: Tenso
         drop: ``ΔL``, what this weight contributed to the drop of the loss since the last call.
         fisher: the running Fisher.
         displacement: ``Δθ`` since the last call.
-        damping: ε, in units of :func:`path_length`. Where both are zero, nothing is added.
+        damping: ε, in units of :func:`path_length`. Where both are zero, or something is not finite, nothing is added.
     """
     length = path_length(fisher, displacement).add_(damping)
-    score.add_(drop.clamp(min=0).div_(length).masked_fill_(length == 0, 0.0))
+    new = drop.clamp(min=0).div_(length).masked_fill_(length == 0, 0.0)
+    score.add_(new.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
 
 
 @torch.no_grad()

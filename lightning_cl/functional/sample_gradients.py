@@ -77,26 +77,27 @@ class SampleGradients:
                 rules.append(rule)
         return rules
 
-    def add(self, samples: int, losses: Callable[[], Iterable[Tensor]]) -> None:
-        """Adds a batch.
+    def add(self, samples: int, losses: Callable[[], Iterable[Tensor]]) -> bool:
+        """Adds a batch, if its loss is finite: NaN of one sample would stay in every sum.
 
         Args:
             samples: how many samples the batch has.
             losses: runs the forward pass and gives scalars, each the sum over the batch of every sample's loss (with
                 several, their graphs may be shared).
+
+        Returns:
+            False if the (first) loss is NaN or infinite, and nothing was added.
         """
         if len(self.loose) == len(self.parameters):
-            return
+            return True
         self._samples = samples
         self._calls.clear()
         with torch.enable_grad(), replaced_forwards({rule.layer: self._watched(rule) for rule in self._rules}):
-            pending: Tensor | None = None
-            for loss in losses():
-                if pending is not None:
-                    self._backward(pending, retain_graph=True)
-                pending = loss
-            if pending is not None:
-                self._backward(pending, retain_graph=False)
+            for number, (loss, last) in enumerate(with_last(losses())):
+                if number == 0 and not bool(loss.isfinite()):
+                    return False
+                self._backward(loss, retain_graph=not last)
+        return True
 
     def check(self, samples: int, losses: Callable[[], Iterable[Tensor]], singles: list[Callable[[], Any]]) -> None:
         """Compares a batch with its samples one by one; what differs is :attr:`loose` from then on.
@@ -108,7 +109,9 @@ class SampleGradients:
         """
         totals, self.total = self.total, {n: torch.zeros_like(t) for n, t in self.total.items()}
         try:
-            self.add(samples, losses)
+            if not self.add(samples, losses):
+                self.loose.update(self.parameters)  # one by one it is seen which of them it is
+                return
             made = self.total
         except torch.OutOfMemoryError:
             raise
@@ -208,7 +211,7 @@ class _Layer(torch.autograd.Function):
 
 def add_one_by_one_(
     total: Mapping[str, Tensor], losses: Iterable[Tensor], parameters: Mapping[str, Tensor], transform: Transform
-) -> None:
+) -> bool:
     """The same for a batch of one sample, by plain autograd.
 
     Args:
@@ -216,13 +219,19 @@ def add_one_by_one_(
         losses: scalars; their graphs may be shared.
         parameters: name to parameter.
         transform: in place, applied to the sample's gradient.
+
+    Returns:
+        False if the (first) loss is NaN or infinite, and nothing was added.
     """
     with torch.enable_grad():
-        for loss, last in with_last(losses):
+        for number, (loss, last) in enumerate(with_last(losses)):
+            if number == 0 and not bool(loss.isfinite()):
+                return False
             gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=not last, allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     total[name].add_(transform(gradient.detach().float()))
+    return True
 
 
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

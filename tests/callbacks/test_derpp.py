@@ -716,3 +716,24 @@ def test_no_hook_is_left_behind(tmp_path):
 def test_arguments_out_of_range_are_named(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         DERpp(**setting)
+
+
+class Stuttering(Classifier):
+    """In evaluation mode some samples have no logits."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if self.training else logits.masked_fill(x[:, :1] > 1, torch.nan)
+
+
+def test_logits_that_are_nan_are_not_stored_and_counted(tmp_path):
+    """They would make every later task NaN."""
+    method, module = DERpp(40, 0.5, outputs=logits_of, storage="memory"), seeded(Stuttering)
+    bad = int((TASKS["a"].tensors[0][:, 0] > 1).sum())
+    with pytest.warns(UserWarning, match=rf"DERpp: the logits of {bad} positions of task 1/2 'a' are NaN"):
+        fit(tmp_path, [method], module, {"a": TASKS["a"], "b": TASKS["b"]})
+    assert all(p.isfinite().all() for p in module.parameters())
+    report = method.report()
+    assert report["positions_without_logits"]["a"] == bad > 0
+    assert report["dark_loss"]["b"] > 0
+    assert any(f"the logits of {bad} positions" in said for said in report["sentences"])

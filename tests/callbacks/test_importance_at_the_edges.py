@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from regularized import Growing, fit, logits_of, plain_fit, seeded
+from regularized import Growing, assert_each, fit, logits_of, plain_fit, seeded
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toys import Classifier, classification, trainer
 
@@ -38,6 +38,116 @@ def test_an_importance_that_is_not_finite_is_said_and_does_not_spread(tmp_path, 
     assert float(ewc.importance["odd"]) == 0
     assert all(value.isfinite().all() for value in ewc.importance.values())
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+class Cleaning(Classifier):
+    """Somebody's hook makes zeros of gradients that are NaN."""
+
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            p.grad.nan_to_num_(nan=0.0)
+
+
+def spoilt(seed, rows=(3, 17)):
+    """A task with two samples that are NaN."""
+    x, y = classification(seed).tensors
+    x[list(rows)] = torch.nan
+    return TensorDataset(x, y)
+
+
+def by_hand(module, method, dataset):
+    """The importance of all samples that are numbers, one by one."""
+    total, count = {n: torch.zeros_like(p) for n, p in module.named_parameters()}, 0
+    for x, y in dataset:
+        if x.isnan().any():
+            continue
+        count += 1
+        logits = module(x[None])
+        p, log_p = logits.detach().softmax(-1)[0], logits.log_softmax(-1)[0]
+        terms = {"EWC": [-(p[y] ** 0) * log_p[y]], "MAS": [logits.square().sum()]}.get(type(method).__name__)
+        if getattr(method, "estimator", None) == "exact":
+            terms = [-(p[c] ** 0.5) * log_p[c] for c in range(3)]
+        for term in terms:
+            gradients = torch.autograd.grad(term, list(module.parameters()), retain_graph=True)
+            for n, g in zip(total, gradients, strict=True):
+                total[n] += g.abs() if isinstance(method, MAS) else g.square()
+    return {n: value / count for n, value in total.items()}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda **more: EWC(1.0, "empirical", normalize=False, **more),
+        lambda **more: EWC(1.0, "exact", normalize=False, **more),
+        lambda **more: MAS(1.0, normalize=False, **more),
+    ],
+)
+def test_samples_that_are_nan_are_left_out_and_counted(tmp_path, method):
+    """Not the importance of all weights: that would be NaN, and then nothing at all."""
+    method, module, tasks = method(outputs=logits_of), seeded(Cleaning), {"a": spoilt(1)}
+    with pytest.warns(UserWarning, match=rf"{type(method).__name__}.*'a'.*the loss of 2 samples is NaN"):
+        fit(tmp_path, [method], module, tasks, max_epochs=1)
+    assert_each(method.importance, by_hand(module, method, tasks["a"]), 1e-4)
+    assert method.report()["importance"][0]["left_out"] == 2
+    assert any("the loss of 2 samples" in said for said in method.report()["sentences"])
+
+
+def test_factors_are_those_of_the_samples_that_are_numbers(tmp_path):
+    method, module, tasks = KFACEWC(1.0, "empirical", normalize=False), seeded(Cleaning), {"a": spoilt(1)}
+    with pytest.warns(UserWarning, match=r"KFACEWC.*the loss of 2 samples is NaN"):
+        fit(tmp_path, [method], module, tasks, max_epochs=1)
+    x, y = tasks["a"].tensors
+    x, y = x[~x.isnan().any(1)], y[~x.isnan().any(1)]
+    logits = module(x)
+    g = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y, reduction="sum"), logits)[0]
+    found = method.factors["net.0.weight"], method.factors["net.4.weight"]
+    torch.testing.assert_close(found[0].inputs, x.T @ x / len(x))
+    torch.testing.assert_close(found[1].outputs, g.T @ g / len(x), rtol=1e-4, atol=1e-6)
+
+
+class InfiniteLayer(Classifier):
+    """A layer whose loss has an infinite derivative at its output in evaluation mode, and is finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.odd = torch.nn.Linear(8, 2)
+        torch.nn.init.zeros_(self.odd.weight)
+        torch.nn.init.zeros_(self.odd.bias)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (0.0 if self.training else self.odd(batch[0]).sqrt().sum())
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.net.parameters(), lr=self.lr)
+
+
+def test_factors_that_are_not_finite_are_said(tmp_path):
+    method = KFACEWC(1.0, estimator="empirical")
+    with pytest.warns(UserWarning, match=r"KFACEWC: after task 1/2 'a' the importance of 18 weights is not finite"):
+        fit(tmp_path, [method], seeded(InfiniteLayer), max_epochs=1)
+    assert "odd.weight" not in method.factors
+    assert float(method.importance["odd.weight"].abs().sum()) == 0
+    assert method.factors["net.0.weight"].trace() > 0
+
+
+@pytest.mark.parametrize("kind", [SI, RWalk], ids=lambda kind: kind.__name__)
+def test_a_gradient_that_a_hook_has_cleaned_spoils_nothing(tmp_path, kind):
+    """One NaN made the importance NaN for ever, and with the penalty the next task learnt nothing."""
+    clean, method = kind(0.01), kind(0.01)
+    ends = []
+    for one, tasks in ((clean, {"a": classification(1)}), (method, {"a": spoilt(1)})):
+        module = fit(tmp_path, [one], seeded(Cleaning), tasks | {"b": classification(2)}, max_epochs=3)
+        with torch.no_grad():
+            x, y = classification(2).tensors
+            ends.append(float(torch.nn.functional.cross_entropy(module(x), y)))
+    assert all(value.isfinite().all() for value in method.importance.values())
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert ends[1] < ends[0] + 0.05  # the second task was learnt
+    entries = method.report()["importance"]
+    assert entries[0]["spoilt_steps"] > 0
+    assert entries[0]["total"] > 0
+    assert entries[1]["spoilt_steps"] == 0
+    assert any("steps a gradient was NaN" in said for said in method.report()["sentences"])
 
 
 class Switch(L.Callback):

@@ -166,6 +166,28 @@ def nearest(terms):
     return u[:, 0].reshape(a.shape) * s[0], v[0].reshape(g.shape)
 
 
+class Small(Classifier):
+    """In evaluation mode its loss is given in another unit."""
+
+    unit = 1.0
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1.0 if self.training else self.unit)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_small_fisher_is_merged_as_a_large_one_is(tmp_path, normalize):
+    """At factors of 1e-18 the earlier task was dropped: squares of squares are nothing in fp32."""
+    found = []
+    for unit in (1.0, 1e-9):
+        method, module = kfac(strength=0.0, normalize=normalize), seeded(Small)
+        module.unit = unit
+        fit(tmp_path, [method], module)
+        scale = 1.0 if normalize else unit**2
+        found.append({n: product(f) / scale for n, f in method.factors.items()})
+    assert_each(found[1], found[0], 1e-4)
+
+
 # ---------------------------------------------------------------------- what is applied
 
 

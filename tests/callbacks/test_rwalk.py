@@ -269,6 +269,35 @@ def test_an_overflow_does_not_poison_what_is_measured(tmp_path, fused):
             assert_each(kept[kind], getattr(equations, kind), 1e-3)
 
 
+class Cleaned(Classifier):
+    """Somebody's loss is NaN at two steps, and somebody's hook makes zeros of the gradients."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.trainer.global_step in (0, 8) else loss
+
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            p.grad.nan_to_num_(nan=0.0)
+
+
+def test_a_gradient_that_somebody_cleans_is_as_if_that_step_had_not_been(tmp_path):
+    method, module = rwalk(every=1, rate=0.5, damping=1e-6), seeded(Cleaned)
+    way = Way(method)
+    with pytest.warns(UserWarning, match=r"RWalk: in 2 steps of task 1/2 'a' a gradient was NaN"):
+        fit(tmp_path, [method, way], module)
+    way.keep()
+    equations = Equations(method.fisher, rate=0.5, every=1, damping=1e-6)
+    for kept, steps, count in zip(way.kept, way.ways(), (10, 12), strict=True):
+        real = [step for step in steps if all(gradient.isfinite().all() for _, gradient, _ in step.values())]
+        assert len(real) == count
+        equations.task(real)
+        for kind in ("fisher", "score", "importance"):
+            assert_each(kept[kind], getattr(equations, kind), 1e-3)
+    assert [entry["spoilt_steps"] for entry in method.report()["importance"]] == [2, 0]
+    assert any("in 2 steps a gradient was NaN" in said for said in method.report()["sentences"])
+
+
 # ---------------------------------------------------------------------- bookkeeping
 
 

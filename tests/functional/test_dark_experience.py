@@ -461,3 +461,18 @@ def test_logits_of_many_chunks_are_compared_chunk_by_chunk(monkeypatch):
         ends.append((loss.detach(), *torch.autograd.grad(loss, student)))
     torch.testing.assert_close(ends[1][0], ends[0][0])
     torch.testing.assert_close(ends[1][1], ends[0][1])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [2, 5])
+def test_of_a_position_that_is_not_finite_nothing_is_known(bad, k):
+    logits = randn(3, 5)
+    logits[1, 3] = bad
+    values, indices = top_logits(logits, k)
+    assert (values[1] == -torch.inf).all()
+    assert values[[0, 2]].isfinite().all()
+    student = randn(3, 5).requires_grad_()
+    dark_loss(student, values, indices).backward()
+    assert student.grad.isfinite().all()
+    assert (student.grad[1] == 0).all()
+    assert (student.grad[[0, 2]] != 0).any(1).all()

@@ -257,6 +257,49 @@ def test_terms_of_very_different_size():
     torch.testing.assert_close(dense(nearest_kronecker(terms)), expected, rtol=1e-5, atol=1e-3)
 
 
+def single(term):
+    return Kronecker(*(side.float() for side in term))
+
+
+@pytest.mark.parametrize("inputs", [-18, -9, 0, 9])
+@pytest.mark.parametrize("outputs", [-20, -18, -9, 0, 12])
+@pytest.mark.parametrize("apart", [-3, 0])
+def test_the_scale_of_the_factors_does_not_matter(inputs, outputs, apart):
+    """In fp32, as they are kept: at 1e-18 squares of squares are nothing, and the earlier task was dropped."""
+    terms = [factors(seed) for seed in range(2)]
+    terms[0] = Kronecker(10.0**apart * terms[0].inputs, terms[0].outputs)
+    expected, _ = nearest_by_svd(terms)
+    scaled = [single(Kronecker(10.0**inputs * a, 10.0**outputs * g)) for a, g in terms]
+    found = nearest_kronecker(scaled)
+    assert all(side.dtype == torch.float32 for side in found)
+    back = Kronecker(found.inputs.double() / 10.0**inputs, found.outputs.double() / 10.0**outputs)
+    error = (dense(back) - expected).norm() / expected.norm()
+    assert error < 1e-6
+    assert (dense(terms[1]) - expected).norm() > 1e-4 * expected.norm()  # the first one is noticed
+
+
+@pytest.mark.parametrize("decades", range(-30, 31, 6))
+def test_a_size_may_stand_in_either_factor(decades):
+    """``c A ⊗ G`` is ``A ⊗ c G``: how a term's size is shared out among its factors changes nothing."""
+    c = 10.0**decades
+    one, other = factors(0), factors(1)
+    expected = dense(nearest_kronecker([one, other]))
+    found = nearest_kronecker([single(Kronecker(c * one.inputs, one.outputs / c)), single(other)])
+    error = (dense(Kronecker(*(side.double() for side in found))) - expected).norm() / expected.norm()
+    assert error < 1e-6
+
+
+def test_nearly_equal_singular_values_are_told_apart():
+    """Two terms that have next to nothing in common: 100 steps of a power iteration would not do."""
+    a, b = torch.diag(torch.tensor([1.0, 1e-4])).double(), torch.diag(torch.tensor([1e-4, 1.0])).double()
+    found = nearest_kronecker([Kronecker(1.001 * a, a), Kronecker(b, b)])
+    total = 1.001 * dense((a, a)) + dense((b, b))
+    u, sizes, v = torch.linalg.svd(rearranged(total, 2, 2))
+    assert 1.0005 < sizes[0] / sizes[1] < 1.0015
+    expected = dense(Kronecker(u[:, 0].reshape(2, 2) * sizes[0], v[0].reshape(2, 2)))
+    torch.testing.assert_close(dense(found), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_one_term_is_itself():
     pair = factors()
     torch.testing.assert_close(dense(nearest_kronecker([pair])), dense(pair), rtol=1e-6, atol=1e-9)
