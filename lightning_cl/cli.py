@@ -81,6 +81,9 @@ _EARLY_OPTIONS = {
 }
 
 
+_LOAD_BEST = "Each task ends with the weights of its best checkpoint; needs a ModelCheckpoint with a monitor."
+
+
 class ContinualCLI(LightningCLI):
     """LightningCLI whose ``fit`` goes through a sequence of tasks.
 
@@ -129,6 +132,8 @@ class ContinualCLI(LightningCLI):
         )
         for option, (metavar, text) in options.items():
             parser.add_argument(option, action=EarlyOption, metavar=metavar, help=text)
+        if subcommand == "fit":
+            parser.add_argument("--load_best", type=bool, default=False, help=_LOAD_BEST)
         return parser
 
     @override
@@ -173,7 +178,7 @@ class ContinualCLI(LightningCLI):
                 callback.setup(self.trainer, model, "fit")
                 # On all ranks: one that came back to it later would wait for the others for ever.
                 callback.already_saved = True
-        fit_tasks(self.trainer, model, datamodule, ckpt_path)
+        fit_tasks(self.trainer, model, datamodule, ckpt_path, self._get(self.config_init, "load_best"))
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):  # type: ignore[attr-defined]
             if model.lora is not None and isinstance(model.source, dict):
                 return  # an adapter whose base exists nowhere else: the checkpoints have both

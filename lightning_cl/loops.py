@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
@@ -50,18 +51,22 @@ class Limits:
     max_epochs: int | None
     max_steps: int
     min_steps: int | None
+    accumulated: int = 1
+    """Batches of an optimizer step; a ``GradientAccumulationScheduler`` changes it while a task is trained."""
 
 
 @contextmanager
 def restored_limits(trainer: L.Trainer) -> Iterator[Limits]:
     """The Trainer's own limits; whatever happens inside, it has them again afterwards."""
-    limits = Limits(trainer.max_epochs, trainer.max_steps, trainer.fit_loop.min_steps)
+    accumulated = trainer.accumulate_grad_batches
+    limits = Limits(trainer.max_epochs, trainer.max_steps, trainer.fit_loop.min_steps, accumulated)
     try:
         yield limits
     finally:
         loop = trainer.fit_loop
         loop.max_epochs, loop.epoch_loop.max_steps = limits.max_epochs, limits.max_steps
         loop.epoch_loop.min_steps = limits.min_steps
+        trainer.accumulate_grad_batches = limits.accumulated
 
 
 def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
@@ -78,13 +83,13 @@ def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
         raise MisconfigurationException(
             f"task {task.name!r} would never end: set Trainer(max_epochs=…) or max_steps, or the task's own"
         )
-    loop = trainer.fit_loop
+    loop, trainer.accumulate_grad_batches = trainer.fit_loop, limits.accumulated
     loop.epoch_progress.current.reset()
     loop.epoch_loop.batch_progress.current.reset()
     loop.epoch_loop.batch_progress.is_last_batch = False
     loop.max_epochs = epochs if epochs is not None else -1
     loop.epoch_loop.max_steps = steps
-    return Limits(epochs, steps, limits.min_steps)
+    return Limits(epochs, steps, limits.min_steps, limits.accumulated)
 
 
 def _limits_of_task(task: Task, max_epochs: int | None, max_steps: int) -> tuple[int | None, int]:
@@ -145,6 +150,13 @@ def forget_restart(trainer: L.Trainer) -> None:
     loop = trainer.fit_loop
     # The fit loop's own `restarting` cannot be set to False where `max_steps` counts.
     loop._restarting = loop.epoch_loop.restarting = False
+
+
+def load_weights(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Loads a checkpoint's weights into the module that is being trained, and nothing else of it."""
+    module = trainer.lightning_module
+    call._call_lightning_module_hook(trainer, "on_load_checkpoint", checkpoint)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
 
 
 def batches_in_flight(trainer: L.Trainer) -> int:

@@ -2,19 +2,19 @@
 
 How Lightning's loops are brought to do so is in :mod:`lightning_cl.loops`. Two more of its traps are dealt with here:
 
-* EarlyStopping and ModelCheckpoint carry scores over. So they are put back to what they were before the first task.
+* Callbacks carry scores and averages over. So they are put back to what they were before the first task
+  (:mod:`lightning_cl.foreign_callbacks`).
 * Lightning's own checkpoints are written before a task's end. So a boundary checkpoint is written after it.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import check_state, check_trainer, methods_of, named
-from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator
+from lightning_cl.callbacks.coordinator import CHECKPOINT_KEY, TaskCoordinator, best_of
 from lightning_cl.checkpoint_io import (
     DurableCheckpointIO,
     TorchCheckpointIO,
@@ -33,6 +33,7 @@ from lightning_cl.checkpoint_io import (
 )
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation.tasks import describe_plan
+from lightning_cl.foreign_callbacks import Pristine, check_foreign, starts_clean
 from lightning_cl.loops import Limits, forget_progress, limit_to_task, restored_limits
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.stopping import heed, heeding_sigterm
@@ -44,13 +45,14 @@ def fit_tasks(
     module: L.LightningModule,
     data: TaskDataModule | dict[str, Any] | list[Any],
     ckpt_path: str | Path | None = None,
+    load_best: bool = False,
 ) -> dict[str, Any]:
     """Trains a module on one task after another.
 
     The Trainer's ``max_epochs`` and ``max_steps`` are per task. Optimizer and schedule are fresh for each task;
-    EarlyStopping and ModelCheckpoint work per task, checkpoints in a folder for each. After each task come, in this
-    order: what the callbacks measure and keep (importance, buffer), the row of the matrix, and a boundary checkpoint
-    ``tasks/<index>-<name>.ckpt`` in the run's folder.
+    EarlyStopping, ModelCheckpoint and all other callbacks of Lightning's start each task anew, with a folder for each
+    task's checkpoints. After each task come, in this order: what the callbacks measure and keep (importance, buffer),
+    the row of the matrix, and a boundary checkpoint ``tasks/<index>-<name>.ckpt`` in the run's folder.
 
     Args:
         trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: one batch of every task, and
@@ -60,6 +62,8 @@ def fit_tasks(
         ckpt_path: a checkpoint of this sequence to go on from, inside a task or at a boundary, or ``"last"`` for the
             newest whole one in the Trainer's ``default_root_dir``. Tasks may have been added at the end of the list:
             then only those are trained.
+        load_best: each task ends with the weights of its best checkpoint, as the Trainer's ``ModelCheckpoint`` with a
+            ``monitor`` finds it: they are what the methods measure and keep, and what the next task starts from.
 
     Returns:
         The retention summary of :class:`~lightning_cl.TaskMatrix`; without one, an empty dictionary.
@@ -72,7 +76,7 @@ def fit_tasks(
         data = TaskDataModule(data)
     methods = {name for _, name in named(methods_of(trainer))}
     checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
-    coordinator = _prepare(trainer, module, data, checkpoint_path)
+    coordinator = _prepare(trainer, module, data, checkpoint_path, load_best)
     try:
         with heeding_sigterm(), restored_limits(trainer) as limits:
             _train(trainer, module, data, coordinator, checkpoint_path, limits)
@@ -133,16 +137,27 @@ def _train(
 
 
 def _prepare(
-    trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, checkpoint_path: Path | None
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule,
+    checkpoint_path: Path | None,
+    load_best: bool,
 ) -> TaskCoordinator:
     check_trainer(trainer, module)
+    check_foreign(trainer)
     _check_settings(trainer, module)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    if load_best and best_of(trainer) is None:
+        raise MisconfigurationException(
+            "load_best=True: the Trainer has no ModelCheckpoint that looks for a best one: give"
+            " Trainer(callbacks=[ModelCheckpoint(monitor='val_loss')])"
+        )
     coordinator = TaskCoordinator.of(trainer)
+    coordinator.load_best = load_best
     coordinator.begin_sequence(trainer, data, checkpoint_path)
     # Before the first evaluation, which makes ModelCheckpoint fix its folder.
-    _remember_scored(trainer, coordinator)
+    _remember_foreign(trainer, coordinator)
     data.driven = True
     return coordinator
 
@@ -220,41 +235,21 @@ def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataM
 # ---------------------------------------------------------------------- each task
 
 
-def _has_scores(callback: Callback) -> bool:
-    return isinstance(callback, (EarlyStopping, ModelCheckpoint, Timer))
-
-
-def _snapshot(callback: Callback) -> dict[str, Any]:
-    """A callback as its owner made it; what cannot be copied (a lock) is kept as it is."""
-    values = {}
-    for name, value in vars(callback).items():
-        if name in ("log", "log_dict"):
-            continue  # Lightning puts the module's here
-        try:
-            values[name] = copy.deepcopy(value)
-        except (TypeError, AttributeError, RuntimeError):
-            values[name] = value
-    return values
-
-
-def _remember_scored(trainer: L.Trainer, coordinator: TaskCoordinator) -> None:
+def _remember_foreign(trainer: L.Trainer, coordinator: TaskCoordinator) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if _has_scores(callback) and id(callback) not in coordinator.pristine:
-            coordinator.pristine[id(callback)] = (callback, _snapshot(callback))
+        if starts_clean(callback) and id(callback) not in coordinator.pristine:
+            coordinator.pristine[id(callback)] = Pristine(callback)
 
 
 def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
-    """The user's own EarlyStopping, ModelCheckpoint and Timer objects, as when first seen, with a folder per task."""
+    """The user's own callbacks as when first seen, ModelCheckpoint with a folder per task."""
     trainer.should_stop = False
     folder = run_folder(trainer)
-    _remember_scored(trainer, coordinator)  # what the module's configure_callbacks has made since
+    _remember_foreign(trainer, coordinator)  # what the module's configure_callbacks has made since
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not _has_scores(callback):
+        if not starts_clean(callback):
             continue
-        _, values = coordinator.pristine[id(callback)]
-        fresh = type("_", (), {})()
-        vars(fresh).update(values)
-        vars(callback).update(_snapshot(fresh))
+        coordinator.pristine[id(callback)].restore()
         if isinstance(callback, ModelCheckpoint):
             base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
             callback.dirpath = str(base / f"{index}-{task.slug}")

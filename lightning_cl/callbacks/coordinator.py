@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.all_ranks import from_all_ranks
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import FORMAT, check_state, check_trainer, methods_of, named
-from lightning_cl.checkpoint_io import run_folder
+from lightning_cl.checkpoint_io import read_checkpoint, run_folder
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.row_kinds import Kinds
 from lightning_cl.data.stream import StreamLoader
@@ -32,6 +32,7 @@ from lightning_cl.loops import (
     count_from,
     forget_restart,
     let_methods_mix,
+    load_weights,
 )
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.stopping import heed
@@ -62,7 +63,9 @@ class TaskCoordinator(Callback):
         self.limits: Limits | None = None
         self.lr: float | None = None
         self.data: TaskDataModule | None = None
-        self.pristine: dict[int, tuple[Callback, dict[str, Any]]] = {}
+        self.pristine: dict[int, Any] = {}  # other people's callbacks as they were before the first task
+        self.load_best = False
+        self._steps_at_fit = 0
         self.costs: list[dict[str, float]] = []
         self.applied: dict[str, Tensor] = {}  # what several proximal penalties have applied in this step
         self.begin_seconds = 0.0  # what methods spent before this task's training
@@ -133,6 +136,7 @@ class TaskCoordinator(Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._steps_at_fit = trainer.global_step
         if self.limits is not None:
             count_from(trainer, self.limits, self.first_step)
         if self.lr is not None:
@@ -270,6 +274,12 @@ class TaskCoordinator(Callback):
             self._states_to_restore = resumed["random_states"]
             self._end_task(trainer, pl_module)
             pl_module.cpu()
+        elif not self.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):
+            rank_zero_warn(
+                "trainer.fit has trained no step, and the methods have seen nothing: the Trainer's max_epochs or"
+                " max_steps had been reached before (they count all fits of a Trainer, and what a checkpoint has"
+                " trained). Raise them, or use lightning_cl.fit_tasks, where they are per task"
+            )
 
     def _end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_handles()
@@ -281,6 +291,8 @@ class TaskCoordinator(Callback):
         self._clock = None
         start = time.monotonic()
         reshard(pl_module)
+        if self.load_best:
+            self._load_best(trainer, pl_module)
         self._save_before_end(trainer)
         for method, name in named(self.methods(trainer)):
             if name in self.end_done:
@@ -302,6 +314,17 @@ class TaskCoordinator(Callback):
                 **self._sample_counts(trainer),
             }
         )
+
+    def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The weights of the task's best checkpoint take the place of the last ones."""
+        saver = best_of(trainer)
+        path = saver.best_model_path if saver is not None else ""
+        if not path or not Path(path).is_file():
+            rank_zero_warn(
+                f"load_best: no checkpoint of {self.position} has a best score; it ends with its last weights"
+            )
+            return
+        load_weights(trainer, read_checkpoint(path))
 
     def _save_before_end(self, trainer: L.Trainer) -> None:
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
@@ -362,6 +385,7 @@ class TaskCoordinator(Callback):
     def end_sequence(self) -> None:
         """``fit_tasks`` returns, or failed: a plain fit is a task by itself again."""
         self.driven, self.data, self.limits, self.lr, self.checkpoint_path = False, None, None, None, None
+        self.load_best = False
 
     def begin_task(self, position: TaskPosition) -> None:
         """A fresh task is about to be fitted (called by ``fit_tasks``)."""
@@ -412,9 +436,8 @@ class TaskCoordinator(Callback):
         if self.at_boundary:
             # The next task gets a fresh optimizer and schedule, and scores of its own.
             checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
-                    checkpoint["callbacks"].pop(callback.state_key, None)
+            for pristine in self.pristine.values():
+                checkpoint["callbacks"].pop(pristine.callback.state_key, None)
 
     def _is_ending(self, name: str) -> bool:
         return self._ending is not None and self._ending["name"] == name
@@ -473,6 +496,12 @@ class TaskCoordinator(Callback):
         for method, name in named(self.methods(trainer)):
             method.tasks_done = state["methods"][name]["tasks_done"]
             method.load_continual_state(state["methods"][name]["state"])
+
+
+def best_of(trainer: L.Trainer) -> ModelCheckpoint | None:
+    """The first ModelCheckpoint that looks for a best score."""
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return next((saver for saver in savers if saver.monitor is not None), None)
 
 
 def _kept_state(method: ContinualCallback) -> dict[str, Any]:
