@@ -26,6 +26,7 @@ from lightning_cl.cli_predict import predict_tasks
 from lightning_cl.cli_runs import EarlierRun, expand_run
 from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_strength
 from lightning_cl.cli_seeds import run_seeds, tell_folder
+from lightning_cl.cli_yaml import check_files
 from lightning_cl.data import TaskDataModule
 from lightning_cl.evaluation.tasks import evaluate_tasks
 from lightning_cl.loops import plan_limits
@@ -57,6 +58,10 @@ _SUBCOMMANDS = {
 _RUN = (
     "Folder of an earlier run: its saved configuration, which the other options override, and its {}. The new run has a"
     " folder of its own."
+)
+_TRUST = (
+    "With --run, without being asked: import what the run's configuration names from other packages than lightning_cl,"
+    " torch, lightning and transformers, and run a model's own Python files where it says trust_remote_code."
 )
 _EARLY_OPTIONS = {
     "--run": ("RUN", _RUN.format("last checkpoint; with --add, the one behind its last task")),
@@ -134,10 +139,12 @@ class ContinualCLI(LightningCLI):
             parser.add_argument(option, action=EarlyOption, metavar=metavar, help=text)
         if subcommand == "fit":
             parser.add_argument("--load_best", type=bool, default=False, help=_LOAD_BEST)
+        parser.add_argument("--trust", action=EarlyOption, nargs=0, help=_TRUST)
         return parser
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_files(HelpfulParser.arguments)
         arguments, self.earlier = expand_run(HelpfulParser.arguments, tuple(_SUBCOMMANDS))
         self.config = parser.parse_args(arguments)
         trial = asked_trial()

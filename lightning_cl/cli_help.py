@@ -58,6 +58,16 @@ def take_option(arguments: Sequence[str], example: str) -> tuple[list[str], list
     return values, rest
 
 
+def take_flag(arguments: Sequence[str], flag: str) -> tuple[bool, list[str]]:
+    """Takes all occurrences of an option without a value out of a command line.
+
+    Returns:
+        whether it was there, and the arguments that are left.
+    """
+    rest = [argument for argument in arguments if argument != flag]
+    return len(rest) < len(arguments), rest
+
+
 class HelpfulParser(LightningArgumentParser):
     """Lightning's parser; an error is one message with the names that would have been right."""
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_cl.checkpoint_io import find_last_checkpoint, is_whole
-from lightning_cl.cli_help import take_option
+from lightning_cl.cli_help import take_flag, take_option
+from lightning_cl.cli_trust import ask_for_trust
+from lightning_cl.cli_yaml import read_yaml
 
 _RUN, _ADD = "--run runs/quickstart/version_0", "--add mails=data/mails.jsonl"
 
@@ -75,6 +76,9 @@ def expand_run(arguments: Sequence[str], subcommands: Sequence[str]) -> tuple[li
     """
     runs, rest = take_option(arguments, _RUN)
     additions, rest = take_option(rest, _ADD)
+    trusted, rest = take_flag(rest, "--trust")
+    if trusted and not runs:
+        raise ValueError(f"--trust: of what an earlier run's configuration imports; give its folder too: {_RUN}")
     if not runs:
         if additions:
             raise ValueError(f"--add={additions[0]}: a task is added to an earlier run; give its folder too: {_RUN}")
@@ -93,6 +97,7 @@ def expand_run(arguments: Sequence[str], subcommands: Sequence[str]) -> tuple[li
     if additions and subcommand != "fit":
         raise ValueError(f"--add={additions[0]}: only `fit` trains a new task; for {subcommand}, give --run alone")
     config = _saved_config(folder)
+    ask_for_trust(folder, config, trusted)
     names = []
     for addition in additions:
         names.append(_add(config, addition))
@@ -138,10 +143,7 @@ def _saved_config(folder: Path) -> dict[str, Any]:
         below = sorted(folder.glob("*/config.yaml"), key=lambda found: found.stat().st_mtime_ns)
         hint = f"did you mean --run {below[-1].parent}?" if below else f"give the folder of a run, as in {_RUN}"
         raise FileNotFoundError(f"--run={folder}: there is no config.yaml in it; {hint}")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--run={folder}: {path} cannot be read ({' '.join(str(error).split())})") from error
+    config = read_yaml(path, f"--run={folder}")
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise ValueError(f"--run={folder}: {path} is not the configuration of a run: it has no `data`")
     for key in ("ckpt_path", "verbose", "return_predictions"):
