@@ -17,12 +17,13 @@ from typing_extensions import override
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.generation import answers, prompt_tokens
 from lightning_cl.models.frozen_base import checksum, frozen_names, load_without_base
-from lightning_cl.models.heads import SplitHead, check_isolation
+from lightning_cl.models.heads import SplitHead
 from lightning_cl.models.loading import Precision, Quantization, add_lora, check_lora, load_pretrained
 from lightning_cl.models.positions import check_positions
 from lightning_cl.models.saving import save_adapter, save_merged, save_whole
 from lightning_cl.models.schedule import WarmupDecay
 from lightning_cl.models.scratch import from_config
+from lightning_cl.models.visibility import check_causality, check_isolation
 from lightning_cl.random_state import untouched_random_state
 
 ScheduleCallable = Callable[[torch.optim.Optimizer, int], LRScheduler]
@@ -117,7 +118,7 @@ class CausalLM(L.LightningModule):
         self._base: frozenset[str] = frozenset()
         self._base_checksum: str | None = None
         self._head: SplitHead | None = None
-        self._isolation_checked = False
+        self._causality_checked = self._isolation_checked = False
 
     # ------------------------------------------------------------------ the model
 
@@ -196,6 +197,9 @@ class CausalLM(L.LightningModule):
         return self._step(batch, "test")
 
     def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
+        if not self._causality_checked:
+            check_causality(self.lm)
+            self._causality_checked = True
         if not self._isolation_checked and "attention_mask" not in batch and "position_ids" in batch:
             check_isolation(self.lm)
             self._isolation_checked = True

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 
@@ -67,8 +66,8 @@ class SplitHead:
             return False
         if decoder is None or head is None or decoder is self._causal:
             return False
-        with _evaluated(self._causal):
-            ids = _few_tokens(self._causal)
+        with evaluated(self._causal):
+            ids = few_tokens(self._causal)
             # An untrained model's logits are small: larger ones show what bends them.
             for factor in (1.0, 1000.0):
                 handle = decoder.register_forward_hook(_scaled(factor))
@@ -96,36 +95,9 @@ def _scaled(factor: float) -> Any:
     return hook
 
 
-def check_isolation(model: Any) -> None:
-    """Whether packed documents do not see each other: two of them, packed and apart, must have the same logits.
-
-    Raises:
-        MisconfigurationException: if they see each other.
-    """
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    flash = "flash" in str(getattr(model.config, "_attn_implementation", ""))
-    device = next(model.parameters()).device.type
-    # In fp32 rounding cannot hide a small leak; flash attention knows 16 bits alone.
-    exactly = torch.autocast(device, enabled=False) if dtype == torch.float32 and not flash else nullcontext()
-    with _evaluated(model), exactly:
-        # Two rows, as in a batch: flash attention keeps documents apart in a single row only.
-        ids = _few_tokens(model).repeat(2, 1)
-        half = ids.shape[1] // 2
-        places = torch.arange(half, device=ids.device).repeat(2)[None].repeat(2, 1)
-        apart = model(input_ids=ids[:, half:], use_cache=False).logits
-        packed = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, half:]
-        leaking = model(input_ids=ids, use_cache=False).logits[:, half:]
-        error, leak = (float((other - apart).abs().max()) for other in (packed, leaking))
-    rounding = 4 * torch.finfo(apart.dtype).eps * float(apart.abs().max())
-    if error > max(0.01 * leak, rounding) or error > 0.5 * leak > 0:
-        raise MisconfigurationException(
-            f"packing=True: {type(model).__name__} lets packed documents see each other (it does not read position_ids"
-            " as their borders); use packing=False, or with flash attention batch_size=1 or attn_implementation='sdpa'"
-        )
-
-
 @contextmanager
-def _evaluated(model: Any) -> Iterator[None]:
+def evaluated(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients inside; afterwards each submodule has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -136,6 +108,7 @@ def _evaluated(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _few_tokens(model: Any) -> Tensor:
+def few_tokens(model: Any) -> Tensor:
+    """Some tokens of a model's vocabulary, int64 ``[1, 12]``."""
     count = model.get_input_embeddings().num_embeddings
     return (torch.arange(12, device=next(model.parameters()).device)[None] * 7 + 3) % count

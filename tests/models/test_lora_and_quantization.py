@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_cl import CausalLM, fit_tasks
 from lightning_cl.models import loading
-from lightning_cl.models.heads import check_isolation
+from lightning_cl.models.visibility import check_isolation
 
 VOCABULARY = 97
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
