@@ -140,7 +140,7 @@ class CausalLM(L.LightningModule):
             # Now: later somebody may train a part of the base, or a Trainer's precision change its bits.
             self._base_checksum = checksum(self, self._base) if self._base else None
         if self.tokenizer is not None:
-            rows = self.lm.get_input_embeddings().num_embeddings
+            rows = len(self.lm.get_input_embeddings().weight)
             if len(self.tokenizer) > rows:
                 raise MisconfigurationException(
                     f"tokenizer: it has {len(self.tokenizer)} tokens, the model only {rows} embeddings; give the"

@@ -110,5 +110,5 @@ def evaluated(model: Any) -> Iterator[None]:
 
 def few_tokens(model: Any) -> Tensor:
     """Some tokens of a model's vocabulary, int64 ``[1, 12]``."""
-    count = model.get_input_embeddings().num_embeddings
+    count = len(model.get_input_embeddings().weight)
     return (torch.arange(12, device=next(model.parameters()).device)[None] * 7 + 3) % count
