@@ -31,6 +31,7 @@ from lightning_cl.data import TaskDataModule
 from lightning_cl.evaluation.tasks import evaluate_tasks
 from lightning_cl.loops import plan_limits
 from lightning_cl.sequence import fit_tasks, run_folder
+from lightning_cl.stopping import INTERRUPTED
 
 __all__ = ["ContinualCLI", "callbacks", "data", "main", "models"]
 
@@ -235,6 +236,8 @@ def main(args: list[str] | None = None) -> None:
             code = run_seeds(arguments)
         if code is None:
             ContinualCLI(args)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except Exception as error:
         ours = _ours(error)
         if ours is None:

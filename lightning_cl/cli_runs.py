@@ -20,6 +20,7 @@ from lightning_cl.checkpoint_io import find_last_checkpoint, is_whole
 from lightning_cl.cli_help import take_flag, take_option
 from lightning_cl.cli_trust import ask_for_trust
 from lightning_cl.cli_yaml import read_yaml
+from lightning_cl.task_files import BEFORE_END
 
 _RUN, _ADD = "--run runs/quickstart/version_0", "--add mails=data/mails.jsonl"
 
@@ -124,7 +125,8 @@ def last_boundary(run: Path) -> Path:
     Raises:
         FileNotFoundError: if there is none.
     """
-    found = [(path, re.match(r"(\d+)-", path.name)) for path in (run / "tasks").glob("*.ckpt")]
+    whole = [path for path in (run / "tasks").glob("*.ckpt") if not path.name.endswith(BEFORE_END)]
+    found = [(path, re.match(r"(\d+)-", path.name)) for path in whole]
     ordered = sorted(((int(m[1]), path.stat().st_mtime_ns, path) for path, m in found if m), reverse=True)
     for _, _, path in ordered:
         if is_whole(path):

@@ -9,7 +9,6 @@ How Lightning's loops are brought to do so is in :mod:`lightning_cl.loops`. Two 
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation.tasks import describe_plan
 from lightning_cl.foreign_callbacks import Pristine, check_foreign, starts_clean
 from lightning_cl.loops import Limits, forget_progress, limit_to_task, restored_limits
-from lightning_cl.random_state import untouched_random_state
-from lightning_cl.stopping import heed, heeding_sigterm
+from lightning_cl.stopping import heed, heeding_signals
+from lightning_cl.task_files import boundary_file
 from lightning_cl.tasks import Task, TaskPosition
 
 
@@ -71,6 +70,7 @@ def fit_tasks(
     Raises:
         ValueError, FileNotFoundError, TypeError: for data that cannot be used, before any training.
         MisconfigurationException: for a Trainer, module or checkpoint that does not fit, before any training.
+        SIGTERMException, KeyboardInterrupt: where SIGTERM or Ctrl-C has stopped the run; how to resume is said.
     """
     if not isinstance(data, TaskDataModule):
         data = TaskDataModule(data)
@@ -78,11 +78,11 @@ def fit_tasks(
     checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
     coordinator = _prepare(trainer, module, data, checkpoint_path, load_best)
     try:
-        with heeding_sigterm(), restored_limits(trainer) as limits:
+        with heeding_signals(), restored_limits(trainer) as limits:
             _train(trainer, module, data, coordinator, checkpoint_path, limits)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(describe_plan(trainer, data))
-    except (SystemExit, KeyboardInterrupt):  # SIGTERM, and Ctrl-C as Lightning hands it on
+    except (SystemExit, KeyboardInterrupt):  # SIGTERM, and Ctrl-C
         rank_zero_info(_how_to_resume(trainer, coordinator, methods))
         raise
     finally:
@@ -125,7 +125,7 @@ def _train(
         coordinator.costs[-1] |= data.left_out(tasks[index])
         rank_zero_info(f"{position.title}: {coordinator.costs[-1]['steps']} steps")
         _boundary(trainer, module, data, trained=index + 1)
-        _save_boundary(trainer, coordinator, tasks[index], index, fresh=checkpoint_path is None and index == 0)
+        _save_boundary(trainer, coordinator, tasks[index], index)
         if index + 1 < len(tasks):
             heed(trainer, all_ranks=True)
     if start == len(tasks) and checkpoint_path is not None:
@@ -262,7 +262,7 @@ def _boundary(
 ) -> None:
     """Lets the methods evaluate and report; training does not notice."""
     methods = TaskCoordinator.methods(trainer)
-    with untouched_random_state():
+    with TaskCoordinator.of(trainer).evaluating():
         for method in sorted(methods, key=lambda m: m.boundary_order):
             method.at_boundary(trainer, module, data, trained, ckpt_path)
             heed(trainer, all_ranks=True)
@@ -278,20 +278,15 @@ def _check_finished(coordinator: TaskCoordinator, position: TaskPosition) -> Non
         )
 
 
-def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int, fresh: bool) -> None:
+def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
     """Writes ``tasks/<index>-<name>.ckpt``: the next task starts from here, with a fresh optimizer."""
     forget_progress(trainer)
     coordinator.reach_boundary(trainer)
-    folder = run_folder(trainer) / "tasks"
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
     if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    if fresh and trainer.is_global_zero and folder.exists() and any(folder.iterdir()):
-        # An earlier run without a version of its own (logger=False): its checkpoints are not overwritten.
-        version = next(v for v in itertools.count(1) if not folder.with_name(f"tasks-v{v}").exists())
-        folder.rename(folder.with_name(f"tasks-v{version}"))
-    trainer.strategy.barrier("tasks")
-    trainer.save_checkpoint(folder / f"{index}-{task.slug}.ckpt", weights_only=False)
+    coordinator.begin_files(trainer)
+    trainer.save_checkpoint(boundary_file(trainer, task, index), weights_only=False)
     before_end, coordinator.before_end = coordinator.before_end, None
     if before_end is not None and trainer.is_global_zero:
         before_end.unlink(missing_ok=True)  # the boundary has all of it

@@ -1,7 +1,8 @@
-"""SIGTERM during a sequence of tasks: heeded wherever it comes, with an exit code that says so.
+"""SIGTERM and Ctrl-C during a sequence of tasks: heeded wherever they come, with an exit code that says so.
 
-Lightning looks at the signal between two batches only, forgets it when the next ``fit`` or ``validate`` begins, and
-leaves the process with exit code 0. So the signal is kept here for the whole sequence.
+Lightning looks at SIGTERM between two batches only, forgets it when the next ``fit`` or ``validate`` begins, and leaves
+the process with exit code 0. So the signal is kept here for the whole sequence. Lightning makes of Ctrl-C an exit with
+code 1, and ignores every later one; here it is a ``KeyboardInterrupt`` again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 EXIT_CODE = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C has stopped."""
 
 
 class _Stop:
@@ -37,8 +40,13 @@ _running: list[_Stop] = []
 
 
 @contextmanager
-def heeding_sigterm() -> Iterator[None]:
-    """Keeps a SIGTERM that comes inside until :func:`heed` finds it. Lightning's own handlers are called too."""
+def heeding_signals() -> Iterator[None]:
+    """Keeps a SIGTERM that comes inside until :func:`heed` finds it. Lightning's own handlers are called too.
+
+    Raises:
+        SIGTERMException: an exit with code 143.
+        KeyboardInterrupt: for Ctrl-C.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers can be set in the main thread only
         return
@@ -46,12 +54,18 @@ def heeding_sigterm() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, stop)
     stop.previous = previous if previous not in (signal.SIG_DFL, signal.SIG_IGN) else None
     _running.append(stop)
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SIGTERMException as error:
         error.code = EXIT_CODE
         raise
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
     finally:
+        signal.signal(signal.SIGINT, interrupt if interrupt is not None else signal.SIG_DFL)
         _running.remove(stop)
         signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)
 

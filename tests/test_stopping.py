@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from test_resume import Hard, differences, fingerprint
 from toys import Classifier, classification, trainer
 
-from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, cli, fit_tasks
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.checkpoint_io import find_last_checkpoint
 from lightning_cl.evaluation.tasks import evaluate_tasks
@@ -86,7 +86,8 @@ def test_an_exception_in_a_methods_end_does_no_end_twice(tmp_path, never_stopped
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "a", what=fail, position=position)
     state = torch.load(tmp_path / "a/exception.ckpt", weights_only=True)["lightning_cl"]
-    assert len(state["end_done"]) == position
+    assert {method["tasks_done"] for method in state["methods"].values()} == {1}  # all or nothing
+    assert not state["ended"]
     assert not differences(
         never_stopped, fingerprint(*run(tmp_path / "b", tmp_path / "a/exception.ckpt", position=position))
     )
@@ -128,6 +129,40 @@ def test_sigterm_stops_wherever_it_comes_with_a_code_of_its_own(tmp_path, never_
     last = find_last_checkpoint(tmp_path / "a")
     assert not differences(never_stopped, fingerprint(*run(tmp_path / "b", last)))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("question", ["on_task_end", "observe_gradients"])
+def test_ctrl_c_is_one_again_and_can_be_given_again(tmp_path, question):
+    """Lightning exits with code 1, and ignores Ctrl-C from then on: a notebook could not be stopped any more."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, what=interrupt, question=question)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_command_line_ends_with_130_after_ctrl_c(monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "ContinualCLI", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["fit"])
+    assert caught.value.code == 130
+
+
+def test_a_fresh_run_moves_no_file_of_its_own_aside(tmp_path):
+    """What was written before the first task's end was taken for an earlier run's, and left there."""
+    data = TaskDataModule({"a": classification(0)}, batch_size=8)
+    for _ in range(2):
+        methods = [EWC(samples=4, outputs=lambda module, batch: module(batch[0])), ModelCheckpoint()]
+        fit_tasks(trainer(tmp_path, methods, max_epochs=1), Classifier(), data)
+    assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["0-a.ckpt"]
+    assert [path.name for path in (tmp_path / "tasks-v1").iterdir()] == ["0-a.ckpt"]
+    assert not (tmp_path / "tasks-v2").exists()
 
 
 def test_training_is_kept_before_a_long_end_and_only_until_the_boundary(tmp_path, never_stopped):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.all_ranks import from_all_ranks
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.callbacks.checks import FORMAT, check_state, check_trainer, methods_of, named
-from lightning_cl.checkpoint_io import read_checkpoint, run_folder
+from lightning_cl.checkpoint_io import read_checkpoint
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.row_kinds import Kinds
 from lightning_cl.data.stream import StreamLoader
@@ -36,6 +38,7 @@ from lightning_cl.loops import (
 )
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.stopping import heed
+from lightning_cl.task_files import before_end_file, move_earlier_run_aside
 from lightning_cl.tasks import TaskPosition
 
 if TYPE_CHECKING:
@@ -80,11 +83,13 @@ class TaskCoordinator(Callback):
         self._loaded = False
         self._checked = False
         self.checkpoint_path: Path | None = None  # that a sequence goes on from
-        self.end_done: list[str] = []  # methods that have done their end of this task
-        self._ending: dict[str, Any] | None = None  # a method whose end is under way, as it was before
+        self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
+        self._has_files = False  # whether this run has written files between tasks
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._moved = False  # whether the weights have moved since the batch began
         self._at_batch: dict[str, Any] | None = None  # random states and buffers when the batch began
+        self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
+        self._stop = False  # the checkpoint was written when training had been told to stop
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
@@ -137,6 +142,8 @@ class TaskCoordinator(Callback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._steps_at_fit = trainer.global_step
+        if self._stop and self._resumed is not None and self.started:
+            trainer.should_stop = True  # as when it was written: Lightning forgets it, and would train on
         if self.limits is not None:
             count_from(trainer, self.limits, self.first_step)
         if self.lr is not None:
@@ -148,6 +155,7 @@ class TaskCoordinator(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         methods = self.methods(trainer)
         reshard(pl_module)
+        self._undo_end(trainer)
         resumed, self._resumed = self._resumed, None
         if not self.started or (self.ended and not self.driven):
             if not self.driven:
@@ -274,6 +282,9 @@ class TaskCoordinator(Callback):
             self._states_to_restore = resumed["random_states"]
             self._end_task(trainer, pl_module)
             pl_module.cpu()
+        elif self.driven and self.started and resumed is not None:  # written between the end and the boundary checkpoint
+            self._states_to_restore = resumed["random_states"]
+            self._restore_random_state(trainer)
         elif not self.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):
             rank_zero_warn(
                 "trainer.fit has trained no step, and the methods have seen nothing: the Trainer's max_epochs or"
@@ -293,17 +304,18 @@ class TaskCoordinator(Callback):
         reshard(pl_module)
         if self.load_best:
             self._load_best(trainer, pl_module)
+        self._undo_end(trainer)
+        # All or nothing: a checkpoint that is written from here on, because of an exception, is one of before the end,
+        # and who resumes from it ends the task from its beginning. The loader, the buffers and the random states are
+        # then those that the methods' ends are made from.
+        self._seconds_before = trained
+        self._frozen = self._entry(trainer)
         self._save_before_end(trainer)
-        for method, name in named(self.methods(trainer)):
-            if name in self.end_done:
-                continue  # resumed from a checkpoint that was written in a later method's end
-            self._ending = {"name": name, **_kept_state(method)} if trainer.checkpoint_callbacks else None
+        for method in self.methods(trainer):
+            heed(trainer, all_ranks=True)
             method.on_task_end(trainer, pl_module)
             method.tasks_done += 1
-            self.end_done.append(name)
-            self._ending = None
-            heed(trainer, all_ranks=True)
-        self.ended, self.end_done = True, []
+        self.ended, self._frozen = True, None
         begun, self.begin_seconds = self.begin_seconds, 0.0
         self.costs.append(
             {
@@ -331,9 +343,22 @@ class TaskCoordinator(Callback):
         if not self.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
         if any(method.ends_long for method in self.methods(trainer)) and self.data is not None:
-            slug = self.data.trained_tasks[self.position.index].slug
-            self.before_end = run_folder(trainer) / "tasks" / f"{self.position.index}-{slug}.trained.ckpt"
+            self.begin_files(trainer)
+            index = self.position.index
+            self.before_end = before_end_file(trainer, self.data.trained_tasks[index], index)
             trainer.save_checkpoint(self.before_end, weights_only=False)
+
+    def begin_files(self, trainer: L.Trainer) -> None:
+        """A file is about to be written between tasks: a fresh run leaves those of an earlier one alone."""
+        if not self._has_files and self.checkpoint_path is None:
+            move_earlier_run_aside(trainer)
+        self._has_files = True
+
+    def _undo_end(self, trainer: L.Trainer) -> None:
+        """The end of a task has failed and nothing was loaded since: no method has done its end."""
+        frozen, self._frozen = self._frozen, None
+        if frozen is not None:
+            self._load_methods(trainer, frozen)
 
     def _train_seconds(self) -> float:
         return self._seconds_before + (time.monotonic() - self._clock if self._clock is not None else 0.0)
@@ -369,7 +394,9 @@ class TaskCoordinator(Callback):
         self.driven, self.data = True, data
         self.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
-        self.end_done, self._ending, self.before_end = [], None, None
+        self._undo_end(trainer)
+        self.before_end, self._has_files = None, False
+        self._boundary_states, self._stop = None, False
         self.position, self.first_step, self.costs = (
             TaskPosition(0, self.names[0], len(self.names)),
             trainer.global_step,
@@ -398,21 +425,21 @@ class TaskCoordinator(Callback):
         # Whoever resumes from here starts the next task from these states; so does the run that goes on.
         self._resumed = {"loader": None, "random_states": from_all_ranks(get_random_state())}
 
-    @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Methods evaluate: training does not notice, nor does who resumes from a checkpoint that is written inside."""
+        self._boundary_states = from_all_ranks(get_random_state())
+        try:
+            with untouched_random_state():
+                yield
+        finally:
+            self._boundary_states = None
+
+    def _entry(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What a checkpoint of this moment holds of the sequence and its methods."""
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
-        states = {
-            name: _kept_state(method) for method, name in named(self.methods(trainer)) if not self._is_ending(name)
-        }
-        if self._ending is not None:
-            # An exception in a method's end: what it had changed by then is not kept, its end is done anew.
-            states[self._ending["name"]] = {key: self._ending[key] for key in ("tasks_done", "state")}
-        begun = self._at_batch if loader is not None and batches_in_flight(trainer) and not self._moved else None
-        if begun is not None:
-            checkpoint["state_dict"] |= {
-                n: b for n, b in (begun["buffers"] or {}).items() if n in checkpoint["state_dict"]
-            }
-        checkpoint[CHECKPOINT_KEY] = {
+        begun = self._begun_batch(trainer)
+        return {
             "format": FORMAT,
             "driven": bool(self.names),
             "tasks": list(self.names),
@@ -428,19 +455,33 @@ class TaskCoordinator(Callback):
             "loader": self._place(trainer, loader),
             "random_states": self._resumed["random_states"]
             if self.at_boundary and self._resumed is not None
-            else from_all_ranks(begun["random"] if begun is not None else get_random_state()),
-            "methods": states,
-            "end_done": [] if self.at_boundary else list(self.end_done),
+            else self._boundary_states or from_all_ranks(begun["random"] if begun is not None else get_random_state()),
+            "methods": {
+                name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
+                for method, name in named(self.methods(trainer))
+            },
+            "stop": trainer.should_stop and not self.at_boundary,
             "inexact": self._why_inexact(trainer) if loader is not None else None,
         }
+
+    def _begun_batch(self, trainer: L.Trainer) -> dict[str, Any] | None:
+        """What a batch began with that an exception has cut off, if the weights are still those of before."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not self.at_boundary
+        return self._at_batch if fitting and batches_in_flight(trainer) and not self._moved else None
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        begun = self._begun_batch(trainer)
+        if begun is not None:
+            checkpoint["state_dict"] |= {
+                n: b for n, b in (begun["buffers"] or {}).items() if n in checkpoint["state_dict"]
+            }
+        checkpoint[CHECKPOINT_KEY] = self._frozen if self._frozen is not None else self._entry(trainer)
         if self.at_boundary:
             # The next task gets a fresh optimizer and schedule, and scores of its own.
             checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
             for pristine in self.pristine.values():
                 checkpoint["callbacks"].pop(pristine.callback.state_key, None)
-
-    def _is_ending(self, name: str) -> bool:
-        return self._ending is not None and self._ending["name"] == name
 
     def _why_inexact(self, trainer: L.Trainer) -> str | None:
         """Why a run that resumes from a checkpoint of this moment is not the one that was stopped, bit for bit."""
@@ -483,7 +524,8 @@ class TaskCoordinator(Callback):
         self.names = list(state["tasks"])
         self.position = TaskPosition(state["index"], state["name"], max(len(self.names), state["index"] + 1))
         self.started, self.ended, self.first_step = state["started"], state["ended"], state["first_step"]
-        self.end_done = list(state.get("end_done", []))
+        self._frozen = None
+        self._stop = bool(state.get("stop"))  # earlier checkpoints do not have it
         if state.get("inexact"):
             rank_zero_warn(
                 f"ckpt_path: the checkpoint was written {state['inexact']}. The run goes on from it, but not bit for"
@@ -493,6 +535,9 @@ class TaskCoordinator(Callback):
         self.begin_seconds = state["begin_seconds"] if self.started else 0.0
         self.costs = [dict(cost) for cost in state["costs"]]
         self._resumed = {"loader": state["loader"], "random_states": state["random_states"]}
+        self._load_methods(trainer, state)
+
+    def _load_methods(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         for method, name in named(self.methods(trainer)):
             method.tasks_done = state["methods"][name]["tasks_done"]
             method.load_continual_state(state["methods"][name]["state"])
@@ -502,11 +547,6 @@ def best_of(trainer: L.Trainer) -> ModelCheckpoint | None:
     """The first ModelCheckpoint that looks for a best score."""
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return next((saver for saver in savers if saver.monitor is not None), None)
-
-
-def _kept_state(method: ContinualCallback) -> dict[str, Any]:
-    """A method as a checkpoint keeps it."""
-    return {"tasks_done": method.tasks_done, "state": method.continual_state()}
 
 
 def _before_batch(pl_module: L.LightningModule) -> dict[str, Any]:
