@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_cl.checksum import find_damage, save_checked
-from lightning_cl.files import sync
+from lightning_cl.files import locked_for_writing, naming_file, remove_abandoned, sync
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -34,17 +35,32 @@ class DurableCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                save_checked(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(target.parent)  # the new name itself
+        with naming_file(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with locked_for_writing(temporary) as file:
+                    save_checked(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(temporary, target)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink()
+            sync(target.parent)  # the new name itself
+
+
+def remove_killed_writes(checkpoint: Path) -> None:
+    """Removes what killed writers have left in the run that a checkpoint is of; each is as large as a checkpoint.
+
+    Args:
+        checkpoint: of the run, in its folder, in ``tasks`` or below ``checkpoints``.
+    """
+    above = checkpoint.absolute().parents
+    folder = next((place for place in above[:3] if (place / "tasks").is_dir()), above[0])
+    freed = remove_abandoned(folder, ".*.ckpt.*.tmp")
+    if freed:
+        rank_zero_info(f"{folder}: {freed:,} bytes that killed writes had left are removed")
 
 
 def resolve_checkpoint(

@@ -27,6 +27,7 @@ from lightning_cl.checkpoint_io import (
     TorchCheckpointIO,
     find_last_checkpoint,
     read_checkpoint,
+    remove_killed_writes,
     resolve_checkpoint,
     run_folder,
 )
@@ -153,6 +154,8 @@ def _prepare(
             "load_best=True: the Trainer has no ModelCheckpoint that looks for a best one: give"
             " Trainer(callbacks=[ModelCheckpoint(monitor='val_loss')])"
         )
+    if checkpoint_path is not None and trainer.is_global_zero:
+        remove_killed_writes(checkpoint_path)
     coordinator = TaskCoordinator.of(trainer)
     coordinator.load_best = load_best
     coordinator.begin_sequence(trainer, data, checkpoint_path)

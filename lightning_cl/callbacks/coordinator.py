@@ -282,7 +282,8 @@ class TaskCoordinator(Callback):
             self._states_to_restore = resumed["random_states"]
             self._end_task(trainer, pl_module)
             pl_module.cpu()
-        elif self.driven and self.started and resumed is not None:  # written between the end and the boundary checkpoint
+        elif self.driven and self.started and resumed is not None:
+            # From a checkpoint that was written between the task's end and its boundary checkpoint.
             self._states_to_restore = resumed["random_states"]
             self._restore_random_state(trainer)
         elif not self.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):

@@ -134,9 +134,9 @@ def _plain(value: Any) -> Any:
 
 def _read(file: Path, rows: int) -> list[Written] | None:
     """A batch that was written before, if its file is there and whole."""
-    if not file.exists():
-        return None
     try:
+        if not file.exists():
+            return None
         texts = [Written(**text) for text in json.loads(file.read_text(encoding="utf-8"))]
         if len(texts) != rows or not all(text.ids and all(type(i) is int for i in text.ids) for text in texts):
             raise ValueError(f"expected {rows} texts")

@@ -17,7 +17,7 @@ from lightning_cl.cache import cache_folder
 from lightning_cl.checksum import checksum_of
 from lightning_cl.data.dataset import TokenDataset
 from lightning_cl.data.tally import Tally
-from lightning_cl.files import replace_file
+from lightning_cl.files import remove_old, replace_file
 
 FORMAT = 2
 """Of the files; part of their names, so that old ones are not read by a version that tokenises otherwise."""
@@ -47,9 +47,9 @@ def cached(key: dict[str, Any] | None, make: Callable[[], TokenDataset]) -> Toke
 
 
 def _read(path: Path, key: str) -> TokenDataset | None:
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             if meta.get("key") != key:  # its name is that key's
@@ -67,6 +67,7 @@ def _write(path: Path, data: TokenDataset, key: str) -> None:
     metadata = {"key": key, "tally": json.dumps(asdict(data.tally))}
     metadata["checksum"] = checksum_of(data.tensors.items(), metadata["key"], metadata["tally"])
     try:
+        remove_old(path.parent, ".*.safetensors")  # of killed writers
         replace_file(path, lambda temporary: save_file(data.tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:  # a full disk is the second
         rank_zero_warn(f"{path}: tokenised data cannot be kept there ({error}); it is made anew in each run")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_cl.cache import cache_folder
 from lightning_cl.files import replace_file
@@ -42,9 +45,15 @@ class TrainedBPE:
         folder = Path(self.cache_dir) if self.cache_dir else cache_folder()
         digest = hashlib.sha256(json.dumps([1, self.vocab_size, list(texts)]).encode()).hexdigest()[:16]
         path = folder / f"bpe-{self.vocab_size}-{digest}.json"
-        if not path.exists():
-            replace_file(path, lambda temporary: self._train(texts).save(str(temporary)))
-        return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=self.END, pad_token=self.END)
+        ends = {"eos_token": self.END, "pad_token": self.END}
+        if not os.path.exists(path):
+            trained = self._train(texts)
+            try:
+                replace_file(path, lambda temporary: trained.save(str(temporary)))
+            except Exception as error:  # a read-only or full disk; tokenizers has no class of its own for it
+                rank_zero_warn(f"{path}: the tokenizer cannot be kept there ({error}); it is trained in each run")
+                return PreTrainedTokenizerFast(tokenizer_object=trained, **ends)
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), **ends)
 
     def _train(self, texts: Sequence[str]) -> Any:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
