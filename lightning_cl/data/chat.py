@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_cl.data.call_fitting import CallFitting
 from lightning_cl.data.formats import Chat
-from lightning_cl.data.omissions import ANSWERS, CALLS, omissions
+from lightning_cl.data.omissions import LeftOutError, check_left_out
 from lightning_cl.data.tally import Tally
 from lightning_cl.data.tokenizer import end_tokens
-from lightning_cl.data.tool_calls import has_calls, prints_python, tells, with_json, with_objects
+from lightning_cl.data.tool_answers import without_answers
+from lightning_cl.data.tool_calls import has_calls
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NO_END = "an end of the answers, which the chat template marks with white space alone, or not at all"
 Span = tuple[int, int]
-
-
-class LeftOutError(ValueError):
-    """A chat template leaves out what a conversation is there to teach."""
 
 
 class Spans(NamedTuple):
@@ -83,7 +81,7 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[To
         try:
             chat = encoder.fitted(chat)
             text = encoder.render(chat, chat.messages)
-            missing = _check_left_out(chat, text, encoder)
+            missing = check_left_out(chat, text, encoder.try_render)
             if encoder.marks_itself(chat):
                 results.append(encoder.marked(chat))
             else:
@@ -149,32 +147,12 @@ class _Encoder:
         self.tokenizer = tokenizer
         added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
         self.special = tuple(sorted(token for token in added if token.strip()))
-        self._wants_json: dict[str, bool] = {}  # by template
+        self._calls = CallFitting(self.try_render)
+        self._ends: dict[tuple[str, bool], bool] = {}  # by template, and for the last turn or an earlier one
 
     def fitted(self, chat: Chat) -> Chat:
-        """The conversation with the arguments of tool calls as the template wants them, however they were given.
-
-        Most templates write an object as JSON, or look inside. One that prints what it gets wants the JSON text: from
-        an object it would print Python.
-
-        Raises:
-            ValueError: for arguments that are no JSON.
-        """
-        if not has_calls(chat.messages):
-            return chat
-        objects = replace(chat, messages=with_objects(chat.messages))
-        template = self._template(chat)
-        if template not in self._wants_json:
-            text = self._try(objects, objects.messages)
-            if text is not None and not prints_python(objects.messages, text):
-                wants_json = False
-            else:
-                texts = with_json(chat.messages)
-                wants_json = text is not None or self._try(replace(chat, messages=texts), texts) is not None
-            if not tells(objects.messages):  # another conversation may decide
-                return replace(chat, messages=with_json(chat.messages)) if wants_json else objects
-            self._wants_json[template] = wants_json
-        return replace(chat, messages=with_json(chat.messages)) if self._wants_json[template] else objects
+        """The conversation with its tool calls as the template wants them (:class:`CallFitting`)."""
+        return self._calls(chat, self._template(chat)) if has_calls(chat.messages) else chat
 
     def render(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -220,7 +198,7 @@ class _Encoder:
             if message["role"] != "assistant" or turn < chat.first or turn in chat.muted:
                 continue
             start, end = self._by_prefix(chat, text, turn) or self._by_marker(chat, text, turn)
-            if not self._is_ended(message, text[start:end]):
+            if not self._is_ended(chat, turn, text[start:end]):
                 if text[start:end] != text[start:end].rstrip():
                     endless = True  # white space alone: a model that writes paragraphs cannot stop by it
                 elif turn + 1 < len(chat.messages):
@@ -230,15 +208,36 @@ class _Encoder:
                 else:
                     open_end = bool(end_tokens(self.tokenizer))
                     endless |= not open_end
-            learnt.append((start, end))
+            learnt += without_answers(chat, turn, (start, end), text, self.try_render, self.special)
         return Spans(learnt, open_end, endless)
 
-    def _is_ended(self, message: dict[str, Any], said: str) -> bool:
+    def _is_ended(self, chat: Chat, turn: int, said: str) -> bool:
         """Tells if something follows the assistant's words in its turn: a token, or text, that ends it."""
-        said = said.rstrip()
-        content = (message.get("content") or "").rstrip()
-        # Of a turn that calls tools nobody can say which words end it: a token has to.
-        return said.endswith(self.special) or (bool(content) and not said.endswith(content))
+        message = chat.messages[turn]
+        said, words = said.rstrip(), (message.get("content") or "").rpartition("</think>")[2].strip()
+        if not said.endswith(self.special) and (not words or said.endswith(words)):
+            return False
+        # The token after a call or a thinking may belong to it, and the turn have no end (GLM): a short turn tells.
+        is_plain = words == (message.get("content") or "").strip() and not message.get("tool_calls")
+        return is_plain or self._has_ends(chat, turn)
+
+    def _has_ends(self, chat: Chat, turn: int) -> bool:
+        """Tells if the template ends a turn of one word, the last one or one before the user's."""
+        is_last = turn + 1 == len(chat.messages)
+        key = (self._template(chat), is_last)
+        if key not in self._ends:
+            word = {"role": "assistant", "content": "MARKER"}
+            after = () if is_last else ({"role": "user", "content": "Next"},)
+            short = replace(chat, messages=(*chat.messages[:turn], word, *after))
+            text = self.try_render(short)
+            if text is None:
+                return True
+            try:
+                start, end = self._by_prefix(short, text, turn) or self._by_marker(short, text, turn)
+            except ValueError:
+                return True
+            self._ends[key] = not text[start:end].rstrip().endswith("MARKER")
+        return self._ends[key]
 
     def _end_by_next(self, chat: Chat, text: str, turn: int, end: int) -> int:
         """The length of what ends a turn where the template writes no end: the beginning of the next turn's header.
@@ -360,27 +359,6 @@ class _Encoder:
     @staticmethod
     def _tools(chat: Chat) -> list[Any] | None:
         return list(chat.tools) if chat.tools else None
-
-
-def _check_left_out(chat: Chat, text: str, encoder: _Encoder) -> set[str]:
-    """Names what the template leaves out of a conversation.
-
-    Raises:
-        LeftOutError: if that is all that the assistant says, or a call of a tool: the turn would be learnt without it.
-    """
-    found = list(omissions(chat, text, lambda changed: encoder.try_render(changed)))
-    silent = {turn for turn, what in found if what == ANSWERS}
-    spoken = {i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and (m.get("content") or "").strip()}
-    if spoken and spoken <= silent:
-        # Templates for content in parts (of models that also see) leave strings out.
-        raise LeftOutError("nothing of what the assistant says is in the text that the chat template writes")
-    for turn, what in found:
-        if what in (CALLS, ANSWERS) and turn is not None and turn >= chat.first and turn not in chat.muted:
-            raise LeftOutError(
-                f"messages[{turn}]: the chat template leaves the {what} out, and the turn would be learnt without; give"
-                " a template that writes them: TaskDataModule(chat_template=…)"
-            )
-    return {f"{what}, which the chat template leaves out" for _, what in found}
 
 
 def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

@@ -30,6 +30,36 @@ _SILENT = {"role", "content", "tool_calls", "tool_call_id", "id"}
 Render = Callable[[Chat], str | None]
 
 
+class LeftOutError(ValueError):
+    """A chat template leaves out what a conversation is there to teach."""
+
+
+def check_left_out(chat: Chat, text: str, render: Render) -> set[str]:
+    """Names what the template leaves out of a conversation.
+
+    Args:
+        chat: the conversation.
+        text: the whole of it, rendered.
+        render: renders a changed conversation; None where the template refuses it.
+
+    Raises:
+        LeftOutError: if that is all that the assistant says, or a call of a tool: the turn would be learnt without it.
+    """
+    found = list(omissions(chat, text, render))
+    silent = {turn for turn, what in found if what == ANSWERS}
+    spoken = {i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and (m.get("content") or "").strip()}
+    if spoken and spoken <= silent:
+        # Templates for content in parts (of models that also see) leave strings out.
+        raise LeftOutError("nothing of what the assistant says is in the text that the chat template writes")
+    for turn, what in found:
+        if what in (CALLS, ANSWERS) and turn is not None and turn >= chat.first and turn not in chat.muted:
+            raise LeftOutError(
+                f"messages[{turn}]: the chat template leaves the {what} out, and the turn would be learnt without; give"
+                " a template that writes them: TaskDataModule(chat_template=…)"
+            )
+    return {f"{what}, which the chat template leaves out" for _, what in found}
+
+
 def omissions(chat: Chat, text: str, render: Render) -> Iterator[tuple[int | None, str]]:
     """Finds what a conversation has and its rendered text has not.
 

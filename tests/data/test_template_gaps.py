@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+from chat_templates import HEAD, TAIL, chat_tokenizer, learnt, one, with_template
 from transformers import PreTrainedTokenizerFast
 
 from lightning_cl import TaskDataModule
@@ -16,9 +17,6 @@ from lightning_cl.data.tally import Tally
 from lightning_cl.data.tokenizer import TrainedBPE
 from lightning_cl.data.tokens import encode
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|tool|>"]
-HEAD = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content or '' }}"
-TAIL = "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 CALLS = {
     "tojson": "{{ call.arguments | tojson }}",  # Qwen, Hermes, SmolLM3
     "printed": "{{ call.arguments }}",  # DeepSeek, Mistral's older ones: want JSON text
@@ -37,15 +35,7 @@ def calling(how):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    tokenizer = TrainedBPE(300, str(tmp_path_factory.mktemp("bpe"))).train(["the cat sat on the mat"])
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    return tokenizer
-
-
-def with_template(tokenizer, template):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
+    return chat_tokenizer(str(tmp_path_factory.mktemp("bpe")))
 
 
 def call(arguments, **more):
@@ -59,27 +49,6 @@ def asking(arguments, **message):
         {"role": "tool", "tool_call_id": "c0", "content": "there"},
         {"role": "assistant", "content": "It is there."},
     ]
-
-
-def one(messages, tokenizer, tally=None, **record):
-    tally = Tally() if tally is None else tally
-    document = as_document({"messages": messages, **record}, "chat.jsonl, line 1", tally)
-    (tokens,) = encode_chats([document], tokenizer, tally)
-    return tokens
-
-
-def learnt(tokens, tokenizer):
-    """The learnt runs, as texts."""
-    runs, last = [], False
-    for token, is_learnt in zip(tokens.ids.tolist(), tokens.mask.tolist(), strict=True):
-        if is_learnt:
-            runs = [*runs, []] if not last else runs
-            runs[-1].append(token)
-        last = is_learnt
-    return [tokenizer.decode(run) for run in runs]
-
-
-# ---------------------------------------------------------------------- tool calls
 
 
 @pytest.mark.parametrize("how", CALLS)
