@@ -45,7 +45,11 @@ class Replay(MemoryCallback):
         policy: which samples are kept: ``reservoir`` (uniform over all samples seen), ``task_balanced``,
             ``class_balanced``, ``fifo``, ``herding``, ``k_center`` or ``surprise``
             (:class:`~lightning_cl.buffers.ReplayBuffer`).
-        mode: ``replace``: replayed samples take places of the batch. ``add``: they come on top of it.
+        mode: ``replace``: replayed samples take places of the batch. ``add``: they come on top of it. On several ranks
+            ``add`` gives each rank equally many, since the mean over ranks is that of all samples only if all ranks
+            have the same number. So they come in multiples of the number of ranks: the same samples in the same order
+            as on one process, but not all in the same step (where one process adds 3, 2, 3, two add 2, 4, 2), and the
+            weights differ by that. ``replace`` takes the batches of one process.
         seed: seed of what is kept and drawn.
         unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
         draw: which samples are replayed how often: ``uniform``, ``task`` (equal shares), ``proportional`` (to all that

@@ -188,6 +188,35 @@ def test_mixed_batches_repeat_samples_on_two_ranks_at_most_once_per_epoch(mode):
     assert len(seen) - len(set(seen)) <= 1
 
 
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
+def test_what_ranks_add_comes_in_their_multiples(world, ratio):
+    """``add`` on several ranks: the samples of one process in its order, equally many on each, nearly in its steps."""
+
+    def steps(world):
+        ranks = []
+        for rank in range(world):
+            loader = TaskLoader(TensorDataset(torch.arange(80)), 8 // world, seed=9, rank=rank, world_size=world)
+            loader.mix_in(Mix.constant(filled(TensorDataset(torch.arange(100, 120))), ratio, "add", seed=1))
+            ranks.append(flat(loader))
+        return list(zip(*ranks, strict=True))
+
+    one, several = [step for (step,) in steps(1)], steps(world)
+    added, alone, before = [], [], 0
+    for number, (whole, parts) in enumerate(zip(one, several, strict=True), 1):
+        assert {len(part) for part in parts} == {len(parts[0])}  # so the mean of means is the mean of all
+        together = [sample for place in zip(*parts, strict=True) for sample in place]  # in the order of the plan
+        assert [x for x in together if x < 100] == [x for x in whole if x < 100]
+        alone += [x for x in whole if x >= 100]
+        added += [x for x in together if x >= 100]
+        assert (len(added) - before) % world == 0
+        before = len(added)
+        assert abs(len(added) - 8 * number * ratio / (1 - ratio)) <= world / 2
+    shared = min(len(alone), len(added))
+    assert added[:shared] == alone[:shared]
+    assert abs(len(added) - len(alone)) <= world / 2 + 1
+
+
 # ---------------------------------------------------------------------- resume
 
 
