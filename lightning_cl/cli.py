@@ -30,6 +30,7 @@ from lightning_cl.cli_yaml import check_files
 from lightning_cl.data import TaskDataModule
 from lightning_cl.evaluation.tasks import evaluate_tasks
 from lightning_cl.loops import plan_limits
+from lightning_cl.run_files import first_missing, forget_start
 from lightning_cl.sequence import fit_tasks, run_folder
 from lightning_cl.stopping import INTERRUPTED
 
@@ -56,16 +57,16 @@ _SUBCOMMANDS = {
     "predict": "Shows what the model answers to each task's prompts; all answers go to predictions.jsonl.",
 }
 
-_RUN = (
-    "Folder of an earlier run: its saved configuration, which the other options override, and its {}. The new run has a"
-    " folder of its own."
-)
+_RUN = "Folder of an earlier run: its saved configuration, which the other options override, and its {}. {}"
 _TRUST = (
     "With --run, without being asked: import what the run's configuration names from other packages than lightning_cl,"
     " torch, lightning and transformers, and run a model's own Python files where it says trust_remote_code."
 )
 _EARLY_OPTIONS = {
-    "--run": ("RUN", _RUN.format("last checkpoint; with --add, the one behind its last task")),
+    "--run": (
+        "RUN",
+        _RUN.format("last checkpoint; with --add, the one after its last task", "The new run has its own folder."),
+    ),
     "--add": (
         "NAME=PATH",
         "With --run: a new task behind those of the run, as in mails=data/mails.jsonl. May be repeated.",
@@ -87,6 +88,10 @@ _EARLY_OPTIONS = {
 }
 
 
+_KEEP = (
+    "all, last, none or a number: of how many tasks, the latest, the boundary checkpoint stays, and with it what"
+    " ModelCheckpoint wrote inside the task."
+)
 _LOAD_BEST = "Each task ends with the weights of its best checkpoint; needs a ModelCheckpoint with a monitor."
 
 
@@ -134,12 +139,15 @@ class ContinualCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         options = (
-            _EARLY_OPTIONS if subcommand == "fit" else {"--run": ("RUN", _RUN.format("checkpoint of its last task"))}
+            _EARLY_OPTIONS
+            if subcommand == "fit"
+            else {"--run": ("RUN", _RUN.format("checkpoint of its last task", "Predictions are written there."))}
         )
         for option, (metavar, text) in options.items():
             parser.add_argument(option, action=EarlyOption, metavar=metavar, help=text)
         if subcommand == "fit":
             parser.add_argument("--load_best", type=bool, default=False, help=_LOAD_BEST)
+            parser.add_argument("--keep_checkpoints", type=int | str, default="all", help=_KEEP)
         parser.add_argument("--trust", action=EarlyOption, nargs=0, help=_TRUST)
         return parser
 
@@ -160,6 +168,10 @@ class ContinualCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        if self.earlier is not None and self.subcommand != "fit":
+            # An evaluation of an earlier run is no run: it gets no folder.
+            trainer.loggers = []
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SaveConfigCallback)]  # type: ignore[attr-defined]
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             given = self._get(self.config_init, "trainer")
             plan_limits(trainer, given["max_epochs"], given["max_steps"])
@@ -180,13 +192,21 @@ class ContinualCLI(LightningCLI):
             rank_zero_info(f"Goes on from {self.earlier.checkpoint}{new}")
         if self.trainer.is_global_zero:
             tell_folder(folder, own, ckpt_path)
+        made = first_missing(folder)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
                 # Before the first evaluation, which runs without loggers and so without a run folder.
                 callback.setup(self.trainer, model, "fit")
                 # On all ranks: one that came back to it later would wait for the others for ever.
                 callback.already_saved = True
-        fit_tasks(self.trainer, model, datamodule, ckpt_path, self._get(self.config_init, "load_best"))
+        options = {name: self._get(self.config_init, name) for name in ("load_best", "keep_checkpoints")}
+        steps = self.trainer.global_step
+        try:
+            fit_tasks(self.trainer, model, datamodule, ckpt_path, **options)
+        except BaseException:
+            if made is not None and self.trainer.is_global_zero and self.trainer.global_step == steps:
+                forget_start(made, folder)
+            raise
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):  # type: ignore[attr-defined]
             if model.lora is not None and isinstance(model.source, dict):
                 return  # an adapter whose base exists nowhere else: the checkpoints have both
@@ -217,7 +237,8 @@ class ContinualCLI(LightningCLI):
         **_: Any,
     ) -> None:
         """The model's answers to each task's prompts."""
-        predict_tasks(self.trainer, model, datamodule, ckpt_path, return_predictions)
+        folder = self.earlier.folder if self.earlier is not None else None
+        predict_tasks(self.trainer, model, datamodule, ckpt_path, return_predictions, folder)
 
 
 def main(args: list[str] | None = None) -> None:

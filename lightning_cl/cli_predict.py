@@ -24,6 +24,7 @@ def predict_tasks(
     data: TaskDataModule,
     ckpt_path: str | Path | None = None,
     return_predictions: bool | None = None,
+    folder: Path | None = None,
 ) -> Path | None:
     """Runs ``trainer.predict`` for each task.
 
@@ -37,6 +38,7 @@ def predict_tasks(
         data: the tasks.
         ckpt_path: where to load the weights from; ``"last"`` for the newest whole checkpoint.
         return_predictions: Lightning's; False keeps nothing in memory, and so writes no file.
+        folder: where the file goes; None: the run's folder.
 
     Returns:
         the file, or None if there is none.
@@ -57,7 +59,7 @@ def predict_tasks(
             found[task.name] = _records(outputs, task.name)
     finally:
         data.watch, data.driven = None, driven
-    folder = run_folder(trainer)  # asked on all ranks
+    folder = folder or run_folder(trainer)  # asked on all ranks
     found = _of_all_ranks(found)
     if any(records is None for records in found.values()) or not any(found.values()):
         return None

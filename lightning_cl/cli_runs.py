@@ -30,7 +30,7 @@ class EarlierRun:
     """The run that a command goes on from.
 
     Args:
-        folder: its folder; nothing is to be written there.
+        folder: its folder; `fit` writes nothing there.
         checkpoint: what is gone on from.
         added: the names of the new tasks.
     """
@@ -97,7 +97,7 @@ def expand_run(arguments: Sequence[str], subcommands: Sequence[str]) -> tuple[li
     subcommand, folder = rest[place], Path(runs[0])
     if additions and subcommand != "fit":
         raise ValueError(f"--add={additions[0]}: only `fit` trains a new task; for {subcommand}, give --run alone")
-    config = _saved_config(folder)
+    config = _saved_config(folder, subcommand)
     ask_for_trust(folder, config, trusted)
     names = []
     for addition in additions:
@@ -138,7 +138,7 @@ def last_boundary(run: Path) -> Path:
     )
 
 
-def _saved_config(folder: Path) -> dict[str, Any]:
+def _saved_config(folder: Path, subcommand: str) -> dict[str, Any]:
     """The configuration of a run, without what belonged to that one start of it."""
     path = folder / "config.yaml"
     if not path.is_file():
@@ -148,7 +148,8 @@ def _saved_config(folder: Path) -> dict[str, Any]:
     config = read_yaml(path, f"--run={folder}")
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise ValueError(f"--run={folder}: {path} is not the configuration of a run: it has no `data`")
-    for key in ("ckpt_path", "verbose", "return_predictions"):
+    of_fit = ("load_best", "keep_checkpoints") if subcommand != "fit" else ()
+    for key in ("ckpt_path", "verbose", "return_predictions", *of_fit):
         config.pop(key, None)
     loggers = (config.get("trainer") or {}).get("logger")
     for logger in loggers if isinstance(loggers, list) else [loggers]:

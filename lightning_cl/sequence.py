@@ -9,6 +9,7 @@ How Lightning's loops are brought to do so is in :mod:`lightning_cl.loops`. Two 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation.tasks import describe_plan
 from lightning_cl.foreign_callbacks import Pristine, check_foreign, starts_clean
 from lightning_cl.loops import Limits, forget_progress, limit_to_task, restored_limits
+from lightning_cl.run_files import boundaries_to_keep, drop_checkpoints, only_run_in, set_aside
 from lightning_cl.stopping import heed, heeding_signals
 from lightning_cl.task_files import boundary_file
 from lightning_cl.tasks import Task, TaskPosition
@@ -46,6 +48,7 @@ def fit_tasks(
     data: TaskDataModule | dict[str, Any] | list[Any],
     ckpt_path: str | Path | None = None,
     load_best: bool = False,
+    keep_checkpoints: str | int = "all",
 ) -> dict[str, Any]:
     """Trains a module on one task after another.
 
@@ -64,6 +67,9 @@ def fit_tasks(
             then only those are trained.
         load_best: each task ends with the weights of its best checkpoint, as the Trainer's ``ModelCheckpoint`` with a
             ``monitor`` finds it: they are what the methods measure and keep, and what the next task starts from.
+        keep_checkpoints: ``all``, ``last``, ``none`` or a number: of how many tasks, the latest, the boundary
+            checkpoint stays, and with it what ``ModelCheckpoint`` wrote inside the task. The disk never holds more than
+            these and those of the present task. With ``none``, the last boundary is deleted when the run has ended.
 
     Returns:
         The retention summary of :class:`~lightning_cl.TaskMatrix`; without one, an empty dictionary.
@@ -75,12 +81,13 @@ def fit_tasks(
     """
     if not isinstance(data, TaskDataModule):
         data = TaskDataModule(data)
+    keep = boundaries_to_keep(keep_checkpoints)
     methods = {name for _, name in named(methods_of(trainer))}
     checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
     coordinator = _prepare(trainer, module, data, checkpoint_path, load_best)
     try:
-        with heeding_signals(), restored_limits(trainer) as limits:
-            _train(trainer, module, data, coordinator, checkpoint_path, limits)
+        with heeding_signals(), _alone(trainer), restored_limits(trainer) as limits:
+            _train(trainer, module, data, coordinator, checkpoint_path, limits, keep)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(describe_plan(trainer, data))
     except (SystemExit, KeyboardInterrupt):  # SIGTERM, and Ctrl-C
@@ -99,10 +106,13 @@ def _train(
     coordinator: TaskCoordinator,
     checkpoint_path: Path | None,
     limits: Limits,
+    keep: int | None,
 ) -> None:
     """The loop over the tasks."""
     if checkpoint_path is not None:
         _load(trainer, data, coordinator, checkpoint_path)
+    elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        set_aside(run_folder(trainer))
     tasks = data.trained_tasks
     start = coordinator.position.index if checkpoint_path is not None else 0
     if checkpoint_path is None or not coordinator.started:
@@ -126,7 +136,7 @@ def _train(
         coordinator.costs[-1] |= data.left_out(tasks[index])
         rank_zero_info(f"{position.title}: {coordinator.costs[-1]['steps']} steps")
         _boundary(trainer, module, data, trained=index + 1)
-        _save_boundary(trainer, coordinator, tasks[index], index)
+        _save_boundary(trainer, coordinator, tasks, index, keep)
         if index + 1 < len(tasks):
             heed(trainer, all_ranks=True)
     if start == len(tasks) and checkpoint_path is not None:
@@ -281,18 +291,31 @@ def _check_finished(coordinator: TaskCoordinator, position: TaskPosition) -> Non
         )
 
 
-def _save_boundary(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
+def _save_boundary(
+    trainer: L.Trainer, coordinator: TaskCoordinator, tasks: list[Task], index: int, keep: int | None
+) -> None:
     """Writes ``tasks/<index>-<name>.ckpt``: the next task starts from here, with a fresh optimizer."""
     forget_progress(trainer)
     coordinator.reach_boundary(trainer)
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
     if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    coordinator.begin_files(trainer)
-    trainer.save_checkpoint(boundary_file(trainer, task, index), weights_only=False)
+    path = boundary_file(trainer, tasks[index], index)
+    trainer.save_checkpoint(path, weights_only=False)
     before_end, coordinator.before_end = coordinator.before_end, None
     if before_end is not None and trainer.is_global_zero:
         before_end.unlink(missing_ok=True)  # the boundary has all of it
+    if trainer.is_global_zero:
+        savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        inside = [Path(saver.dirpath).parent for saver in savers if saver.dirpath]
+        names = [f"{number}-{task.slug}" for number, task in enumerate(tasks[: index + 1])]
+        drop_checkpoints(keep, names, path.parent, inside, final=index + 1 == len(tasks))
+
+
+def _alone(trainer: L.Trainer) -> Any:
+    """A lock on the folder of a run that has none of its own."""
+    shared = not trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    return only_run_in(run_folder(trainer)) if shared else nullcontext()
 
 
 def _how_to_resume(trainer: L.Trainer, coordinator: TaskCoordinator, methods: set[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import lightning as L
@@ -22,15 +21,3 @@ def boundary_file(trainer: L.Trainer, task: Task, index: int) -> Path:
 def before_end_file(trainer: L.Trainer, task: Task, index: int) -> Path:
     """Returns where the checkpoint before a task's end goes (to be called on all ranks)."""
     return boundary_file(trainer, task, index).with_suffix(BEFORE_END)
-
-
-def move_earlier_run_aside(trainer: L.Trainer) -> None:
-    """Renames the ``tasks`` folder of an earlier run without a version of its own (``logger=False``).
-
-    To be called on all ranks, before a new run writes there for the first time.
-    """
-    folder = run_folder(trainer) / "tasks"
-    if trainer.is_global_zero and folder.exists() and any(folder.iterdir()):
-        version = next(v for v in itertools.count(1) if not folder.with_name(f"tasks-v{v}").exists())
-        folder.rename(folder.with_name(f"tasks-v{version}"))
-    trainer.strategy.barrier("tasks")

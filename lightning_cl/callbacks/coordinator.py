@@ -38,7 +38,7 @@ from lightning_cl.loops import (
 )
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.stopping import heed
-from lightning_cl.task_files import before_end_file, move_earlier_run_aside
+from lightning_cl.task_files import before_end_file
 from lightning_cl.tasks import TaskPosition
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ class TaskCoordinator(Callback):
         self._checked = False
         self.checkpoint_path: Path | None = None  # that a sequence goes on from
         self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
-        self._has_files = False  # whether this run has written files between tasks
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._moved = False  # whether the weights have moved since the batch began
         self._at_batch: dict[str, Any] | None = None  # random states and buffers when the batch began
@@ -344,16 +343,9 @@ class TaskCoordinator(Callback):
         if not self.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
         if any(method.ends_long for method in self.methods(trainer)) and self.data is not None:
-            self.begin_files(trainer)
             index = self.position.index
             self.before_end = before_end_file(trainer, self.data.trained_tasks[index], index)
             trainer.save_checkpoint(self.before_end, weights_only=False)
-
-    def begin_files(self, trainer: L.Trainer) -> None:
-        """A file is about to be written between tasks: a fresh run leaves those of an earlier one alone."""
-        if not self._has_files and self.checkpoint_path is None:
-            move_earlier_run_aside(trainer)
-        self._has_files = True
 
     def _undo_end(self, trainer: L.Trainer) -> None:
         """The end of a task has failed and nothing was loaded since: no method has done its end."""
@@ -396,7 +388,7 @@ class TaskCoordinator(Callback):
         self.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
         self._undo_end(trainer)
-        self.before_end, self._has_files = None, False
+        self.before_end = None
         self._boundary_states, self._stop = None, False
         self.position, self.first_step, self.costs = (
             TaskPosition(0, self.names[0], len(self.names)),
