@@ -20,6 +20,7 @@ from lightning_cl.data.tool_calls import has_calls
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NO_END = "an end of the answers, which the chat template marks with white space alone, or not at all"
+_UNMARKED_END = "an end of the answers, which the chat template leaves out of {% generation %}"
 Span = tuple[int, int]
 
 
@@ -83,7 +84,9 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[To
             text = encoder.render(chat, chat.messages)
             missing = check_left_out(chat, text, encoder.try_render)
             if encoder.marks_itself(chat):
-                results.append(encoder.marked(chat))
+                marked = encoder.marked(chat)
+                missing |= {_UNMARKED_END} if encoder.has_bare_answer(chat, marked) else set()
+                results.append(marked)
             else:
                 spans = encoder.spans(chat, text)
                 missing |= {_NO_END} if spans.endless else set()
@@ -190,6 +193,17 @@ class _Encoder:
             tokenizer_kwargs={"verbose": False},
         )
         return Tokens(np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool))
+
+    def has_bare_answer(self, chat: Chat, tokens: Tokens) -> bool:
+        """Tells if a learnt run ends with the words of an answer: a model that learns no end writes on for ever."""
+        starts, ends = _run_starts(tokens.mask), _run_starts(tokens.mask[::-1])[::-1]
+        words = [(message.get("content") or "").rstrip() for message in chat.messages if message["role"] == "assistant"]
+        last = tuple(text for text in words if text)
+        for start, end in zip(np.flatnonzero(starts), np.flatnonzero(ends), strict=True):
+            said = self.tokenizer.decode(tokens.ids[start : end + 1].tolist()).rstrip()
+            if said.endswith(last) and not said.endswith(self.special):
+                return True
+        return False
 
     def spans(self, chat: Chat, text: str) -> Spans:
         """Finds what is learnt of a rendered conversation: the assistant's turns, each with what ends it."""

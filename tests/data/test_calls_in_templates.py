@@ -127,3 +127,16 @@ def test_a_conversation_that_is_refused_says_nothing_about_the_next(plain):
     assert refused is None
     assert tally.bad == 1
     assert learnt(tokens, plain) == [f"I look.{WRITTEN}<|im_end|>", "It is there.<|im_end|>"]
+
+
+@pytest.mark.parametrize(("end", "said"), [("{% endgeneration %}<|im_end|>", 1), ("<|im_end|>{% endgeneration %}", 0)])
+def test_an_end_that_a_template_does_not_mark_is_said(plain, end, said):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}" + end + "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    tally = Tally()
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    tokens = one(turns * 2, with_template(plain, template), tally)
+    assert learnt(tokens, plain) == ["Hello." if said else "Hello.<|im_end|>"] * 2
+    assert sum("{% generation %}" in what for what in tally.left_out) == said
