@@ -169,6 +169,10 @@ class Rule:
         """Whether the rule is for this kind of layer."""
         raise NotImplementedError
 
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter that a name of :attr:`names` stands for."""
+        return self.layer._parameters[name]
+
     def is_shared(self, inputs: Tensor) -> bool:
         """Whether all samples share one input, as positions that are looked up once for the batch."""
         return False

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cl.functional.adapter_rules import adapter_rule
 from lightning_cl.functional.layer_rules import Rule, Transform, Use, replaced_forwards, rule_for
 
 UseSink = Callable[[nn.Module, str, Tensor, Tensor], bool]
@@ -71,8 +72,10 @@ class SampleGradients:
     def _find_rules(self) -> list[Rule]:
         rules = []
         for layer in self.module.modules():
+            if isinstance(layer, nn.ParameterDict):
+                continue  # it computes nothing; who it belongs to may have a rule
             wanted = [n for n, p in layer._parameters.items() if p is not None and id(p) in self._names]
-            rule = rule_for(layer, wanted) if wanted else None
+            rule = rule_for(layer, wanted) if wanted else adapter_rule(layer, self._names)
             if rule is not None:
                 rules.append(rule)
         return rules
@@ -170,7 +173,7 @@ class SampleGradients:
             if isinstance(output, Tensor) and len(output) == self._samples:
                 if not self._in_backward:
                     for name in rule.names:
-                        self._calls[self._names[id(rule.layer._parameters[name])]] += 1
+                        self._calls[self._names[id(rule.parameter(name))]] += 1
                 return output
             return rule._forward(*args, **kwargs)
 
@@ -178,7 +181,7 @@ class SampleGradients:
 
     def _arrived(self, rule: Rule, inputs: Tensor, gradients: Tensor) -> None:
         for name, use in rule.uses(inputs, gradients):
-            full = self._names[id(rule.layer._parameters[name])]
+            full = self._names[id(rule.parameter(name))]
             if full in self.loose:
                 continue
             if self._calls[full] > 1:

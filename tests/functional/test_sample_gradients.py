@@ -815,6 +815,33 @@ def test_lora(kind):
     assert_exact(problem)
 
 
+@pytest.mark.parametrize("transform", [{}, {"transform": torch.Tensor.abs_}], ids=["squares", "absolute values"])
+@pytest.mark.parametrize(("kind", "tie"), [("llama", True), ("llama", False), ("gemma", True)])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [0, 3, 5, 7]},
+    ],
+    ids=["LoRA", "LoRA alone", "tokens"],
+)
+def test_adapters_on_embeddings(adapter, kind, tie, transform):
+    """Padding is the embedding's token 0; Gemma multiplies embeddings by a factor."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    more = {"head_dim": 8} if kind == "gemma" else {"pad_token_id": 0}
+    model = get_peft_model(lm(kind, tie=tie, **more), LoraConfig(r=3, lora_alpha=7, **adapter))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    problem = lm_problem(model)
+    assert any("embed_tokens" in name for name in problem.parameters)
+    assert_exact(problem, **transform)
+
+
 # ---------------------------------------------------------------------- no trace
 
 
