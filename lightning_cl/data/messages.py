@@ -6,7 +6,7 @@ import ast
 import json
 from typing import Any
 
-from lightning_cl.data.tool_calls import unified_call
+from lightning_cl.data.tool_calls import unified_call, written_calls
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SWITCHES = ("weight", "train", "training", "loss")
@@ -75,8 +75,7 @@ def conversation(messages: Any, key: str) -> list[dict[str, Any]]:
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = parse_list(messages, key)
-    if hasattr(messages, "tolist"):
-        messages = messages.tolist()  # pandas reads lists of structs as arrays
+    messages = _lists(messages)
     if not isinstance(messages, (list, tuple)):
         raise ValueError(
             f'{key}: expected a list of {{"role", "content"}} or {{"from", "value"}}, got a {type(messages).__name__}'
@@ -95,6 +94,9 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if "role" not in message and "from" in message:
         return _shared(message, name)
     message = unified_call(message)
+    if "tool_calls" in message:
+        calls = _calls(message.pop("tool_calls"), f"{name}['tool_calls']")
+        message |= {"tool_calls": calls} if calls else {}  # an empty list is a call to some templates
     role = message.get("role")
     if role is None:
         raise ValueError(f"{name} has no 'role'; its keys are {sorted(map(str, message))}")
@@ -115,7 +117,35 @@ def _shared(message: dict[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"{name} has no 'value'; its keys are {sorted(message)}")
     value = check_string(message["value"], f"{name}['value']")
     rest = {key: item for key, item in message.items() if key not in ("from", "value")}
+    if speaker.strip().lower() == "function_call" and (calls := written_calls(value)):
+        return {"role": "assistant", "tool_calls": calls, **rest}
     return {"role": _SPEAKERS[speaker.strip().lower()], "content": value, **rest}
+
+
+def _lists(value: Any) -> Any:
+    """Lists in place of arrays, however deep: pandas reads lists as arrays."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _calls(calls: Any, name: str) -> list[Any]:
+    """Calls of tools, also where a table has them as JSON.
+
+    Raises:
+        ValueError: if one of them has no name. A template would write nothing, or something else.
+    """
+    if isinstance(calls, str):
+        calls = parse_list(calls, name) if calls.strip() else []
+    wanted = 'expected a list of {"function": {"name", "arguments"}}'
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f"{name}: {wanted}, got a {type(calls).__name__}")
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{name}[{i}]: {wanted}, got {str(call)[:80]}")
+    return list(calls)
 
 
 def without_switches(messages: list[dict[str, Any]], key: str) -> tuple[list[dict[str, Any]], frozenset[int]]:

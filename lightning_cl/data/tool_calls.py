@@ -18,6 +18,18 @@ def unified_call(message: Message) -> Message:
     return {"tool_calls": [{"type": "function", "function": call}], **rest}
 
 
+def written_calls(text: str) -> list[Message]:
+    """Tool calls that ShareGPT's speaker ``function_call`` writes as JSON: one, or a list; none if it is other text."""
+    try:
+        calls = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return []
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
+        return []
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def calls_of(message: Message) -> list[Message]:
     """The functions that a message calls: dictionaries with ``name`` and ``arguments``."""
     calls = message.get("tool_calls")
@@ -42,7 +54,9 @@ def parsed_arguments(arguments: Any, name: str) -> Any:
     if not arguments.strip():
         return {}
     try:
-        return json.loads(arguments)
+        parsed = json.loads(arguments)
+        # Some exports encode twice.
+        return json.loads(parsed) if isinstance(parsed, str) else parsed
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name}: expected a JSON object, got {arguments[:60]!r} ({error})") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from chat_templates import HEAD, TAIL, chat_tokenizer, learnt, one, with_template
 
@@ -127,6 +128,52 @@ def test_a_conversation_that_is_refused_says_nothing_about_the_next(plain):
     assert refused is None
     assert tally.bad == 1
     assert learnt(tokens, plain) == [f"I look.{WRITTEN}<|im_end|>", "It is there.<|im_end|>"]
+
+
+WAYS = {
+    "table": lambda m: m | {"tool_calls": json.dumps(m["tool_calls"])},
+    "pandas": lambda m: m | {"tool_calls": np.array(m["tool_calls"], dtype=object)},
+    "twice": lambda m: m | {"tool_calls": [{"function": {"name": "look", "arguments": json.dumps(WRITTEN)}}]},
+    "bare": lambda m: m | {"tool_calls": [{"name": "look", "arguments": WRITTEN}]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_calls_are_read_however_a_table_holds_them(plain, way):
+    tokenizer = with_template(plain, HEAD + CALLED.replace("c.function.", "(c.function or c).") + TAIL)
+    messages = asking()
+    expected = one(messages, tokenizer)
+    messages[1] = WAYS[way](messages[1])
+    assert one(np.array(messages, dtype=object), tokenizer).ids.tolist() == expected.ids.tolist()
+    assert WRITTEN in plain.decode(expected.ids)
+
+
+@pytest.mark.parametrize("calls", [{"name": "look"}, ["look"], [{"function": {"arguments": "{}"}}], 3])
+def test_calls_of_no_known_shape_are_an_error(calls):
+    with pytest.raises(ValueError, match=r"messages\[1\]\['tool_calls'\].*expected a list of"):
+        as_document({"messages": asking(tool_calls=calls)}, "w")
+
+
+def test_no_calls_are_no_calls(plain):
+    refuses = "{% for m in messages if 'tool_calls' in m %}{{ raise_exception('one call a turn') }}{% endfor %}"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.", "tool_calls": []}]
+    tokenizer = with_template(plain, refuses + HEAD + TAIL)
+    assert learnt(one(turns, tokenizer), tokenizer) == ["Hello.<|im_end|>"]
+
+
+def test_calls_of_sharegpt_are_those_of_other_formats(plain):
+    tokenizer = with_template(plain, HEAD + CALLED + TAIL)
+    call = {"name": "look", "arguments": ARGUMENTS}
+    for value, answers in ((call, 1), ([call, call], 2)):
+        shared = [
+            {"from": "human", "value": "Where?"},
+            {"from": "function_call", "value": json.dumps(value)},
+            *({"from": "observation", "value": "there"} for _ in range(answers)),
+            {"from": "gpt", "value": "It is there."},
+        ]
+        tally = Tally()
+        (tokens,) = encode_chats([as_document({"conversations": shared}, "w", tally)], tokenizer, tally)
+        assert tokens.ids.tolist() == one(asking("", answers=["there"] * answers), tokenizer).ids.tolist()
 
 
 @pytest.mark.parametrize(("end", "said"), [("{% endgeneration %}<|im_end|>", 1), ("<|im_end|>{% endgeneration %}", 0)])
