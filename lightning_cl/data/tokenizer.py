@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_cl.cache import cache_folder
 from lightning_cl.files import replace_file
+from lightning_cl.model_files import find_damaged_file
 from lightning_cl.pretrained import resolve_source
 
 
@@ -75,7 +76,7 @@ def load_tokenizer(name: str) -> Any:
     """A tokenizer from the hub, a folder, a ``.gguf`` file, or ``sample:NAME``.
 
     Raises:
-        ValueError: if there is none under that name; the message says what was tried.
+        ValueError: if there is none under that name, or a file of it is damaged; the message says what was tried.
     """
     from transformers import AutoTokenizer
 
@@ -85,7 +86,12 @@ def load_tokenizer(name: str) -> Any:
             file = Path(path)
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, from the reader of a damaged file
+        damaged = None if "pip install" in str(error) else find_damaged_file(path, error)
+        if damaged is not None:
+            raise ValueError(f"tokenizer={name!r}: {damaged}") from error
+        if not isinstance(error, (OSError, ValueError)):
+            raise
         raise ValueError(
             f"tokenizer={name!r}: no tokenizer folder of that name and none on the hub ({error})"
         ) from error

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_cl.model_files import find_damaged_file
 from lightning_cl.pretrained import load_gguf, resolve_source
 
 Quantization = Literal["nf4", "int8"]
@@ -35,7 +36,7 @@ def load_pretrained(
         settings: further arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: if there is no such model; the message says what was looked for.
+        ValueError: if there is no such model, or a file of it is damaged; the message says what was looked for.
     """
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +55,12 @@ def load_pretrained(
         if path.endswith(".gguf"):
             return load_gguf(Path(path), **arguments)
         model = AutoModelForCausalLM.from_pretrained(path, **arguments)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, from the reader of a damaged file
+        damaged = None if _says_what_to_install(error) else find_damaged_file(path, error)
+        if damaged is not None:
+            raise ValueError(f"model={source!r}: {damaged}") from error
+        if not isinstance(error, (OSError, ValueError)):
+            raise
         reason = str(error).splitlines()[0]
         absent = not path.endswith(".gguf") and (
             isinstance(error, OSError) or not (Path(path) / "config.json").exists()
@@ -67,6 +73,10 @@ def load_pretrained(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
     return model
+
+
+def _says_what_to_install(error: Exception) -> bool:
+    return isinstance(error, ImportError) or "pip install" in str(error)
 
 
 def quantization_config(quantization: str) -> Any:
