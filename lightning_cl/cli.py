@@ -1,4 +1,4 @@
-"""The command line: ``lightning-cl fit|validate|test|predict``, on LightningCLI."""
+"""The command line: ``lightning-cl fit|validate|test|predict|preview``, on LightningCLI."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -28,6 +29,7 @@ from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_str
 from lightning_cl.cli_seeds import run_seeds, tell_folder
 from lightning_cl.cli_yaml import check_files
 from lightning_cl.data import TaskDataModule
+from lightning_cl.data.preview import wants_colour
 from lightning_cl.evaluation.tasks import evaluate_tasks
 from lightning_cl.loops import plan_limits
 from lightning_cl.run_files import first_missing, forget_start
@@ -46,6 +48,7 @@ forgot.
   lightning-cl fit --run runs/quickstart/version_0 --add mails=data/mails.jsonl       one more task behind a run's
   lightning-cl fit --config configs/quickstart.yaml --seeds 3            mean and 95 % interval over three seeds
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc.yaml --strengths 0.001,0.01,0.1
+  lightning-cl preview --config configs/quickstart.yaml                  a sample of each task, with what bears loss
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl fit --help                                                all arguments
 """
@@ -57,6 +60,7 @@ _SUBCOMMANDS = {
     "predict": "Shows what the model answers to each task's prompts; all answers go to predictions.jsonl.",
 }
 
+_PREVIEW = "Shows one sample of each task as text, with what bears loss marked, and what was left out. Loads no model."
 _RUN = "Folder of an earlier run: its saved configuration, which the other options override, and its {}. {}"
 _TRUST = (
     "With --run, without being asked: import what the run's configuration names from other packages than lightning_cl,"
@@ -135,6 +139,13 @@ class ContinualCLI(LightningCLI):
             for choice in getattr(action, "_choices_actions", ()):
                 choice.help = _SUBCOMMANDS.get(choice.dest, choice.help)
 
+        # Not one of the Trainer's methods, and nothing but the data is made for it.
+        preview = self.init_parser(parser_mode="omegaconf", prog="lightning-cl preview", description=_PREVIEW)
+        self._add_arguments(preview)
+        self._subcommand_parsers["preview"], self._subcommand_method_arguments["preview"] = preview, []
+        subcommands = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
+        subcommands.add_subcommand("preview", preview, help=_PREVIEW)
+
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -164,6 +175,21 @@ class ContinualCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # Lightning lets hyper-parameters from the checkpoint win over the command line, silently.
         return
+
+    @override
+    def instantiate_classes(self) -> None:
+        if self.subcommand != "preview":
+            super().instantiate_classes()
+            return
+        asked = {key: value for key, value in self.config.preview.items() if key.split(".")[0] == "data"}
+        self.datamodule = self._parser("preview").instantiate_classes(Namespace(asked)).data
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "preview":
+            super()._run_subcommand(subcommand)
+            return
+        print(self.datamodule.preview(colour=wants_colour(sys.stdout)))
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

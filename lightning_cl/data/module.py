@@ -18,6 +18,7 @@ from lightning_cl.data.layout import Layout
 from lightning_cl.data.left_out import left_out, warn_odd_split, warn_validated_on_training_data
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
+from lightning_cl.data.preview import preview
 from lightning_cl.data.prompts import PromptDataset, join_prompts
 from lightning_cl.data.records import check_text_source, is_text_source, read_texts
 from lightning_cl.data.sources import is_stream
@@ -365,6 +366,22 @@ class TaskDataModule(L.LightningDataModule):
         padding = self.train_loader(task).padding_share()
         how = "packed" if self.packing else "in buckets of like length" if self.length_buckets else "in random batches"
         return [*lines, f"{padding:.1%} padding ({how})"] if padding is not None else lines
+
+    def training_data(self, task: Task) -> Any:
+        """A task's training data as it is used: token samples or a stream of them, or what ``Task.train`` is."""
+        return self._data(task).train
+
+    def text_data(self, task: Task) -> dict[str, Any]:
+        """What of a task's data was text, by role: token data sets, and streams of token samples."""
+        return self._data(task).texts
+
+    def preview(self, colour: bool = False) -> str:
+        """Each task's first sample as text with what bears loss marked, and what was left out; needs no model.
+
+        Args:
+            colour: mark what bears loss in green too, for a terminal.
+        """
+        return preview(self, colour)
 
     def left_out(self, task: Task) -> dict[str, int]:
         """How many of a task's samples were dropped and cut off, how many records malformed, by role (``train_…``)."""

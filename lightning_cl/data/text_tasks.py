@@ -77,6 +77,12 @@ class TokenStream:
     def __str__(self) -> str:
         return f"task {self._task!r}, {self._role}"
 
+    def peek(self) -> tuple[dict[str, Any] | None, Tally]:
+        """The first sample of a pass of its own (None: there is none), and what was left out up to there."""
+        stream = TokenStream(self._source, self._task, self._role, self._tokenizer, self._settings)
+        sample = next(stream(0), None)
+        return sample, stream.tally
+
     def __call__(self, epoch: int) -> Iterator[dict[str, Any]]:
         """One pass; the stream is told the epoch, if it shuffles by it."""
         if hasattr(self._source, "set_epoch"):
