@@ -22,7 +22,7 @@ from typing_extensions import override
 # Imported for their names: `--trainer.callbacks+=EWC` finds classes that are loaded.
 from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
-from lightning_cl.cli_help import EarlyOption, HelpFormatter, HelpfulParser
+from lightning_cl.cli_help import EarlyOption, HelpFormatter, HelpfulParser, take_option
 from lightning_cl.cli_predict import predict_tasks
 from lightning_cl.cli_runs import EarlierRun, expand_run
 from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_strength
@@ -165,6 +165,8 @@ class ContinualCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         check_files(HelpfulParser.arguments)
+        if "preview" in HelpfulParser.arguments[:1] and (asked := take_option(HelpfulParser.arguments, "--run RUN")[0]):
+            raise ValueError(f"--run: a preview needs no run, but its settings: --config {asked[0]}/config.yaml")
         arguments, self.earlier = expand_run(HelpfulParser.arguments, tuple(_SUBCOMMANDS))
         self.config = parser.parse_args(arguments)
         trial = asked_trial()

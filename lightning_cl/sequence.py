@@ -33,9 +33,10 @@ from lightning_cl.checkpoint_io import (
     run_folder,
 )
 from lightning_cl.data.module import TaskDataModule
-from lightning_cl.evaluation.tasks import describe_plan
+from lightning_cl.evaluation.tasks import describe_plan, describe_replay
 from lightning_cl.foreign_callbacks import Pristine, check_foreign, starts_clean
 from lightning_cl.loops import Limits, forget_progress, limit_to_task, restored_limits
+from lightning_cl.random_state import untouched_random_state
 from lightning_cl.run_files import boundaries_to_keep, drop_checkpoints, only_run_in, set_aside
 from lightning_cl.stopping import heed, heeding_signals
 from lightning_cl.task_files import boundary_file
@@ -58,8 +59,8 @@ def fit_tasks(
     the row of the matrix, and a boundary checkpoint ``tasks/<index>-<name>.ckpt`` in the run's folder.
 
     Args:
-        trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: one batch of every task, and
-            the plan in words.
+        trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: the plan in words, then one
+            batch of every task; it measures nothing.
         module: any LightningModule with automatic optimisation, unedited.
         data: a :class:`~lightning_cl.TaskDataModule`, or what it takes as tasks: ``{name: DataModule or loader}``.
         ckpt_path: a checkpoint of this sequence to go on from, inside a task or at a boundary, or ``"last"`` for the
@@ -87,9 +88,10 @@ def fit_tasks(
     coordinator = _prepare(trainer, module, data, checkpoint_path, load_best)
     try:
         with heeding_signals(), _alone(trainer), restored_limits(trainer) as limits:
-            _train(trainer, module, data, coordinator, checkpoint_path, limits, keep)
+            told = _train(trainer, module, data, coordinator, checkpoint_path, limits, keep)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(describe_plan(trainer, data))
+            plan = [] if told else [describe_plan(trainer, data)]
+            rank_zero_info("\n".join([*plan, describe_replay(trainer, data)]))
     except (SystemExit, KeyboardInterrupt):  # SIGTERM, and Ctrl-C
         rank_zero_info(_how_to_resume(trainer, coordinator, methods))
         raise
@@ -107,12 +109,13 @@ def _train(
     checkpoint_path: Path | None,
     limits: Limits,
     keep: int | None,
-) -> None:
-    """The loop over the tasks."""
+) -> bool:
+    """The loop over the tasks; says if it began with the plan."""
     if checkpoint_path is not None:
         _load(trainer, data, coordinator, checkpoint_path)
     elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         set_aside(run_folder(trainer))
+    told = _tell_plan_first(trainer, data)
     tasks = data.trained_tasks
     start = coordinator.position.index if checkpoint_path is not None else 0
     if checkpoint_path is None or not coordinator.started:
@@ -142,6 +145,7 @@ def _train(
     if start == len(tasks) and checkpoint_path is not None:
         rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go behind them in the list")
         _load_weights(trainer, module, data, checkpoint_path)
+    return told
 
 
 # ---------------------------------------------------------------------- before the first task
@@ -204,6 +208,22 @@ def _check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
             raise MisconfigurationException(
                 f"ModelCheckpoint(dirpath={str(callback.dirpath)!r}): a sequence needs a local folder"
             )
+
+
+def _tell_plan_first(trainer: L.Trainer, data: TaskDataModule) -> bool:
+    """Begins a preflight with the plan, before a model is built, and says if it could.
+
+    With several processes Lightning has to start them first, and somebody's DataModule may need more of the Trainer.
+    """
+    theirs = any(isinstance(task.train, L.LightningDataModule) for task in data.tasks)
+    if not trainer.fast_dev_run or trainer.world_size > 1 or theirs:  # type: ignore[attr-defined]
+        return False
+    data.trainer = trainer
+    with untouched_random_state():
+        data.prepare_data()
+        data.setup("fit")
+        rank_zero_info(describe_plan(trainer, data))
+    return True
 
 
 def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator, path: Path) -> None:

@@ -487,4 +487,9 @@ def test_fast_dev_run_prints_the_plan_and_leaves_no_model(small, tmp_path):
     assert output.code == 0
     assert "1. prose:" in output.log
     assert "with replay" not in output.log  # there is none in this run
+    told = output.log
+    assert told.index("1. prose:") < told.index("Task 1/3")
+    assert "bears loss" in told
+    assert "| The⟦" in told  # the sample text, its first token without loss
+    assert not any(words in told + output.out for words in ("when learnt", "before training", "In this case"))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".ckpt", ".safetensors", ".json")]

@@ -225,10 +225,53 @@ def test_fast_dev_run_goes_through_everything_and_writes_nothing(tmp_path, caplo
     assert steps_per_task(recorder) == [1, 1]
     assert callbacks[0].importance
     assert len(callbacks[2].buffer) == 8
-    assert callbacks[3].matrix.shape == (3, 2)
-    assert "6 batches an epoch" in caplog.text
-    assert "with replay: 8 batches an epoch" in caplog.text
+    assert callbacks[3].matrix.shape == (1, 2)  # that it can be measured, once
+    told = [record.getMessage() for record in caplog.records]
+    plan, first = (next(i for i, text in enumerate(told) if words in text) for words in ("Preflight", "Task 1/2"))
+    assert plan < first
+    assert "6 batches an epoch" in told[plan]
+    assert told[-1].endswith("2. b with replay: 8 batches an epoch")
     assert not list(tmp_path.rglob("*"))
+
+
+class Calls(Callback):
+    """Counts batches by what is done with them."""
+
+    def __init__(self):
+        self.batches = {"train": 0, "val": 0}
+
+    def on_train_batch_end(self, *args):
+        self.batches["train"] += 1
+
+    def on_validation_batch_end(self, *args):
+        self.batches["val"] += 1
+
+
+def test_fast_dev_run_evaluates_once_and_shows_no_result(tmp_path, caplog):
+    calls, matrix = Calls(), TaskMatrix()
+    names = ["a", "b", "c", "d"]
+    data = TaskDataModule({name: classification(i) for i, name in enumerate(names)}, batch_size=8)
+    with caplog.at_level("INFO"):
+        summary = fit_tasks(trainer(tmp_path, [matrix, calls, EWC()], fast_dev_run=True), Classifier(), data)
+    # One of each in training, and one of each by the matrix before it; not all tasks after every task.
+    assert calls.batches == {"train": 4, "val": 8}
+    assert math.isnan(summary["average"])
+    for words in ("when learnt", "before training", "forgetting", "average"):
+        assert words not in caplog.text
+
+
+def test_a_preflight_of_somebodys_datamodules_plans_at_the_end(tmp_path, caplog):
+    class Theirs(L.LightningDataModule):
+        def setup(self, stage):
+            assert self.trainer.lightning_module is not None  # as with the Trainer alone
+
+        def train_dataloader(self):
+            return DataLoader(classification(0), 8)
+
+    with caplog.at_level("INFO"):
+        fit_tasks(trainer(tmp_path, fast_dev_run=True), Classifier(), {"a": Theirs()})
+    (plan,) = (record.getMessage() for record in caplog.records if "Preflight" in record.getMessage())
+    assert "1. a: 6 batches an epoch" in plan
 
 
 def test_the_plan_has_the_steps_of_tasks_with_limits_of_their_own(tmp_path, caplog):
@@ -243,7 +286,10 @@ def test_the_plan_has_the_steps_of_tasks_with_limits_of_their_own(tmp_path, capl
     assert "1. a: 6 batches an epoch, 6 steps, max_epochs=3" in plan
     assert "2. b: 6 batches an epoch, 4 steps, max_steps=4" in plan
     assert "3. c: 6 batches an epoch, 18 steps, max_epochs=9, max_steps=50" in plan
-    assert "4. d: 6 batches an epoch\n" in plan
+    assert plan.endswith("4. d: 6 batches an epoch")
+    (replay,) = (text for record in caplog.records if "with replay" in (text := record.getMessage()))
+    assert "3. c with replay: 8 batches an epoch, 18 steps" in replay
+    assert replay.endswith("4. d with replay: 8 batches an epoch")
 
 
 def test_a_task_sequence_handed_to_plain_fit_is_refused(tmp_path):

@@ -59,6 +59,8 @@ class PromptSamples(ContinualCallback):
     ) -> None:
         if trained in self.answers or ckpt_path is not None:
             return
+        if trainer.fast_dev_run and self.answers:  # type: ignore[attr-defined]
+            return  # that it can be asked was seen once
         if trained == 0 and not (data.is_set_up and generator_of(pl_module)):
             return  # nothing is built yet: `on_task_start` asks
         self._ask(trainer, pl_module, data, trained)
@@ -80,10 +82,11 @@ class PromptSamples(ContinualCallback):
             )
         if not hasattr(data.tokenizer, "decode"):
             raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")
+        length = 1 if trainer.fast_dev_run else self.max_new_tokens  # type: ignore[attr-defined]
         device = next(model.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         prompts = [prompt_tokens(data.tokenizer, prompt, self.chat) for prompt in self.prompts]
-        self.answers[trained] = answers(model, data.tokenizer, prompts, self.max_new_tokens)
+        self.answers[trained] = answers(model, data.tokenizer, prompts, length)
         pl_module.to(device)
 
     @override

@@ -103,6 +103,8 @@ class TaskMatrix(ContinualCallback):
         trained: int,
         ckpt_path: str | None = None,
     ) -> None:
+        if trainer.fast_dev_run and trained > 0:  # type: ignore[attr-defined]
+            return  # that it can be measured was seen before the first task
         start = time.monotonic()
         self._grow(data, trained)
         unknown = [column for column in range(len(self.tasks)) if self.matrix[trained, column].isnan()]
@@ -216,8 +218,8 @@ class TaskMatrix(ContinualCallback):
 
     @override
     def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
-        if trained == 0:
-            return
+        if trained == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # one batch is no result
         from lightning_cl.evaluation import build_report, format_report, write_report
         from lightning_cl.evaluation.importance_figure import write_importance
         from lightning_cl.evaluation.to_loggers import log_evidence
@@ -226,12 +228,12 @@ class TaskMatrix(ContinualCallback):
         methods = self._methods = named(TaskCoordinator.methods(trainer))
         report = build_report(self, coordinator.costs, methods)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
             write_report(report, folder)
             write_importance(report, folder)
             log_evidence(trainer.loggers, report, trainer.global_step)
         if final:
-            rank_zero_info(format_report(report, None if trainer.fast_dev_run else folder))  # type: ignore[attr-defined]
+            rank_zero_info(format_report(report, folder))
 
     # ------------------------------------------------------------------ what others read
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +14,7 @@ from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.checkpoint_io import resolve_checkpoint
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.data.preview import LEGEND, sample_lines, wants_colour
 from lightning_cl.loops import planned_steps
 
 
@@ -66,23 +68,39 @@ def evaluate_tasks(
 
 
 def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
-    """What a full run would do, in words: the result of a preflight."""
-    lines = ["Preflight: one batch of every task went through. The full run:"]
-    mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
+    """What a full run would do, in words, with one sample of each task: what a preflight begins with."""
+    lines = ["Preflight: one batch of every task goes through. The full run:"]
+    if any(data.text_data(task) for task in data.trained_tasks):
+        lines.append(f"  {LEGEND}")
     for index, task in enumerate(data.trained_tasks):
-        loader = data.train_loader(task)
-        batches = len(loader) if hasattr(loader, "__len__") else None
+        batches = _batches(data.train_loader(task))
         size = f"{batches} batches an epoch" if batches is not None else "a stream of unknown length"
-        notes = [f"     {line}" for line in data.describe(task)]
-        # In the first task there are no earlier ones; general data and the model's own is there.
-        present = [method for method in mixing if index > 0 or not getattr(method, "takes_in", True)]
-        if isinstance(loader, TaskLoader) and present:
-            for method in present:
-                method.mix_into(trainer, loader)
-            batches = len(loader)
-            notes.append(f"     with replay: {batches} batches an epoch")
         steps = planned_steps(trainer, task, batches)
         said = [size, *([f"{steps} steps"] if steps is not None else [])]
         said += [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
-        lines += [f"  {index + 1}. {task.name}: {', '.join(said)}", *notes]
+        notes = data.describe(task)
+        if data.text_data(task):
+            notes += sample_lines(data, task, wants_colour(sys.stderr))
+        lines += [f"  {index + 1}. {task.name}: {', '.join(said)}", *(f"     {note}" for note in notes)]
     return "\n".join(lines)
+
+
+def describe_replay(trainer: L.Trainer, data: TaskDataModule) -> str:
+    """What replay adds to the plan, known when something is there to replay: what a preflight ends with."""
+    lines = ["One batch of every task went through."]
+    mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
+    for index, task in enumerate(data.trained_tasks):
+        # In the first task there are no earlier ones; general data and the model's own is there.
+        present = [method for method in mixing if index > 0 or not getattr(method, "takes_in", True)]
+        loader = data.train_loader(task)
+        if isinstance(loader, TaskLoader) and present:
+            for method in present:
+                method.mix_into(trainer, loader)
+            steps = planned_steps(trainer, task, len(loader))
+            said = f", {steps} steps" if steps is not None else ""
+            lines.append(f"  {index + 1}. {task.name} with replay: {len(loader)} batches an epoch{said}")
+    return "\n".join(lines)
+
+
+def _batches(loader: Any) -> int | None:
+    return len(loader) if hasattr(loader, "__len__") else None

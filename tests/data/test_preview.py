@@ -60,10 +60,8 @@ def test_the_first_token_bears_no_loss_and_prompts_do_not(tokenizer):
 
 def test_counts_of_all_roles(tokenizer):
     records = [{"prompt": "p" * 10, "completion": "c" * 40}, {"prompt": "p" * 40, "completion": "c"}, {"text": 3}]
-    data = TaskDataModule(
-        {"a": {"train": records, "val": records[:1]}}, tokenizer, max_length=32, on_bad_record="skip"
-    )
-    with pytest.warns(UserWarning):
+    data = TaskDataModule({"a": {"train": records, "val": records[:1]}}, tokenizer, max_length=32, on_bad_record="skip")
+    with pytest.warns(UserWarning, match="malformed"):
         shown = lines_of(data)
     assert any(line.endswith("1 dropped, 1 cut off, 1 malformed") and line.startswith("1 samples") for line in shown)
     assert "val: 1 samples, 32 tokens; 0 dropped, 1 cut off, 0 malformed" in shown
@@ -122,7 +120,12 @@ def test_the_command_builds_neither_model_nor_trainer(tmp_path, capsys):
 
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": "yes"}) + "\n" for i in range(9)))
-    arguments = ["preview", "--model=lightning_cl.CausalLM", "--model.model=/nowhere/model", "--trainer.accelerator=tpu"]
+    arguments = [
+        "preview",
+        "--model=lightning_cl.CausalLM",
+        "--model.model=/nowhere/model",
+        "--trainer.accelerator=tpu",
+    ]
     arguments += [f"--data.tasks.pairs={path}", "--data.tokenizer=lightning_cl.TrainedBPE"]
     main([*arguments, "--data.tokenizer.vocab_size=257", "--data.on_bad_record=skip"])
     shown = capsys.readouterr().out
@@ -134,3 +137,11 @@ def test_the_command_builds_neither_model_nor_trainer(tmp_path, capsys):
 def test_preview_sets_the_data_up_once(tokenizer):
     data = TaskDataModule({"a": {"train": ["abc"], "val": ["x"]}}, tokenizer)
     assert preview(data) == data.preview()
+
+
+def test_a_run_is_previewed_by_its_configuration(capsys):
+    from lightning_cl.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["preview", "--run", "runs/a"])
+    assert "--config runs/a/config.yaml" in capsys.readouterr().err
