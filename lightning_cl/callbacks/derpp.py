@@ -182,7 +182,9 @@ class DERpp(Replay):
     def _note(self, distance: Tensor, positions: int) -> None:
         self.log_scalar("dark_loss", distance / positions)
         assert self.task is not None
-        new = torch.stack([distance, torch.full_like(distance, positions)])
+        # A step that is not finite is logged, and not in the mean over training.
+        new = torch.stack([distance, torch.full_like(distance, positions)]) * distance.isfinite()
+        new = new.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         old = self._totals.get(self.task.name)
         self._totals[self.task.name] = new if old is None else old.to(new.device) + new
 
@@ -202,7 +204,7 @@ class DERpp(Replay):
 
     @override
     def report(self) -> dict[str, Any]:
-        means = {name: float(total[0] / total[1]) for name, total in self._totals.items()}
+        means = {name: float(total[0] / total[1]) for name, total in self._totals.items() if total[1] > 0}
         name = type(self).__name__
         return {
             "alpha": self.alpha,

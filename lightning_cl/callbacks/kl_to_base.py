@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -99,8 +100,8 @@ class KLToBase(ContinualCallback):
         assert self.task is not None
         assert self.base is not None
         device = trainer.strategy.root_device
-        # Divergence, positions, and samples that are sequences of tokens: sums over the ranks' shares.
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        # Divergence, positions, samples that are sequences of tokens, and that are not finite: sums over the ranks.
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
         with leaving_no_trace(pl_module):
             loader, source = self._data(trainer)
             read_logits = LogitsReader(trainer, pl_module, self.outputs)
@@ -110,12 +111,17 @@ class KLToBase(ContinualCallback):
                 with as_base():
                     teacher, _ = self._logits(pl_module, read_logits, batch)
                 student, are_tokens = self._logits(pl_module, read_logits, batch)
-                sums[0] += kl_divergence(teacher, student, reduction="sum").double()
-                sums[1:] += torch.tensor([len(student), are_tokens], dtype=torch.float64, device=device)
-        total, positions, sequences = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+                divergence = kl_divergence(teacher, student, reduction="sum").double()
+                is_finite = bool(divergence.isfinite())
+                found = [float(divergence), len(student), are_tokens, 0] if is_finite else [0, 0, are_tokens, 1]
+                sums += torch.tensor(found, dtype=torch.float64, device=device)
+        total, positions, sequences, spoilt = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        left_out = f"; {spoilt:.0f} samples are left out, where it is NaN or infinite" if spoilt else ""
+        if spoilt:
+            rank_zero_warn(f"{type(self).__name__}: {self.task}: the divergence from the base is measured{left_out}")
         name, unit = self.task.name, "token" if sequences else "sample"
         self.kl[name] = total / positions if positions else float("nan")
-        self._measured[name] = f"nats per {unit} from the model before training (KL, on its {source} data)"
+        self._measured[name] = f"nats per {unit} from the model before training (KL, on its {source} data){left_out}"
         for logger in trainer.loggers if positions else []:
             logger.log_metrics({f"continual/kl_to_base/{name}": self.kl[name]}, step=trainer.global_step)
 
@@ -175,5 +181,6 @@ class KLToBase(ContinualCallback):
 
     @override
     def report(self) -> dict[str, Any]:
-        sentences = [f"{name}: {value:.3g} {self._measured[name]}" for name, value in self.kl.items() if value == value]
+        told = {name: value for name, value in self.kl.items() if value == value or "left out" in self._measured[name]}
+        sentences = [f"{name}: {value:.3g} {self._measured[name]}" for name, value in told.items()]
         return {"samples": self.samples, "kl": dict(self.kl), "sentences": sentences}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -89,6 +91,7 @@ class LwF(ContinualCallback):
         self.teacher: Teacher | None = None
         self._student: Student | None = None
         self._divergences: dict[str, list[float]] = {}  # of each task: sum and number of logged values
+        self._unknown: dict[str, int] = {}  # of each task: positions at which the teacher is not finite
 
     @property
     def is_active(self) -> bool:
@@ -170,6 +173,10 @@ class LwF(ContinualCallback):
             student, teacher = (aligned(batch, side, shifted) for side in (student, teacher))
             mask = self._mask(trainer, batch, student)
             ours, theirs = _rows(teacher, mask), _rows(student, mask)
+            known = _is_known(ours, call.head is not None)
+            if not bool(known.all()):
+                self._tell_unknown(int((~known).sum()))
+                ours, theirs = ours[known], theirs[known]
             if len(theirs) == 0:
                 return None
             copies = self.teacher.tensors_of(call.head) if call.head is not None else {}
@@ -212,9 +219,21 @@ class LwF(ContinualCallback):
         # Position t predicts token t + 1, and counts with that token's sample.
         return positions & (wanted[:, 1:] if shifted else wanted)
 
+    def _tell_unknown(self, count: int) -> None:
+        """Counts positions that the teacher says nothing of; they would make the whole loss NaN."""
+        assert self.task is not None
+        if self.task.name not in self._unknown:
+            rank_zero_warn(
+                f"{type(self).__name__}: in {self.task} the teacher's outputs are NaN or infinite at some positions"
+                " (does it overflow in its teacher_dtype?); they are left out, and counted in the report"
+            )
+        self._unknown[self.task.name] = self._unknown.get(self.task.name, 0) + count
+
     def _note(self, divergence: float) -> None:
         self.log_scalar("divergence", divergence)
         assert self.task is not None
+        if not math.isfinite(divergence):
+            return  # this step's alone: it is logged, and not in the mean over training
         total = self._divergences.setdefault(self.task.name, [0.0, 0.0])
         total[0] += divergence
         total[1] += 1
@@ -230,7 +249,8 @@ class LwF(ContinualCallback):
     @override
     def continual_state(self) -> dict[str, Any]:
         teacher = self.teacher.state() if self.teacher is not None else None
-        return {"teacher": teacher, "divergences": {name: list(value) for name, value in self._divergences.items()}}
+        divergences = {name: list(value) for name, value in self._divergences.items()}
+        return {"teacher": teacher, "divergences": divergences, "unknown": dict(self._unknown)}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
@@ -239,6 +259,7 @@ class LwF(ContinualCallback):
             self.teacher = Teacher(None, self._dtype, self._device)
             self.teacher.load(state["teacher"])
         self._divergences = {name: list(value) for name, value in state["divergences"].items()}
+        self._unknown = dict(state.get("unknown", {}))  # earlier checkpoints do not have it
 
     @override
     def state_bytes(self) -> int:
@@ -254,7 +275,14 @@ class LwF(ContinualCallback):
             "teacher": self.teacher_is,
             "where": self.where,
             "divergence": means,
-            "sentences": [f"LwF, {name}: {value:.3g} nats {unit}, mean over training" for name, value in means.items()],
+            "left_out": dict(self._unknown),
+            "sentences": [
+                *(f"LwF, {name}: {value:.3g} nats {unit}, mean over training" for name, value in means.items()),
+                *(
+                    f"LwF, {name}: the teacher was NaN or infinite at {count} positions, which are left out"
+                    for name, count in self._unknown.items()
+                ),
+            ],
         }
 
     @override
@@ -264,6 +292,13 @@ class LwF(ContinualCallback):
 
 def _replays(trainer: L.Trainer) -> bool:
     return any(method.replays for method in TaskCoordinator.methods(trainer))
+
+
+def _is_known(outputs: Tensor, is_hidden: bool) -> Tensor:
+    """``[positions]``: whether a distribution can be made of a row; a logit of −∞ is a class that is ruled out."""
+    if is_hidden:
+        return outputs.isfinite().all(-1)
+    return ~(outputs.isnan() | outputs.isposinf()).any(-1)
 
 
 def _rows(side: Tensor, mask: Tensor | None) -> Tensor:

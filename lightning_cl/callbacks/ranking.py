@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -38,13 +40,17 @@ def losses_of(
         index to loss, the same on all ranks; 0 where there is none, and where it is not finite.
     """
     own: dict[int, float] = {}
+    spoilt = 0
     mine = list(indices)[trainer.global_rank :: trainer.world_size]
     with leaving_no_trace(pl_module):
         for index in progress(trainer, mine, label):
             loss = training_loss(trainer, pl_module, to_device(trainer, loader.collate_fn([loader.dataset[index]])))
             value = 0.0 if loss is None else float(loss)
-            own[index] = max(value, 0.0) if value == value and abs(value) != float("inf") else 0.0
-    return {index: value for part in from_all_ranks(own) for index, value in part.items()}
+            spoilt += not math.isfinite(value)
+            own[index] = max(value, 0.0) if math.isfinite(value) else 0.0
+    parts = from_all_ranks((own, spoilt))
+    _tell_spoilt(label, "loss", sum(count for _, count in parts), "taken for 0")
+    return {index: value for part, _ in parts for index, value in part.items()}
 
 
 @torch.no_grad()
@@ -77,7 +83,7 @@ def ranking_of(
         label: what the progress display says.
 
     Returns:
-        index to its place in the ranking, from 0, the same on all ranks.
+        index to its place in the ranking, from 0, the same on all ranks; those that are not finite have none.
     """
     indices = list(indices)
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:_MOST_CANDIDATES]
@@ -94,11 +100,19 @@ def ranking_of(
                     " could stand for a sample; give policy='reservoir'"
                 )
             own[index] = _pooled(found[-1], batch).cpu()
-    states = {index: state for part in from_all_ranks(own) for index, state in part.items()}
+    found_states = {index: state for part in from_all_ranks(own) for index, state in part.items()}
+    states = {index: state for index, state in found_states.items() if bool(state.isfinite().all())}
+    _tell_spoilt(label, "hidden state", len(found_states) - len(states), "left out")
+    candidates = [index for index in candidates if index in states]
     if not states:
         return {}
     places = _RANKINGS[method](torch.stack([states[index] for index in candidates]), count)
     return {candidates[place]: rank for rank, place in enumerate(places)}
+
+
+def _tell_spoilt(label: str, what: str, count: int, how: str) -> None:
+    if count:
+        rank_zero_warn(f"{label}: the {what} of {count} samples is NaN or infinite: {how}")
 
 
 @contextmanager

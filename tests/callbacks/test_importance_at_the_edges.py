@@ -105,6 +105,18 @@ def test_factors_are_those_of_the_samples_that_are_numbers(tmp_path):
     torch.testing.assert_close(found[1].outputs, g.T @ g / len(x), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("policy", "words"), [("herding", "left out"), ("k_center", "left out"), ("surprise", "for 0")]
+)
+def test_samples_that_cannot_be_ranked_are_said(tmp_path, policy, words):
+    method = Replay(30, 0.2, policy=policy, storage="memory")
+    with pytest.warns(UserWarning, match=rf"Replay: .*'a'.* of 2 samples is NaN or infinite: .*{words}"):
+        fit(tmp_path, [method], seeded(Cleaning), {"a": spoilt(1)}, max_epochs=1)
+    assert len(method.buffer) == 30
+    if policy != "surprise":
+        assert not any(sample[0].isnan().any() for sample in method.buffer.items)
+
+
 class InfiniteLayer(Classifier):
     """A layer whose loss has an infinite derivative at its output in evaluation mode, and is finite."""
 

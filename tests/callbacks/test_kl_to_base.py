@@ -502,3 +502,29 @@ def test_arguments_out_of_range_are_named(arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"{name}=.*expected"):
         KLToBase(**arguments)
+
+
+class SpoiltTables(Tables):
+    """In evaluation mode sequences that begin with a small token have no logits."""
+
+    def forward(self, input_ids):
+        logits = super().forward(input_ids).logits
+        bad = (input_ids[:, :1] < 3)[..., None]
+        return SimpleNamespace(logits=logits if self.training else logits.masked_fill(bad, torch.nan))
+
+
+def test_samples_without_a_divergence_are_left_out_and_counted(tmp_path):
+    spoilt, module = KLToBase(), Bigram()
+    module.model, start = SpoiltTables(), Tables()
+    module.model.load_state_dict(start.state_dict())
+    data = tasks("a")
+    kept = [i for i in range(12) if int(Sequences(10)[i]["input_ids"][0]) >= 3]
+    assert 0 < len(kept) < 12
+    with pytest.warns(UserWarning, match=rf"KLToBase: .*'a'.*{12 - len(kept)} samples are left out"):
+        fit(tmp_path, module, [spoilt], data)
+    plain, other = KLToBase(), Bigram()
+    other.model = start
+    only = TaskDataModule([Task("a", Sequences(0), val=torch.utils.data.Subset(Sequences(10), kept))], batch_size=4)
+    fit(tmp_path, other, [plain], only)
+    assert spoilt.kl["a"] == pytest.approx(plain.kl["a"], rel=1e-4)
+    assert f"{12 - len(kept)} samples are left out" in spoilt.report()["sentences"][0]

@@ -316,6 +316,30 @@ def test_replayed_samples_without_replay_are_an_error(tmp_path):
         fit(tmp_path, [LwF(outputs=logits_of, where="replayed")])
 
 
+class Stuttering(Classifier):
+    """In evaluation mode, as a teacher is, some samples have no logits."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if self.training else logits.masked_fill(x[:, :1] > 1, torch.nan)
+
+
+def test_what_the_teacher_does_not_know_is_left_out_and_counted(tmp_path):
+    """One NaN of the teacher's would make the loss NaN, and with it the model."""
+    method, recorder, module = LwF(outputs=logits_of), Recorder(), seeded(Stuttering)
+    with pytest.warns(UserWarning, match=r"LwF: in task 2/2 'b' the teacher's outputs are NaN.*left out"):
+        fit(tmp_path, [method, recorder], module, log_every_n_steps=1)
+    module.trainer = None
+    mask = [batch[0][:, 0] <= 1 for batch, _, _ in recorder.steps[1]]
+    count = sum(int((~kept).sum()) for kept in mask)
+    assert_gradients(recorder.steps[1], classifier_reference(module), recorder.ends[0], lambda b: b[0][:, 0] <= 1)
+    report = method.report()
+    assert report["left_out"] == {"b": count}
+    assert count > 0
+    assert report["divergence"]["b"] > 0
+    assert any(f"at {count} positions" in said for said in report["sentences"])
+
+
 def test_frozen_parameters_cost_nothing(tmp_path):
     module, method = seeded(), LwF(outputs=logits_of)
     module.net[0].requires_grad_(False)
