@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cl.data.answer_ends import ends_of_answers
 from lightning_cl.data.rehearsal import Written
-from lightning_cl.data.tokenizer import end_tokens, pad_token_id, start_tokens
+from lightning_cl.data.tokenizer import pad_token_id, start_tokens
 
 
 def generator_of(module: nn.Module) -> Any:
@@ -198,5 +199,5 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
     """What a model writes after each prompt (:func:`continue_tokens`), as text."""
-    written = continue_tokens(model, prompts, max_new_tokens, pad_token_id(tokenizer), end_tokens(tokenizer))
+    written = continue_tokens(model, prompts, max_new_tokens, pad_token_id(tokenizer), ends_of_answers(tokenizer))
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]

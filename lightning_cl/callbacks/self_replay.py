@@ -22,13 +22,14 @@ from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.memory import MemoryCallback, check_plannable
 from lightning_cl.callbacks.replay import check_together, mix_into_loader
 from lightning_cl.callbacks.sample_writer import SampleWriter, WritingSettings
+from lightning_cl.data.answer_ends import ends_of_answers
 from lightning_cl.data.chat import has_template
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing import MixMode, seed_of
 from lightning_cl.data.plannable import task_indices
 from lightning_cl.data.ratio import check_ratio, curve_of, replays_anything
 from lightning_cl.data.rehearsal import Prompt, Written, as_sample, choose
-from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, ends_of_answers, read_prompts, start_of_text
+from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.tokenizer import end_tokens, pad_token_id, start_tokens
 from lightning_cl.generation import generator_of, prompt_tokens

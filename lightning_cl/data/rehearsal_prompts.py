@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.data.chat import has_template
+from lightning_cl.data.answer_ends import around, special_token
 from lightning_cl.data.containers import read_file, read_text
 from lightning_cl.data.prompts import PromptDataset
 from lightning_cl.data.rehearsal import Prompt, Written
@@ -82,7 +82,7 @@ class UserTurn:
         Raises:
             ValueError: if the template does not tell where a user's words begin and end.
         """
-        before, after = _around(tokenizer, "USERSWORDS", [], "user")
+        before, after = around(tokenizer, "USERSWORDS", [], "user")
         if not after:
             raise ValueError(
                 "prompts=None: the chat template does not tell where a user's words begin and end; give prompts, a list"
@@ -90,40 +90,13 @@ class UserTurn:
             )
         # A space would begin a word that the model cannot begin any more.
         ids = tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"]
-        return cls(tuple(ids), after, _special_token(tokenizer, after))
+        return cls(tuple(ids), after, special_token(tokenizer, after))
 
     def words(self, written: Written, tokenizer: Any) -> str | None:
         """What the user says in a text that was written behind :attr:`ids`; None if it does not come to an end."""
         text = tokenizer.decode(written.ids[: -1 if written.ended else None], skip_special_tokens=True)
         said, ended, _ = text.partition(self.after)
         return said.strip() if written.ended or ended else None
-
-
-def ends_of_answers(tokenizer: Any) -> list[int]:
-    """The tokens that end what a model says: the end token, and the one that ends a turn in the chat template."""
-    ends = set(end_tokens(tokenizer))
-    if has_template(tokenizer):
-        _, after = _around(tokenizer, "ASSISTANTSWORDS", [{"role": "user", "content": "."}], "assistant")
-        ends.update(_special_token(tokenizer, after))
-    return sorted(ends)
-
-
-def _around(tokenizer: Any, words: str, before: list[dict[str, str]], role: str) -> tuple[str, str]:
-    """What a template writes before and behind somebody's words; nothing behind them, where it does not write them."""
-    said = [*before, {"role": role, "content": words}]
-    try:
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=role == "user")
-    except Exception:  # a template is a program: it can raise anything
-        return "", ""
-    front, _, behind = text.partition(words)
-    return front, behind.strip()
-
-
-def _special_token(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The special token that a text begins with, if it does."""
-    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    found = max((token for token in special if token.strip() and text.startswith(token)), key=len, default=None)
-    return () if found is None else (tokenizer.convert_tokens_to_ids(found),)
 
 
 def start_of_text(tokenizer: Any) -> Prompt:

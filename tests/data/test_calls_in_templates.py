@@ -6,11 +6,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from chat_templates import HEAD, TAIL, chat_tokenizer, learnt, one, with_template
 
+from lightning_cl.data.answer_ends import ends_of_answers
 from lightning_cl.data.chat import encode_chats
 from lightning_cl.data.formats import as_document
 from lightning_cl.data.tally import Tally
+from lightning_cl.generation import answers
 
 ARGUMENTS = {"number": "0", "who": 'it\'s "me"', "deep": {"a": None}}
 WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)
@@ -164,16 +167,16 @@ def test_no_calls_are_no_calls(plain):
 def test_calls_of_sharegpt_are_those_of_other_formats(plain):
     tokenizer = with_template(plain, HEAD + CALLED + TAIL)
     call = {"name": "look", "arguments": ARGUMENTS}
-    for value, answers in ((call, 1), ([call, call], 2)):
+    for value, count in ((call, 1), ([call, call], 2)):
         shared = [
             {"from": "human", "value": "Where?"},
             {"from": "function_call", "value": json.dumps(value)},
-            *({"from": "observation", "value": "there"} for _ in range(answers)),
+            *({"from": "observation", "value": "there"} for _ in range(count)),
             {"from": "gpt", "value": "It is there."},
         ]
         tally = Tally()
         (tokens,) = encode_chats([as_document({"conversations": shared}, "w", tally)], tokenizer, tally)
-        assert tokens.ids.tolist() == one(asking("", answers=["there"] * answers), tokenizer).ids.tolist()
+        assert tokens.ids.tolist() == one(asking("", answers=["there"] * count), tokenizer).ids.tolist()
 
 
 @pytest.mark.parametrize(("end", "said"), [("{% endgeneration %}<|im_end|>", 1), ("<|im_end|>{% endgeneration %}", 0)])
@@ -187,3 +190,29 @@ def test_an_end_that_a_template_does_not_mark_is_said(plain, end, said):
     tokens = one(turns * 2, with_template(plain, template), tally)
     assert learnt(tokens, plain) == ["Hello." if said else "Hello.<|im_end|>"] * 2
     assert sum("{% generation %}" in what for what in tally.left_out) == said
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"), [(HEAD + TAIL, {"<|im_end|>"}), (GLM, {"<|user|>", "<|tool|>"}), (None, set())]
+)
+def test_a_model_stops_where_it_was_taught_to(plain, template, ends):
+    tokenizer = with_template(plain, template)  # its own end token is another, as that of many base models
+    wanted = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids([*ends])}
+    assert set(ends_of_answers(tokenizer)) == wanted
+    for end in wanted:
+        model = Writes([*tokenizer("yes", add_special_tokens=False)["input_ids"], end, 5, 6])
+        assert answers(model, tokenizer, [[3, 4]], 8) == ["yes"]
+
+
+class Writes(torch.nn.Module):
+    """Writes the same tokens after any prompt, until it is stopped."""
+
+    def __init__(self, ids):
+        super().__init__()
+        self.ids = ids
+        self.generation_config = None
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def generate(self, input_ids=None, inputs=None, **_):
+        asked = input_ids if input_ids is not None else inputs
+        return torch.cat([asked, torch.tensor([self.ids] * len(asked))], 1)

@@ -13,8 +13,9 @@ from starting import puts_in_front
 from transformers import AutoTokenizer
 
 from lightning_cl.data import TrainedBPE
+from lightning_cl.data.answer_ends import ends_of_answers
 from lightning_cl.data.rehearsal import Prompt, Written, as_sample, choose, is_repetitive, near_duplicates, outliers
-from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, ends_of_answers, read_prompts, start_of_text
+from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.data.sample_texts import SAMPLES
 from lightning_cl.data.tokens import encode, tokenize
 
