@@ -29,7 +29,7 @@ after_boundary      when all have answered ``at_boundary``: time to report
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -46,6 +46,17 @@ if TYPE_CHECKING:
 
 Need = Literal["keep", "learn"]
 """What a report asks a method's advice for."""
+
+
+class EndCost(NamedTuple):
+    """What a method does with a task's own data at its end, for the plan."""
+
+    what: str
+    """In a word, as ``Fisher``."""
+    samples: int
+    batches: int
+    per_sample: float
+    """The time for a sample, relative to training on it once."""
 
 
 class ContinualCallback(Callback):
@@ -157,6 +168,16 @@ class ContinualCallback(Callback):
 
     def load_continual_state(self, state: dict[str, Any]) -> None:
         """Restores :meth:`continual_state`."""
+
+    def end_cost(self, trainer: L.Trainer, loader: Any, task: TaskPosition) -> EndCost | None:
+        """What the end of a task takes, over all ranks; None: next to nothing.
+
+        Args:
+            trainer: the Trainer.
+            loader: the task's own training loader.
+            task: which of how many it is.
+        """
+        return None
 
     def state_bytes(self) -> int:
         """Bytes of what the method keeps from task to task."""

@@ -160,12 +160,14 @@ class TaskCoordinator(Callback):
             if not self.driven:
                 done = max((m.tasks_done for m in methods), default=0)
                 self.position = TaskPosition(done, f"task-{done}", done + 1)
+            # All or nothing, as the end: an exception in here leads to a checkpoint that starts the task.
+            self._frozen = self._entry(trainer, resumed["random_states"] if resumed is not None else None)
             self.started, self.ended, self.first_step = True, False, trainer.global_step
             self._seconds_before = 0.0
             for method in methods:
                 method.task = self.position
                 method.on_task_start(trainer, pl_module)
-            resumed_inside = None
+            self._frozen = resumed_inside = None
         else:
             resumed_inside = resumed
         for method in methods:
@@ -428,10 +430,13 @@ class TaskCoordinator(Callback):
         finally:
             self._boundary_states = None
 
-    def _entry(self, trainer: L.Trainer) -> dict[str, Any]:
-        """What a checkpoint of this moment holds of the sequence and its methods."""
+    def _entry(self, trainer: L.Trainer, states: list[Any] | None = None) -> dict[str, Any]:
+        """What a checkpoint of this moment holds of the sequence and its methods; `states`: other random states."""
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
         begun = self._begun_batch(trainer)
+        if self.at_boundary and self._resumed is not None:
+            states = self._resumed["random_states"]
+        states = states or self._boundary_states
         return {
             "format": FORMAT,
             "driven": bool(self.names),
@@ -446,9 +451,7 @@ class TaskCoordinator(Callback):
             "fingerprint": self.data.fingerprint() if self.data is not None else None,
             "costs": [dict(cost) for cost in self.costs],
             "loader": self._place(trainer, loader),
-            "random_states": self._resumed["random_states"]
-            if self.at_boundary and self._resumed is not None
-            else self._boundary_states or from_all_ranks(begun["random"] if begun is not None else get_random_state()),
+            "random_states": states or from_all_ranks(begun["random"] if begun is not None else get_random_state()),
             "methods": {
                 name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
                 for method, name in named(self.methods(trainer))

@@ -13,13 +13,13 @@ from lightning_cl.callbacks.base import check_choice, trainable_parameters
 from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.fisher_losses import ESTIMATORS, Estimator, FisherLosses
 from lightning_cl.callbacks.passes import OutputsFunction
-from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.quadratic import Apply, Strength
 from lightning_cl.callbacks.sample_pass import look_at_one, squared_batch_gradients, sum_over_samples
-from lightning_cl.callbacks.task_samples import TaskSamples, check_samples
+from lightning_cl.callbacks.sampled_importance import SampledImportance
 from lightning_cl.functional import merge_quadratics, normalize_importance
 
 
-class EWC(QuadraticPenalty):
+class EWC(SampledImportance):
     """Elastic Weight Consolidation (Kirkpatrick et al. 2017, eq. 3; online: Schwarz et al. 2018, section 3.2).
 
     ::
@@ -58,6 +58,8 @@ class EWC(QuadraticPenalty):
         batch_size: samples that the Fisher is measured on at once; default: the training loader's. It changes memory
             and speed, and the result only of ``batched``.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+        last_task: whether the last task of a sequence is measured too. False saves that pass; if tasks are added later,
+            it is made up for on the last task's data when the first of them starts, with the same result.
         settings: ``share``, ``state_dtype`` and ``state_device`` of
             :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
 
@@ -65,7 +67,7 @@ class EWC(QuadraticPenalty):
         ValueError: if an argument is out of its range.
     """
 
-    ends_long = True  # a pass over samples of the task
+    measures = "Fisher"
 
     def __init__(
         self,
@@ -78,15 +80,14 @@ class EWC(QuadraticPenalty):
         outputs: OutputsFunction | None = None,
         batch_size: int | None = None,
         apply: Apply = "gradient",
+        last_task: bool = True,
         **settings: Any,
     ) -> None:
-        super().__init__(strength, apply, **settings)
+        super().__init__(strength, samples, batch_size, last_task, apply, **settings)
         self.estimator = check_choice("estimator", estimator, ESTIMATORS)
-        check_samples(samples, batch_size)
         if not 0 < decay <= 1:
             raise ValueError(f"decay={decay!r}: expected a number above 0 and at most 1 (1 forgets nothing)")
         self.mode = check_choice("mode", mode, ("online", "separate"))
-        self.samples, self.batch_size = samples, batch_size
         self.decay, self.normalize, self.outputs = decay, normalize, outputs
 
     @override
@@ -138,10 +139,8 @@ class EWC(QuadraticPenalty):
     def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str, int]:
         """This task's Fisher diagonal, the estimator that was used, and how many samples were left out."""
         assert self.task is not None
-        index, parameters = self.task.index, trainable_parameters(pl_module)
-        count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
-        label = f"{type(self).__name__}: Fisher of {self.task}"
-        samples = TaskSamples(trainer, count, index, label, batch_size=self.batch_size)
+        parameters = trainable_parameters(pl_module)
+        samples = self.task_samples(trainer, f"{type(self).__name__}: Fisher of {self.task}")
         losses = self._losses(trainer, pl_module)
         measure = squared_batch_gradients if self.estimator == "batched" else sum_over_samples
         sums = measure(trainer, pl_module, parameters, samples, losses)

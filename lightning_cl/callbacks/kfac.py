@@ -18,7 +18,6 @@ from lightning_cl.callbacks.passes import OutputsFunction
 from lightning_cl.callbacks.placement import full_cpu
 from lightning_cl.callbacks.quadratic import Apply, Strength
 from lightning_cl.callbacks.sample_pass import sum_over_samples
-from lightning_cl.callbacks.task_samples import TaskSamples
 from lightning_cl.functional.kronecker import (
     FactorSums,
     Kronecker,
@@ -62,6 +61,7 @@ class KFACEWC(EWC):
             ``.logits``.
         batch_size: samples measured at once; default: the training loader's.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+        last_task: whether the last task of a sequence is measured too, as in :class:`~lightning_cl.EWC`.
         settings: ``share`` and ``state_device`` of
             :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
 
@@ -84,6 +84,7 @@ class KFACEWC(EWC):
         outputs: OutputsFunction | None = None,
         batch_size: int | None = None,
         apply: Apply = "gradient",
+        last_task: bool = True,
         **settings: Any,
     ) -> None:
         if estimator == "batched":
@@ -99,6 +100,7 @@ class KFACEWC(EWC):
             outputs=outputs,
             batch_size=batch_size,
             apply=apply,
+            last_task=last_task,
             **settings,
         )
         self.largest = largest
@@ -111,11 +113,8 @@ class KFACEWC(EWC):
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
-        index, parameters = self.task.index, trainable_parameters(pl_module)
-        count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
-        samples = TaskSamples(
-            trainer, count, index, f"{type(self).__name__}: Fisher of {self.task}", batch_size=self.batch_size
-        )
+        parameters = trainable_parameters(pl_module)
+        samples = self.task_samples(trainer, f"{type(self).__name__}: Fisher of {self.task}")
         losses, sink = self._losses(trainer, pl_module), FactorSums(self.largest)
         sums = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
         measured = {name: p for name, p in parameters.items() if name not in sums.loose}

@@ -16,14 +16,14 @@ from lightning_cl.callbacks.base import trainable_parameters
 from lightning_cl.callbacks.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.callbacks.fisher_losses import select
 from lightning_cl.callbacks.passes import LogitsReader, OutputsFunction
-from lightning_cl.callbacks.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.quadratic import Apply, Strength
 from lightning_cl.callbacks.sample_pass import LossesOf, look_at_one, sum_over_samples
-from lightning_cl.callbacks.task_samples import TaskSamples, check_samples
+from lightning_cl.callbacks.sampled_importance import SampledImportance
 from lightning_cl.functional import normalize_importance
 from lightning_cl.functional.cross_entropy import CHUNK_BYTES
 
 
-class MAS(QuadraticPenalty):
+class MAS(SampledImportance):
     """Memory Aware Synapses (Aljundi et al. 2018, ECCV, eqs. 2 and 4, and section 4.1 for outputs of several values).
 
     ::
@@ -48,14 +48,14 @@ class MAS(QuadraticPenalty):
             ``.logits``.
         batch_size: samples measured at once; default: the training loader's. It does not change the result.
         apply: ``gradient`` or ``proximal``, see :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
+        last_task: whether the last task of a sequence is measured too. False saves that pass; if tasks are added later,
+            it is made up for on the last task's data when the first of them starts, with the same result.
         settings: ``share``, ``state_dtype`` and ``state_device`` of
             :class:`~lightning_cl.callbacks.quadratic.QuadraticPenalty`.
 
     Raises:
         ValueError: if an argument is out of its range.
     """
-
-    ends_long = True  # a pass over samples of the task
 
     def __init__(
         self,
@@ -65,11 +65,10 @@ class MAS(QuadraticPenalty):
         outputs: OutputsFunction | None = None,
         batch_size: int | None = None,
         apply: Apply = "gradient",
+        last_task: bool = True,
         **settings: Any,
     ) -> None:
-        super().__init__(strength, apply, **settings)
-        check_samples(samples, batch_size)
-        self.samples, self.batch_size = samples, batch_size
+        super().__init__(strength, samples, batch_size, last_task, apply, **settings)
         self.normalize, self.outputs = normalize, outputs
 
     @override
@@ -108,10 +107,7 @@ class MAS(QuadraticPenalty):
     @torch.no_grad()
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
-        count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
-        samples = TaskSamples(
-            trainer, count, self.task.index, f"{type(self).__name__}: {self.task}", batch_size=self.batch_size
-        )
+        samples = self.task_samples(trainer, f"{type(self).__name__}: {self.task}")
         parameters = trainable_parameters(pl_module)
         norms = self._norms(trainer, pl_module)
         sums = sum_over_samples(trainer, pl_module, parameters, samples, norms, Tensor.abs_)

@@ -55,6 +55,14 @@ class TaskSamples:
             self._first = everywhere[:1]
             self._chosen = everywhere[trainer.global_rank :: trainer.world_size]
 
+    def count_samples(self) -> int:
+        """How many samples there are, on this rank."""
+        return self.count if self.is_stream else len(self._chosen)
+
+    def count_batches(self) -> int:
+        """How many batches :meth:`batches` gives, on this rank; of a stream, at most."""
+        return -(-self.count // self._rows()) if self.is_stream else sum(1 for _ in self._groups(True))
+
     def singles(self) -> Iterator[tuple[int, Any]]:
         """Each sample's number, and the sample as a batch of one."""
         if self.is_stream:

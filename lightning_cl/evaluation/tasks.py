@@ -15,7 +15,9 @@ from lightning_cl.checkpoint_io import resolve_checkpoint
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.data.preview import LEGEND, sample_lines, wants_colour
+from lightning_cl.evaluation.end_cost import describe_end
 from lightning_cl.loops import planned_steps
+from lightning_cl.tasks import TaskPosition
 
 
 def evaluate_tasks(
@@ -73,12 +75,14 @@ def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
     if any(data.text_data(task) for task in data.trained_tasks):
         lines.append(f"  {LEGEND}")
     for index, task in enumerate(data.trained_tasks):
-        batches = _batches(data.train_loader(task))
+        loader = data.train_loader(task)
+        batches = _batches(loader)
         size = f"{batches} batches an epoch" if batches is not None else "a stream of unknown length"
         steps = planned_steps(trainer, task, batches)
         said = [size, *([f"{steps} steps"] if steps is not None else [])]
         said += [f"{key}={value}" for key, value in vars(task).items() if key.startswith("max_") and value is not None]
-        notes = data.describe(task)
+        end = describe_end(trainer, loader, TaskPosition(index, task.name, len(data.trained_tasks)), steps)
+        notes = [*data.describe(task), *([end] if end is not None else [])]
         if data.text_data(task):
             notes += sample_lines(data, task, wants_colour(sys.stderr))
         lines += [f"  {index + 1}. {task.name}: {', '.join(said)}", *(f"     {note}" for note in notes)]
