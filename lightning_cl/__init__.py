@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TaskMatrix,
         TaskProgress,
     )
+    from lightning_cl.cli import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
     from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
     from lightning_cl.models import CausalLM, InfiniteLR, WarmupDecay
@@ -41,6 +42,7 @@ _HOME = {
     "AverageAccuracy": "metrics",
     "BackwardTransfer": "metrics",
     "CausalLM": "models",
+    "ContinualCLI": "cli",
     "DER": "callbacks",
     "DERpp": "callbacks",
     "EWC": "callbacks",
@@ -79,6 +81,7 @@ __all__ = [
     "AverageAccuracy",
     "BackwardTransfer",
     "CausalLM",
+    "ContinualCLI",
     "DERpp",
     "Forgetting",
     "ForwardTransfer",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing_extensions import override
 from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
 from lightning_cl.cli_help import EarlyOption, HelpFormatter, HelpfulParser, take_option
+from lightning_cl.cli_overlays import merged_overlays
 from lightning_cl.cli_predict import predict_tasks
 from lightning_cl.cli_runs import EarlierRun, expand_run
 from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_strength
@@ -35,6 +38,7 @@ from lightning_cl.loops import plan_limits
 from lightning_cl.run_files import first_missing, forget_start
 from lightning_cl.sequence import fit_tasks, run_folder
 from lightning_cl.stopping import INTERRUPTED
+from lightning_cl.threads import SensibleThreads
 
 __all__ = ["ContinualCLI", "callbacks", "data", "main", "models"]
 
@@ -156,9 +160,10 @@ class ContinualCLI(LightningCLI):
         )
         for option, (metavar, text) in options.items():
             parser.add_argument(option, action=EarlyOption, metavar=metavar, help=text)
-        if subcommand == "fit":
-            parser.add_argument("--load_best", type=bool, default=False, help=_LOAD_BEST)
-            parser.add_argument("--keep_checkpoints", type=int | str, default="all", help=_KEEP)
+        # The other subcommands read them in the configuration of a run, and have no use for them.
+        best, keep = (_LOAD_BEST, _KEEP) if subcommand == "fit" else (argparse.SUPPRESS, argparse.SUPPRESS)
+        parser.add_argument("--load_best", type=bool, default=False, help=best)
+        parser.add_argument("--keep_checkpoints", type=int | str, default="all", help=keep)
         parser.add_argument("--trust", action=EarlyOption, nargs=0, help=_TRUST)
         return parser
 
@@ -168,7 +173,8 @@ class ContinualCLI(LightningCLI):
         if "preview" in HelpfulParser.arguments[:1] and (asked := take_option(HelpfulParser.arguments, "--run RUN")[0]):
             raise ValueError(f"--run: a preview needs no run, but its settings: --config {asked[0]}/config.yaml")
         arguments, self.earlier = expand_run(HelpfulParser.arguments, tuple(_SUBCOMMANDS))
-        self.config = parser.parse_args(arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            self.config = parser.parse_args(merged_overlays(arguments, Path(folder)))
         trial = asked_trial()
         if trial is not None:
             set_strength(self.config.fit.trainer.callbacks, trial)
@@ -203,6 +209,7 @@ class ContinualCLI(LightningCLI):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             given = self._get(self.config_init, "trainer")
             plan_limits(trainer, given["max_epochs"], given["max_steps"])
+        trainer.callbacks.append(SensibleThreads())  # type: ignore[attr-defined]
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
         if bars and type(bars[0]).__module__.startswith("lightning."):
             trainer.callbacks[trainer.callbacks.index(bars[0])] = TaskProgress()  # type: ignore[attr-defined]
@@ -278,6 +285,8 @@ def main(args: list[str] | None = None) -> None:
     # Denormal numbers, which Adam's moments are full of, cost up to half of the time on a CPU.
     torch.set_flush_denormal(True)
     _quiet()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # own classes, as `class_path: my_methods.MyCallback`, next to the configuration
     try:
         arguments = sys.argv[1:] if args is None else args
         code = run_search(arguments)

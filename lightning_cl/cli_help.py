@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from lightning_cl.cli_overlays import contents, owners, paths_to
+
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """jsonargparse's help, with line breaks of the description kept."""
@@ -96,6 +98,19 @@ class HelpfulParser(LightningArgumentParser):
         owner = re.search(r"given class_path '([\w.]+)'", message)
         for option in re.findall(r"Option '([\w.]+)' is not accepted", message):
             name = owner.group(1).split(".")[-1] if owner else ""
+            configs = contents(self.arguments)
+            groups = [part.split(".")[0].lstrip("-") for part in self.arguments if f".{option}" in part.split("=")[0]]
+            deeper = [path for group in groups for path in paths_to(configs, group, option)]
+            if deeper:  # an argument of an object inside of the one that was named
+                yield f"did you mean --{deeper[0]}?"
+                continue
+            if not groups:
+                named = next((cls for cls, _ in owners(configs, option) if cls in classes), None)
+                if named is not None:
+                    yield f"{named} takes {', '.join(classes[named])}"
+                    for match in get_close_matches(option, classes[named], n=1, cutoff=0.6):
+                        yield f"did you mean {match!r}, an argument of {named}?"
+                    continue
             # Whoever writes --model.… means the model.
             if not classes.get(name) and any(argument.startswith("--model.") for argument in self.arguments):
                 name = "CausalLM" if get_close_matches(option, classes["CausalLM"], cutoff=0.6) else name

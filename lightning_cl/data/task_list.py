@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_cl.data.sources import is_dataset_dict
+from lightning_cl.data.sources import is_dataset_dict, locate
 from lightning_cl.tasks import Task
 
 
@@ -47,9 +47,21 @@ def _as_task(name: str | None, data: Any) -> Task:
             raise TypeError(f"task {name or data.get('name')!r}: unknown argument {unknown[0]!r}; there are {known}")
         arguments: dict[str, Any] = ({"name": name} if name is not None else {}) | data
         return Task(**arguments)
+    if isinstance(data, tuple) and len(data) in (2, 3) and all(map(_is_source, data)):
+        roles = ", ".join(f'"{role}": …' for role in ("train", "val", "test")[: len(data)])
+        raise TypeError(
+            f"task {name!r}: a tuple of {len(data)} sources; give {{{roles}}}, which says what each of them is for"
+        )
     if name is None:
         raise TypeError(f"tasks: expected a Task in the list, got {describe_source(data)}")
     return Task(name, train=data)
+
+
+def _is_source(item: Any) -> bool:
+    """Tells if something is a data set of its own, and no record of one."""
+    if isinstance(item, (str, Path)):
+        return locate(item).kind != "missing" and len(str(item)) < 1000
+    return not isinstance(item, (dict, int, float)) and (hasattr(item, "__len__") or hasattr(item, "__iter__"))
 
 
 def is_data(source: Any) -> bool:
