@@ -54,6 +54,10 @@ class Limits:
     accumulated: int = 1
     """Batches of an optimizer step; a ``GradientAccumulationScheduler`` changes it while a task is trained."""
 
+    def of_task(self, task: Task) -> tuple[int | None, int]:
+        """The epochs and steps of a task: one that sets a limit has no other."""
+        return _limits_of_task(task, self.max_epochs, self.max_steps)
+
 
 @contextmanager
 def restored_limits(trainer: L.Trainer) -> Iterator[Limits]:
@@ -117,6 +121,18 @@ def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | 
     """
     known = (trainer.max_epochs, trainer.max_steps) != (1, int(trainer.fast_dev_run))  # type: ignore[attr-defined]
     epochs, steps = _limits_of_task(task, *((trainer.max_epochs, trainer.max_steps) if known else (None, -1)))
+    return expected_steps(trainer, epochs, steps, batches)
+
+
+def expected_steps(trainer: L.Trainer, epochs: int | None, steps: int, batches: int | None) -> int | None:
+    """How many optimizer steps a fit takes; None if nobody can know.
+
+    Args:
+        trainer: says how many batches make a step.
+        epochs: at most; None or -1: no limit.
+        steps: at most; -1: no limit.
+        batches: in an epoch; None for a stream.
+    """
     counts = [steps] if steps > 0 else []
     if epochs is not None and epochs > 0 and batches is not None:
         counts.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))

@@ -115,7 +115,7 @@ def _train(
         _load(trainer, data, coordinator, checkpoint_path)
     elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         set_aside(run_folder(trainer))
-    told = _tell_plan_first(trainer, data)
+    told, coordinator.run_limits = _tell_plan_first(trainer, data), limits
     tasks = data.trained_tasks
     start = coordinator.position.index if checkpoint_path is not None else 0
     if checkpoint_path is None or not coordinator.started:

@@ -64,6 +64,7 @@ class TaskCoordinator(Callback):
         self.at_boundary = False
         self.first_step = 0
         self.limits: Limits | None = None
+        self.run_limits: Limits | None = None  # the Trainer's own, which tasks may have others than
         self.lr: float | None = None
         self.data: TaskDataModule | None = None
         self.pristine: dict[int, Any] = {}  # other people's callbacks as they were before the first task

@@ -115,7 +115,8 @@ def progress(trainer: L.Trainer, items: Iterable[Any], label: str, total: int | 
     Raises:
         SIGTERMException: between two items, where the process was told to stop.
     """
-    hidden = trainer.progress_bar_callback is None or trainer.global_rank > 0
+    bar = trainer.progress_bar_callback
+    hidden = bar is None or getattr(bar, "is_disabled", False) or trainer.global_rank > 0
     for item in tqdm(items, desc=label, total=total, disable=hidden, leave=False):
         heed(trainer)
         yield item
