@@ -27,6 +27,7 @@ from lightning_cl.callbacks import TaskProgress
 from lightning_cl.cli_help import EarlyOption, HelpFormatter, HelpfulParser, take_option
 from lightning_cl.cli_overlays import merged_overlays
 from lightning_cl.cli_predict import predict_tasks
+from lightning_cl.cli_run_list import run_list
 from lightning_cl.cli_runs import EarlierRun, expand_run
 from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_strength
 from lightning_cl.cli_seeds import run_seeds, tell_folder
@@ -54,6 +55,7 @@ forgot.
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc.yaml --strengths 0.001,0.01,0.1
   lightning-cl preview --config configs/quickstart.yaml                  a sample of each task, with what bears loss
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
+  lightning-cl runs runs                                                 what each run holds, and needs of others
   lightning-cl fit --help                                                all arguments
 """
 
@@ -289,7 +291,9 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())  # own classes, as `class_path: my_methods.MyCallback`, next to the configuration
     try:
         arguments = sys.argv[1:] if args is None else args
-        code = run_search(arguments)
+        code = run_list(arguments)
+        if code is None:
+            code = run_search(arguments)
         if code is None:
             code = run_seeds(arguments)
         if code is None:
