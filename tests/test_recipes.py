@@ -75,6 +75,25 @@ def test_recipe_trains_a_stand_in(recipe, model, data, tmp_path):
         assert all(value.dtype == torch.float32 for value in state.values())
 
 
+def test_rehearsal_with_kl_to_the_base_next_to_a_recipe(model, data, tmp_path):
+    """No old data: Replay is taken out, and the overlay put in."""
+    recipe = yaml.safe_load((CONFIGS / "recipes" / "new-language.yaml").read_text())
+    recipe["model"]["init_args"].pop("quantization")
+    recipe["data"]["tasks"]["known"]["max_steps"] = 2
+    recipe["trainer"]["callbacks"] = [c for c in recipe["trainer"]["callbacks"] if "Replay" not in c["class_path"]]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    overlay = (CONFIGS / "methods" / "self_replay_to_base.yaml").read_text()
+    (tmp_path / "overlay.yaml").write_text(re.sub(r"samples: \d+, ", "samples: 12, ", overlay).replace("127", "8"))
+    configs = ["--config", str(tmp_path / "recipe.yaml"), "--config", str(tmp_path / "overlay.yaml")]
+    names = ["--model.model", model, "--data.tokenizer", model, "--trainer.accelerator", "cpu"]
+    smaller = ["--data.max_length", "64", "--trainer.limit_train_batches", "8", "--trainer.precision", "32"]
+    main(["fit", *configs, *names, *smaller, "--trainer.log_every_n_steps", "1"])
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("runs/*/version_0/report.json"))
+    assert set(report["methods"]["SelfReplay"]["tasks"]) >= {"known", "language"}
+    assert report["methods"]["LwF"]["where"] == "replayed"
+    assert report["methods"]["LwF"]["teacher"] == "base"
+
+
 def test_recipes_say_what_memory_they_take():
     assert len(RECIPES) >= 3
     for recipe in RECIPES:
