@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from test_resume import Hard, differences
 from toys import classification, trainer
 
-from lightning_cl import EWC, MAS, Task, TaskDataModule, fit_tasks
+from lightning_cl import EWC, MAS, Replay, Task, TaskDataModule, fit_tasks
 from lightning_cl.callbacks import KFACEWC
 from lightning_cl.callbacks.task_samples import TaskSamples
 
@@ -110,6 +110,17 @@ def test_what_a_task_end_takes_stands_in_the_plan(tmp_path, caplog):
     first, last = plan.split("  2. b:")
     assert "at its end: 50 Fisher batches, 4 importance batches, about 10 times its training" in first
     assert "at its end: 4 importance batches, about 5% of its training" in last
+
+
+@pytest.mark.parametrize(("policy", "long"), [("reservoir", False), ("surprise", True)])
+def test_a_buffer_whose_policy_looks_at_all_samples_has_a_long_end(tmp_path, caplog, policy, long):
+    """40 samples forward only, a third of a training pass each, after 5 steps of 8: a third of the training."""
+    replay = Replay(10, policy=policy)
+    data = TaskDataModule({"a": classification(0, 40), "b": classification(1, 40)}, batch_size=8)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit_tasks(trainer(tmp_path, [replay], fast_dev_run=True, max_epochs=1), Hard(), data)
+    assert replay.ends_long is long
+    assert ("at its end: 5 ranking batches" in caplog.text) is long
 
 
 @pytest.mark.parametrize("value", [None, "no", 1])

@@ -19,19 +19,22 @@ from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.encoding import encode
 from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.policies import PolicyName
-from lightning_cl.callbacks.base import ContinualCallback, check_choice
+from lightning_cl.callbacks.base import ContinualCallback, EndCost, check_choice
 from lightning_cl.callbacks.checks import named, refuse_sharded
 from lightning_cl.callbacks.coordinator import TaskCoordinator
 from lightning_cl.callbacks.filling import Extras, cost_of, offer_batch, offer_task
 from lightning_cl.callbacks.passes import to_device
+from lightning_cl.callbacks.task_samples import TaskSamples
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing import seed_of
-from lightning_cl.data.plannable import why_not_plannable
+from lightning_cl.data.plannable import task_indices, why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.trained import Trained
 from lightning_cl.random_state import untouched_random_state
+from lightning_cl.tasks import TaskPosition
 
 _WORTH_COMPACTING = 1 << 30  # bytes: a buffer of text never comes so far, and all its checkpoints stay good
+_FORWARD = 1 / 3  # a forward pass takes so much of a training pass
 _ORDERED = 4096  # records that are laid out in random order at once
 Fill = Literal["task_end", "training"]
 Storage = Literal["disk", "memory"]
@@ -114,6 +117,22 @@ class MemoryCallback(ContinualCallback):
     @override
     def mixes(self) -> bool:
         return self.shares is None and self.fill == "training"  # a loader that knows its samples is needed
+
+    @property
+    def ends_long(self) -> bool:  # type: ignore[override]
+        """A policy that looks at all samples, or tensors that are stored beside some, take passes of the model."""
+        return self._looks_at_end or (self.shares is None and type(self).extras is not MemoryCallback.extras)
+
+    @property
+    def _looks_at_end(self) -> bool:
+        return self.shares is None and self.takes_in and self._own.policy.looks != "nothing"
+
+    @override
+    def end_cost(self, trainer: L.Trainer, loader: Any, task: TaskPosition) -> EndCost | None:
+        if not self._looks_at_end:
+            return None
+        samples = TaskSamples(trainer, len(task_indices(loader)), 0, "", loader=loader)
+        return EndCost("ranking", samples.count_samples(), samples.count_batches(), _FORWARD)
 
     # ------------------------------------------------------------------ where it lies
 
