@@ -33,7 +33,7 @@ from lightning_cl.cli_search import asked_trial, keep_first, run_search, set_str
 from lightning_cl.cli_seeds import run_seeds, tell_folder
 from lightning_cl.cli_yaml import check_files
 from lightning_cl.data import TaskDataModule
-from lightning_cl.data.preview import wants_colour
+from lightning_cl.data.preview import printable, wants_colour
 from lightning_cl.evaluation.tasks import evaluate_tasks
 from lightning_cl.loops import plan_limits
 from lightning_cl.run_files import first_missing, forget_start
@@ -199,7 +199,7 @@ class ContinualCLI(LightningCLI):
         if subcommand != "preview":
             super()._run_subcommand(subcommand)
             return
-        print(self.datamodule.preview(colour=wants_colour(sys.stdout)))
+        print(printable(self.datamodule.preview(colour=wants_colour(sys.stdout)), sys.stdout))
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

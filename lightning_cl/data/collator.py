@@ -24,8 +24,9 @@ class TokenCollator:
     transformers 5.23: Llama, Qwen, Mistral, Gemma, Phi, OLMo, GPT-2, GPT-NeoX and others then agree with documents one
     by one to rounding; with the cache, which is their default, or with a mask of ones, each document attends to those
     before it, silently). So a module that does ``self.model(**batch)`` is right. OPT, BLOOM and Falcon, and models with
-    convolutions or states (Mamba, LFM2, Qwen3-Next; measured without their special kernels), leak in any case: they
-    cannot be trained on packed batches. With flash attention documents are kept apart in batches of one block only.
+    convolutions or states (Mamba, Jamba, Falcon-H1, LFM2, Qwen3-Next; measured without their special kernels), leak in
+    any case: they cannot be trained on packed batches. With flash attention documents are kept apart in batches of one
+    block only.
 
     Args:
         pad_id: the token to pad with.

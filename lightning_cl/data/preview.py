@@ -41,7 +41,9 @@ def preview(data: TaskDataModule, colour: bool = False) -> str:
 
 
 def sample_lines(data: TaskDataModule, task: Task, colour: bool = False) -> list[str]:
-    """A task's first training sample as lines of text; what it is, where it is no text.
+    """A task's first training sample (of a watched task, validation sample) as lines of text.
+
+    Where it is no text, they say what it is.
 
     Args:
         data: set up.
@@ -49,10 +51,16 @@ def sample_lines(data: TaskDataModule, task: Task, colour: bool = False) -> list
         colour: see :func:`preview`.
     """
     source = data.training_data(task)
+    if task.watched:
+        source = data.text_data(task).get("val", task.val)
     if isinstance(source, TokenStream):
         sample, tally = source.peek()
-        read = f"a stream; at its beginning {_counts(tally)}"
-        return [read, "there is nothing to learn in it"] if sample is None else [read, *_shown(data, sample, 1, colour)]
+        read = [f"a stream; at its beginning {_counts(tally)}"]
+        if tally.untemplated:
+            read.append(
+                "prompts with completions, joined without the chat template (TaskDataModule(template=True) uses it)"
+            )
+        return [*read, *(["there is nothing to learn in it"] if sample is None else _shown(data, sample, 1, colour))]
     if isinstance(source, TokenDataset):
         return _shown(data, source[0], len(source), colour) if len(source) else []
     sample = source[0] if hasattr(source, "__getitem__") and hasattr(source, "__len__") and len(source) else None
@@ -64,6 +72,17 @@ def sample_lines(data: TaskDataModule, task: Task, colour: bool = False) -> list
 def wants_colour(stream: Any) -> bool:
     """Tells if a stream is a terminal whose owner has not set ``NO_COLOR``."""
     return bool(stream is not None and stream.isatty() and not os.environ.get("NO_COLOR"))
+
+
+def printable(text: str, stream: Any) -> str:
+    """The same text, where a stream's encoding has no such marks with others, and without what it cannot write."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = text.replace("⟦", "[[").replace("⟧", "]]").replace("…", "...")
+        return plain.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def marked(ids: list[int], learnt: list[bool], tokenizer: Any, colour: bool = False) -> str:

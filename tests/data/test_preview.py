@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_cl import TaskDataModule, TrainedBPE
-from lightning_cl.data.preview import marked, preview
+from lightning_cl.data.preview import marked, preview, printable
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -145,3 +145,33 @@ def test_a_run_is_previewed_by_its_configuration(capsys):
     with pytest.raises(SystemExit):
         main(["preview", "--run", "runs/a"])
     assert "--config runs/a/config.yaml" in capsys.readouterr().err
+
+
+def test_a_watched_task_shows_what_it_is_measured_on(tokenizer):
+    tasks = {"a": {"train": ["abc"], "val": ["x"]}, "seen": {"val": [{"prompt": "1+1=", "completion": "2"}]}}
+    text = TaskDataModule(tasks, tokenizer).preview()
+    assert "2. seen (watched: never trained on)" in text
+    assert f"| 1+1=⟦2{tokenizer.eos_token}⟧" in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions_without_the_template_say_so(tokenizer, stream):
+    source = [{"prompt": "p", "completion": "c"}]
+    data = {"train": datasets.Dataset.from_list(source).to_iterable_dataset() if stream else source, "val": ["x"]}
+    text = TaskDataModule({"a": data}, tokenizer, chat_template=TEMPLATE).preview()
+    assert "template=True" in text
+    assert "template=True" not in TaskDataModule({"a": data}, tokenizer).preview()
+    assert (
+        "template=True" not in TaskDataModule({"a": data}, tokenizer, chat_template=TEMPLATE, template=True).preview()
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("utf-8", "a⟦ü…⟧"), ("cp1252", "a[[ü...]]"), ("ascii", "a[[\\xfc...]]")]
+)
+def test_a_terminal_without_such_marks_gets_others(encoding, expected):
+    class Stream:
+        pass
+
+    Stream.encoding = encoding
+    assert printable("a⟦ü…⟧", Stream()) == expected
