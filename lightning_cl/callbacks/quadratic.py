@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.auto_strength import AutoStrength
+from lightning_cl.callbacks.auto_strength import FIRST_CHOICE, AutoStrength
 from lightning_cl.callbacks.base import (
     ContinualCallback,
     Need,
@@ -195,7 +195,7 @@ class QuadraticPenalty(ContinualCallback):
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        held = self._describe_hold(pl_module)
+        held = self._describe_hold(trainer, pl_module)
         self.consolidate(trainer, pl_module)
         if self._diagnosis:
             self._diagnosis[-1].update(held)
@@ -329,7 +329,7 @@ class QuadraticPenalty(ContinualCallback):
         self._too_strong |= pull > max(wanted, self.auto.largest if self.auto is not None else 0.0)
 
     @torch.no_grad()
-    def _describe_hold(self, pl_module: L.LightningModule) -> dict[str, Any]:
+    def _describe_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """How the penalty held during the task that ends; warns where it did nothing."""
         if not self.is_active:
             return {}
@@ -339,6 +339,12 @@ class QuadraticPenalty(ContinualCallback):
             "largest_share": self._largest_share,
             "too_strong": self._too_strong,
         }
+        steps = self._steps(trainer)
+        if self.factor == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{type(self).__name__}: in {self.task} strength='auto' has chosen nothing in {steps} steps (its first"
+                f" choice comes after {FIRST_CHOICE}), so nothing was protected; give a number as strength"
+            )
         if self.factor > 0 and (words := warning_of(entry, self.apply, self.auto is not None)):
             rank_zero_warn(f"{type(self).__name__}: in {self.task} {words}")
         return entry

@@ -343,3 +343,8 @@ def test_a_task_that_is_learnt_perfectly_does_not_switch_the_penalty_off(tmp_pat
 def test_it_is_the_default_of_all_quadratic_methods(method):
     kind = type(METHODS[method]())
     assert kind().strength == kind(apply="proximal").strength == "auto"
+
+
+def test_a_task_too_short_for_a_choice_says_that_nothing_was_protected(tmp_path):
+    with pytest.warns(UserWarning, match=r"L2SP: in task 2/2 'b' strength='auto' has chosen nothing in 3 steps"):
+        fit(tmp_path, [L2SP()], max_steps=3)
