@@ -85,7 +85,7 @@ class SampledImportance(QuadraticPenalty):
         if self.last_task or not TaskCoordinator.of(trainer).driven or not _is_last(self.task):
             super().on_task_end(trainer, pl_module)
             return
-        held = self._describe_hold(pl_module)
+        held = self._describe_hold(trainer, pl_module)
         self._owed = {"index": self.task.index, "name": self.task.name, "count": self.task.count, "held": held}
         rank_zero_info(f"{type(self).__name__}(last_task=False): {self.task} is measured when another task is added")
 
