@@ -16,7 +16,13 @@ from typing_extensions import override
 
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.generation import answers, prompt_tokens
-from lightning_cl.models.frozen_base import checksum, frozen_names, load_without_base
+from lightning_cl.models.frozen_base import (
+    changed_settings,
+    checksum,
+    describe_config,
+    frozen_names,
+    load_without_base,
+)
 from lightning_cl.models.heads import SplitHead
 from lightning_cl.models.loading import Precision, Quantization, add_lora, check_lora, load_pretrained
 from lightning_cl.models.positions import check_positions
@@ -343,6 +349,7 @@ class CausalLM(L.LightningModule):
             **self._describe_base(),
             "left_out": sorted(out),
             "checksum": self._base_checksum,
+            "config": describe_config(self.lm.config),
         }
 
     @override
@@ -358,6 +365,12 @@ class CausalLM(L.LightningModule):
             raise MisconfigurationException(
                 f"checkpoint: it was trained on the frozen base {base['model']!r} ({theirs}) and does not contain it;"
                 f" {difference}. Give the same base, in the same precision, and the same lora"
+            )
+        changed = changed_settings(base["config"], describe_config(self.lm.config)) if "config" in base else []
+        if changed:
+            raise MisconfigurationException(
+                f"checkpoint: the configuration of its frozen base {base['model']!r} is another one now"
+                f" ({'; '.join(changed)}): the same weights would be another model. Give the same base"
             )
 
     @override

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 _ROW = 32_768
+_OF_NO_MATTER = re.compile(
+    r"_.*|transformers_version|architectures|(torch_)?dtype|quantization_config|use_cache|name_or_path|.*_token_id"
+    r"|output_.*|return_dict.*|id2label|label2id|problem_type"
+)
 
 
 def frozen_names(module: nn.Module) -> frozenset[str]:
@@ -39,6 +45,25 @@ def checksum(module: nn.Module, names: frozenset[str]) -> str:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode() + _row_sums(value))
     return digest.hexdigest()
+
+
+def describe_config(config: Any) -> str:
+    """The settings of a transformers model that decide what it computes from the same weights, as JSON."""
+    settings = {} if config is None else config.to_dict()
+    return json.dumps(
+        {k: v for k, v in settings.items() if not _OF_NO_MATTER.fullmatch(k)}, sort_keys=True, default=str
+    )
+
+
+def changed_settings(then: str, now: str) -> list[str]:
+    """Compares two of :func:`describe_config`; a setting that one version of transformers alone knows does not count.
+
+    Returns:
+        each setting that differs, with both values.
+    """
+    before, after = json.loads(then), json.loads(now)
+    common = sorted(before.keys() & after.keys())
+    return [f"{name}: {before[name]!r} then, {after[name]!r} now" for name in common if before[name] != after[name]]
 
 
 def _row_sums(tensor: Tensor) -> bytes:

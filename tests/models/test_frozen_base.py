@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import lightning as L
@@ -202,6 +203,28 @@ def test_weights_that_changed_in_place_are_said_to_have_changed(tmp_path):
     save_model(path, seed=1)
     with pytest.raises(MisconfigurationException, match="its weights have changed"):
         fit(tmp_path / "2", lm(path), boundary(tmp_path / "1"))
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_base_whose_configuration_changed_in_place_is_refused_and_the_setting_named(tmp_path, folder, first):
+    """The same weights with another epsilon, or another base of the rotations, are another model."""
+    shutil.copytree(folder, tmp_path / "model")
+    edit_config(tmp_path / "model", rms_norm_eps=0.5, transformers_version="4.0", use_cache=False, pad_token_id=3)
+    with pytest.raises(MisconfigurationException, match=r"rms_norm_eps: 1e-06 then, 0\.5 now\)"):
+        fit(tmp_path / "1", lm(tmp_path / "model"), boundary(first[1]))
+    edit_config(tmp_path / "model", rms_norm_eps=1e-6)
+    fit(tmp_path / "2", lm(tmp_path / "model"), boundary(first[1]))  # what decides nothing may differ
+
+
+def test_a_checkpoint_of_before_that_has_no_configuration_is_resumed(tmp_path, folder, first):
+    content = torch.load(boundary(first[1]), weights_only=True)
+    del content["frozen_base"]["config"]
+    torch.save(content, tmp_path / "older.ckpt")
+    fit(tmp_path, lm(folder), tmp_path / "older.ckpt")
 
 
 @pytest.mark.parametrize(
