@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_cl.data.dataset import TokenDataset
 from lightning_cl.data.tally import Tally
@@ -65,11 +65,12 @@ def warn_odd_split(task: str, train: TokenDataset, fraction: float, batch_size: 
     wanted = fraction * tally.records
     if len(train) < batch_size:
         rank_zero_warn(f"{words}; {len(train):,} samples are left to train on, less than a batch of {batch_size}")
-    elif abs(tally.held_out - wanted) > max(1.0, wanted / 2):
-        rank_zero_warn(
-            f"{words}, val_fraction={fraction:g} of them is {wanted:,.1f}: their lengths differ by much, and characters"
+    elif abs(tally.held_out - wanted) > 1:
+        said = (
+            f"{words}, where val_fraction={fraction:g} of them is {wanted:,.1f}: their lengths differ, and characters"
             " count as well as records; give Task(val=…) to choose"
         )
+        (rank_zero_warn if tally.held_out > 3 * wanted + 3 else rank_zero_info)(said)
 
 
 def warn_validated_on_training_data(task: str, val: TokenDataset, max_length: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning_cl.data.formats import Completion, Document, Instruction, Text
 from lightning_cl.data.tool_calls import calls_of, with_objects
 
-_LONGEST = 10
+_LONGEST = 100
 AnyDocument = TypeVar("AnyDocument", bound="Document | str")
 
 
@@ -22,8 +22,8 @@ def split_documents(
 ) -> tuple[list[AnyDocument], list[AnyDocument]]:
     """Holds out whole documents with about `fraction` of all characters; a single text gives its end.
 
-    A document that is longer than ten of the usual (median) length counts as ten: else one book among short notes would
-    have all of the notes held out.
+    A document that is longer than a hundred of the usual (median) length counts as a hundred: else one book among short
+    notes would have all of the notes held out.
 
     The choice depends on seed and texts alone. Copies of a document stay on one side, since what is measured on a text
     that is trained on is memory: documents that say the same (:func:`said`).
