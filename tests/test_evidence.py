@@ -28,7 +28,8 @@ def tasks(names="ab", batch_size=8, val=100):
 def fit(root, data, ckpt_path=None, callbacks=(), module=None, **settings):
     L.seed_everything(0, verbose=False)
     matrix = TaskMatrix()
-    made = trainer(root, [matrix, *callbacks, ModelCheckpoint(root)], **{"max_epochs": 1} | settings)
+    own = [] if any(isinstance(callback, ModelCheckpoint) for callback in callbacks) else [ModelCheckpoint(root)]
+    made = trainer(root, [matrix, *callbacks, *own], **{"max_epochs": 1} | settings)
     fit_tasks(made, module or Classifier(), data, ckpt_path)
     return matrix
 
@@ -65,23 +66,63 @@ def test_a_limit_beyond_the_data_is_no_other_data(tmp_path):
     assert (said, matrix.changes) == ([], [])
 
 
-def test_another_limit_measures_the_first_row_again_and_separates_the_others(first, tmp_path):
+def losses(path, batch=8):
+    """What the weights of a checkpoint give on the first batch of each task."""
+    module = Classifier()
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    with torch.no_grad():
+        pairs = [classification(100 + column).tensors for column in range(2)]
+        return [float(torch.nn.functional.cross_entropy(module(x[:batch]), y[:batch])) for x, y in pairs]
+
+
+def test_another_limit_measures_again_what_it_can(first, tmp_path):
+    """All but the row before training: the weights of both boundaries are there."""
     matrix, said = goes_on(first, tmp_path, limit_val_batches=1)
     assert len(said) == 1
     assert "a (limit_val_batches 3 → 1), b (limit_val_batches 3 → 1)" in said[0]
     old = first[1].matrix
     assert [(c["task"], c["row"], c["before"]) for c in matrix.changes] == [
-        ("a", 2, float(old[2, 0])),
-        ("b", 2, float(old[2, 1])),
+        ("a", 1, old[1:3, 0].tolist()),
+        ("b", 1, old[1:3, 1].tolist()),
     ]
-    # Rows before stay as they are; that of the checkpoint is what these weights give on one batch.
+    assert torch.equal(matrix.matrix[0, :2], old[0])
+    for row, name in ((1, "0-a"), (2, "1-b")):
+        assert matrix.matrix[row, :2].tolist() == pytest.approx(losses(tmp_path / "from" / f"{name}.ckpt"), rel=1e-5)
+    sentences = {s.split(":")[0]: s for s in built(matrix)["sentences"]}
+    assert f"{float(matrix.matrix[1, 0]):.3f} when learnt" in sentences["a"]
+    assert math.isnan(matrix.summary()["forward_transfer"])  # b's row before training is on other data, and c has none
+
+
+def test_training_goes_on_from_the_right_weights_after_rows_were_measured_again(first, tmp_path):
+    """The weights of an earlier row were in the module: what is trained next must not notice."""
+    goes_on(first, tmp_path / "1", limit_val_batches=1)
+    goes_on(first, tmp_path / "2", limit_val_batches=3)
+    one, other = (
+        torch.load(tmp_path / n / "new" / "tasks" / "2-c.ckpt", weights_only=True)["state_dict"] for n in "12"
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("why", ["gone", "of another run", "damaged"])
+def test_without_the_weights_of_a_row_a_line_separates_it(first, tmp_path, why):
+    shutil.copytree(first[0], tmp_path / "run")
+    path = tmp_path / "run" / "tasks" / "0-a.ckpt"
+    if why == "gone":
+        path.unlink()
+    elif why == "damaged":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        content = torch.load(path, weights_only=True)
+        content["lightning_cl"]["methods"]["TaskMatrix"]["state"]["matrix"] += 0.1
+        torch.save(content, path)
+    matrix, _ = goes_on((tmp_path / "run", None), tmp_path, limit_val_batches=1)
+    old = first[1].matrix
+    assert [(c["task"], c["row"], c["before"]) for c in matrix.changes] == [
+        ("a", 2, [float(old[2, 0])]),
+        ("b", 2, [float(old[2, 1])]),
+    ]
     assert torch.equal(matrix.matrix[:2, :2], old[:2])
-    module = Classifier()
-    module.load_state_dict(torch.load(tmp_path / "from" / "1-b.ckpt", weights_only=True)["state_dict"])
-    for column in range(2):
-        x, y = classification(100 + column).tensors
-        loss = torch.nn.functional.cross_entropy(module(x[:8]), y[:8])
-        assert float(matrix.matrix[2, column]) == pytest.approx(float(loss), rel=1e-5)
+    assert matrix.matrix[2, :2].tolist() == pytest.approx(losses(tmp_path / "from" / "1-b.ckpt"), rel=1e-5)
     summary = matrix.summary()
     assert summary["forgetting"] == pytest.approx(float((matrix.matrix[3, :2] - matrix.matrix[2, :2]).mean()))
     sentences = {s.split(":")[0]: s for s in built(matrix)["sentences"]}
@@ -114,7 +155,8 @@ def test_a_finished_run_is_measured_again_too(first, tmp_path):
     matrix, _ = goes_on(first, tmp_path, data=tasks(), limit_val_batches=1)
     assert len(matrix.matrix) == 3
     assert len(matrix.changes) == 2
-    assert math.isnan(matrix.summary()["forgetting"])
+    new = [losses(tmp_path / "from" / f"{name}.ckpt") for name in ("0-a", "1-b")]
+    assert matrix.summary()["forgetting"] == pytest.approx(new[1][0] - new[0][0], abs=1e-5)
 
 
 def test_changes_survive_in_checkpoints_and_a_second_one_counts(first, tmp_path):
@@ -123,8 +165,8 @@ def test_changes_survive_in_checkpoints_and_a_second_one_counts(first, tmp_path)
     assert again.changes[:2] == matrix.changes
     assert [(c["task"], c["row"]) for c in again.changes[2:]] == [("a", 3), ("b", 3), ("c", 3)]
     kept = again.trained_matrix()
-    assert kept[:3, :2].isnan().all()
-    assert not kept[3:].isnan().any()
+    assert kept[:3].isnan().all()  # the weights of those rows lie in another run's folder
+    assert not kept[3:].isnan().any(0)[:3].any()
 
 
 def test_a_checkpoint_without_fingerprints_still_loads_with_a_word(first, tmp_path):
@@ -139,6 +181,18 @@ def test_a_checkpoint_without_fingerprints_still_loads_with_a_word(first, tmp_pa
     assert torch.equal(matrix.matrix[:3, :2], first[1].matrix)
     assert matrix.changes == []
     assert set(matrix.measured_on) == set("abc")
+
+
+def test_inside_a_task_other_data_counts_from_the_next_row_on(tmp_path):
+    saved = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, save_top_k=-1)
+    old = fit(tmp_path, tasks(), callbacks=[saved], limit_val_batches=3)
+    (path,) = (tmp_path / "saved" / "1-b").glob("*step=8.ckpt")
+    again = fit(tmp_path / "new", tasks(), path, limit_val_batches=1)
+    assert [(c["task"], c["row"], c["before"]) for c in again.changes] == [("a", 2, []), ("b", 2, [])]
+    assert torch.equal(again.matrix[:2], old.matrix[:2])
+    assert again.matrix[2].tolist() == pytest.approx(losses(tmp_path / "new" / "tasks" / "1-b.ckpt"), rel=1e-5)
+    assert math.isnan(again.summary()["forgetting"])
+    assert again.summary()["average"] == pytest.approx(float(again.matrix[2].mean()))
 
 
 def text_print(tmp_path, limit=1.0, **settings):

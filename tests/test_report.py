@@ -317,7 +317,7 @@ def test_a_penalty_that_pulled_harder_than_the_task_is_not_to_be_stronger():
 def changed_report(**kwargs):
     """The run went on after `b` with other data for a and b; its last row but one was measured again."""
     changes = [
-        {"task": name, "row": 2, "what": "limit_val_batches 10 → 2", "before": before}
+        {"task": name, "row": 2, "what": "limit_val_batches 10 → 2", "before": [before]}
         for name, before in (("a", 2.45), ("b", 3.0))
     ]
     rows = [[4.0, 4.2, 5.0], [2.401, 4.1, 5.0], [1.83, 3.1, 4.0], [1.827, 3.4, 1.0]]
@@ -348,7 +348,7 @@ def test_a_line_separates_rows_of_other_data(tmp_path):
     assert any("'b' on measured on other data than above: a (there 2.450), b (there 3.000)" in line for line in lines)
     write_report(report, tmp_path)
     assert [line[0] for line in read_csv(tmp_path)][2:5] == ["a", "(above: other data of a, b)", "b"]
-    assert read_json(tmp_path)["data_changes"][0]["before"] == 2.45
+    assert read_json(tmp_path)["data_changes"][0]["before"] == [2.45]
 
 
 # ---------------------------------------------------------------------- the table

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.base import ContinualCallback, check_choice
 from lightning_cl.callbacks.checks import named
 from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.callbacks.earlier_rows import earlier_boundary
 from lightning_cl.callbacks.passes import progress
 from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
@@ -30,8 +31,9 @@ class TaskMatrix(ContinualCallback):
     """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
 
     Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. Where a
-    run goes on with other validation data (or other batches of it), the row that it starts from is measured again, a
-    line separates the rows before it, and no score is made across that line. A score that comes out NaN or infinite
+    run goes on with other validation data (or other batches of it), the rows whose weights are there are measured
+    again: that of the checkpoint that it goes on from, and of those next to it. A line separates the rows before, and
+    no score is made across it. A score that comes out NaN or infinite
     counts as the worst and is named. After every task the run's folder gets ``report.json``, ``matrix.csv`` and
     ``matrix.png``; at the end the table is printed.
 
@@ -49,7 +51,7 @@ class TaskMatrix(ContinualCallback):
         tasks: the names of the columns.
         measured_on: for each task, what its column is measured on (:mod:`lightning_cl.data.measured_on`).
         changes: where that became other data: ``task``, ``row`` (the first one on the new data), ``what`` differs, and
-            ``before``, the value of that row on the old data (None: there was none).
+            ``before``, what that row and those after it were on the old data (None: not measured).
 
     Raises:
         ValueError: if mode or preset is none of the above.
@@ -105,7 +107,7 @@ class TaskMatrix(ContinualCallback):
     ) -> None:
         if trainer.fast_dev_run and trained > 0:  # type: ignore[attr-defined]
             return  # that it can be measured was seen before the first task
-        start = time.monotonic()
+        start, source = time.monotonic(), ckpt_path
         self._grow(data, trained)
         unknown = [column for column in range(len(self.tasks)) if self.matrix[trained, column].isnan()]
         when = f"after task {trained}/{len(data.trained_tasks)}" if trained else "before training"
@@ -115,9 +117,11 @@ class TaskMatrix(ContinualCallback):
         if ckpt_path is not None:
             # Nothing was to be measured: one evaluation, to see if the data is still what the rows were measured on.
             self._evaluate(trainer, pl_module, data, 0, ckpt_path)
-        for column in self._changed(trainer, data, trained):
-            if column not in unknown:
-                self.matrix[trained, column] = self._evaluate(trainer, pl_module, data, column, None)
+        changed = self._changed(trainer, data)
+        if changed:
+            again = [column for column in changed if column not in unknown]
+            old = self._measure_again(trainer, pl_module, data, trained, again, source)
+            self._tell_change(changed, again, old, trained)
         diverged = [name for name, value in zip(self.tasks, self.matrix[trained], strict=True) if value.isinf()]
         if diverged:
             rank_zero_warn(
@@ -138,34 +142,70 @@ class TaskMatrix(ContinualCallback):
         self.matrix, self.tasks = matrix, names
         self.watched = [task.name for task in data.tasks if task.watched]
 
-    def _changed(self, trainer: L.Trainer, data: TaskDataModule, trained: int) -> list[int]:
-        """Columns whose data is not what their earlier rows were measured on; keeps and warns of what differs."""
+    def _changed(self, trainer: L.Trainer, data: TaskDataModule) -> dict[int, str]:
+        """Columns whose data is not what their earlier rows were measured on, with what differs."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return []  # one batch of everything: no results
+            return {}  # one batch of everything: no results
         limit = trainer.limit_val_batches
         now = {task.name: measured_on(data, task, limit, trainer.world_size) for task in data.tasks}
         now = trainer.strategy.broadcast(now)  # all ranks must measure the same columns
-        unknown = not self.measured_on and bool((~self.matrix[:trained].isnan()).any())
+        unknown = not self.measured_on and bool((~self.matrix[:-1].isnan()).any())
         found = {}
         for column, name in enumerate(self.tasks):
             what = difference(self.measured_on[name], now[name]) if name in self.measured_on else None
             if what is not None:
                 found[column] = what
-                before = float(self.matrix[trained, column])
-                self.changes.append({"task": name, "row": trained, "what": what, "before": _known(before)})
         self.measured_on |= now
         if unknown:
             rank_zero_warn(
                 "TaskMatrix: the checkpoint, of an earlier version, does not say on what data its rows were measured;"
                 " it is taken for the same as now"
             )
-        if found:
-            names = ", ".join(f"{self.tasks[column]} ({what})" for column, what in found.items())
-            rank_zero_warn(
-                f"TaskMatrix: not measured on the same data as the rows before: {names}. A line separates those rows,"
-                " and no score is made across it; go on with the settings of the run before to compare"
-            )
-        return list(found)
+        return found
+
+    def _measure_again(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        columns: list[int],
+        source: str | None,
+    ) -> dict[int, list[float | None]]:
+        """Measures known entries on other data: of this row, and of rows whose weights lie next to `source`.
+
+        Returns:
+            for each row that is on the new data now, what the columns were before.
+        """
+        old = self.matrix.clone()
+        weights: dict[int, str | None] = {}
+        names = [task.name for task in data.trained_tasks]
+        checkpoint = Path(source or ".")
+        for row in range(trained - 1, 0, -1) if source is not None and columns else ():
+            found = earlier_boundary(checkpoint, row, names, self.tasks, old) if trainer.is_global_zero else None
+            path = trainer.strategy.broadcast(found)
+            if path is None:
+                break  # what lies before it stays on the other side of the line
+            weights[row] = path
+        for row, path in [*weights.items(), (trained, source if weights else None)]:
+            for column in columns:
+                if row == trained or not old[row, column].isnan():
+                    self.matrix[row, column] = self._evaluate(trainer, pl_module, data, column, path)
+                    path = None  # the module has them now
+        return {row: [_known(float(value)) for value in old[row]] for row in sorted([*weights, trained])}
+
+    def _tell_change(
+        self, changed: dict[int, str], again: list[int], old: dict[int, list[float | None]], trained: int
+    ) -> None:
+        """Keeps where the data changed, and warns."""
+        for column, what in changed.items():
+            before = [values[column] for values in old.values()] if column in again else []
+            self.changes.append({"task": self.tasks[column], "row": min(old), "what": what, "before": before})
+        names = ", ".join(f"{self.tasks[column]} ({what})" for column, what in changed.items())
+        rank_zero_warn(
+            f"TaskMatrix: measured on other data than in the run before: {names}. Rows {min(old)} to {trained} are on"
+            " the new data; a line separates the rows before, and no score is made across it"
+        )
 
     def _evaluate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, column: int, ckpt_path: str | None

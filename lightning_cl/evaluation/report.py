@@ -123,7 +123,7 @@ def _data_changes(report: dict[str, Any]) -> list[str]:
     rows = row_names(report)
     whats = {(change["row"], change["what"]): [] for change in report["data_changes"]}  # type: ignore[var-annotated]
     for change in report["data_changes"]:
-        before = f" (there {format_number(change['before'])})" if change["before"] is not None else ""
+        before = f" (there {', '.join(map(format_number, change['before']))})" if change["before"] else ""
         whats[change["row"], change["what"]].append(f"{change['task']}{before}")
     return [
         f"From the row {rows[row]!r} on measured on other data than above: {', '.join(tasks)}. It differs in {what}. No"
