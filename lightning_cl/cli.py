@@ -320,9 +320,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # our own config.yaml is in it
     warnings.filterwarnings("ignore", message=".*isinstance.treespec")
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a folder per task
-    noise = ("💡 Tip", "`Trainer.fit` stopped: `max_steps")  # the loop counts the steps of all tasks
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: not record.getMessage().startswith(noise))
+    logger.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
 
 
 def _ours(error: BaseException | None) -> BaseException | None:
