@@ -150,7 +150,9 @@ class TaskProgress(TQDMProgressBar):
 
 def is_terminal() -> bool:
     """Tells if what is printed is seen on a terminal or in a notebook, where a bar can be drawn again."""
-    return "ipykernel" in sys.modules or bool(sys.stdout is not None and sys.stdout.isatty())
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    # That somebody has imported ipykernel is no notebook yet: its shell has a kernel.
+    return hasattr(shell, "kernel") or bool(sys.stdout is not None and sys.stdout.isatty())
 
 
 def _steps_of_later_tasks(trainer: L.Trainer, coordinator: TaskCoordinator) -> list[int | None]:

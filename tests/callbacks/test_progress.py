@@ -134,3 +134,11 @@ def test_a_plain_fit_is_one_task(tmp_path, caplog, clock):
 def test_a_time_that_cannot_be(every):
     with pytest.raises(ValueError, match="every="):
         TaskProgress(every=every)
+
+
+def test_an_imported_kernel_is_no_notebook(monkeypatch):
+    import ipykernel.ipkernel
+
+    assert "ipykernel" in ipykernel.__name__
+    monkeypatch.setattr("sys.stdout", None)
+    assert not progress_file.is_terminal()
