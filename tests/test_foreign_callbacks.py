@@ -140,7 +140,7 @@ def _as_in_the_sequence(data, index):
     return train_loader
 
 
-@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint", "StochasticWeightAveraging", "BaseFinetuning"])
+@pytest.mark.parametrize("name", USUAL)
 def test_a_run_that_is_killed_between_two_tasks_ends_as_one_that_was_not(tmp_path, name):
     def callbacks(root):
         saving = [] if name == "ModelCheckpoint" else [theirs.ModelCheckpoint()]
@@ -148,7 +148,7 @@ def test_a_run_that_is_killed_between_two_tasks_ends_as_one_that_was_not(tmp_pat
 
     seen = Seen()
     reference = sequence(tmp_path / "a", callbacks(tmp_path / "a"), name, made())
-    (boundary,) = (tmp_path / "a/tasks").glob("0-a.ckpt")
+    (boundary,) = (tmp_path / "a").rglob("0-a.ckpt")
     resumed = sequence(tmp_path / "b", callbacks(tmp_path / "b"), name, made(), boundary)
     assert all(map(torch.equal, reference.parameters(), resumed.parameters()))
 
