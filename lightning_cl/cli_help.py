@@ -105,7 +105,7 @@ class HelpfulParser(LightningArgumentParser):
                 yield f"did you mean --{deeper[0]}?"
                 continue
             if not groups:
-                named = next((cls for cls, _ in owners(configs, option) if cls in classes), None)
+                named = next((cls for cls in owners(configs, option) if cls in classes), None)
                 if named is not None:
                     yield f"{named} takes {', '.join(classes[named])}"
                     for match in get_close_matches(option, classes[named], n=1, cutoff=0.6):

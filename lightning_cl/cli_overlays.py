@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from lightning_cl.cli_yaml import read_yaml
+
 _REPLACED = {("data", "tasks")}
 """Dictionaries that are a sequence: a later file gives another one."""
 _KINDS = ("class_path", "model_type")
@@ -32,8 +34,8 @@ def contents(arguments: Sequence[str]) -> list[dict[str, Any]]:
     read = []
     for _, path in config_files(arguments):
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            content = read_yaml(Path(path), "--config")
+        except ValueError:
             content = None
         read.append(content if isinstance(content, dict) else {})
     return read
@@ -81,13 +83,13 @@ def _is_value(path: tuple[str, ...]) -> bool:
     return "init_args" in path[:-1] and path[-1] != "init_args"
 
 
-def owners(configs: Sequence[dict[str, Any]], option: str) -> Iterator[tuple[str, str]]:
-    """The objects in files that are given an option: their class's name, and the option itself."""
+def owners(configs: Sequence[dict[str, Any]], option: str) -> Iterator[str]:
+    """The classes of the objects in files that are given an option."""
     for config in configs:
         for node in _nodes(config):
             given = node.get("init_args")
             if isinstance(given, dict) and option in given and isinstance(node.get("class_path"), str):
-                yield node["class_path"].split(".")[-1], option
+                yield node["class_path"].split(".")[-1]
 
 
 def paths_to(configs: Sequence[dict[str, Any]], group: str, option: str) -> Iterator[str]:

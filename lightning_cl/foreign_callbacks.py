@@ -18,17 +18,12 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelPruning,
     ProgressBar,
-    StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_cl.callbacks.base import ContinualCallback
-
-try:  # lightning 2.5 does not have it yet
-    from lightning.pytorch.callbacks import WeightAveraging
-except ImportError:  # pragma: no cover
-    WeightAveraging = StochasticWeightAveraging  # type: ignore[misc, assignment]
 
 _TRIES = (
     "it trains trial steps inside of fit and evaluation, which the methods would take for training; run it before, as"

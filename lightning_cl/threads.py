@@ -22,8 +22,6 @@ class SensibleThreads(Callback):
     quickstart took 7 times as long with two threads as with one. It is said in one line, and done once.
     """
 
-    over_tasks = True
-
     def __init__(self) -> None:
         self._decided = False
 

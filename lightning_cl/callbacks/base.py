@@ -23,6 +23,8 @@ on_task_end         once per task, after all other callbacks' ``on_train_end``
 at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``; in the order of
                     ``boundary_order``
 after_boundary      when all have answered ``at_boundary``: time to report
+end_cost            the plan is told: what the end of a task will take
+advice              the report is written: what of the method could be changed
 ==================  ====================================================================================
 """
 
@@ -170,7 +172,7 @@ class ContinualCallback(Callback):
         """Restores :meth:`continual_state`."""
 
     def end_cost(self, trainer: L.Trainer, loader: Any, task: TaskPosition) -> EndCost | None:
-        """What the end of a task takes, over all ranks; None: next to nothing.
+        """Returns what the end of a task takes, over all ranks; None for next to nothing.
 
         Args:
             trainer: the Trainer.
@@ -188,7 +190,7 @@ class ContinualCallback(Callback):
         return {}
 
     def advice(self, need: Need) -> str | None:
-        """What could be changed of this method, by what it saw in the run, in words; None: nothing.
+        """Names what could be changed of this method, by what it saw in the run; None for nothing.
 
         Args:
             need: ``keep`` more of earlier tasks, or ``learn`` more of a new one.

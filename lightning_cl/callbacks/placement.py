@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_cl.functional.penalty import full_value as whole
+
 
 class Streamed(Mapping[str, Tensor]):
     """Tensors that are brought to a parameter's device one at a time, when they are asked for.
@@ -76,12 +78,6 @@ def pinned(tensor: Tensor) -> Tensor:
 def full_cpu(tensor: Tensor) -> Tensor:
     """The whole tensor on the CPU: a sharded tensor in a checkpoint would come back as rank 0's part on all ranks."""
     return whole(tensor.detach()).to("cpu", copy=True)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole value of a sharded tensor; an ordinary one as it is."""
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return full_tensor() if full_tensor is not None else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
