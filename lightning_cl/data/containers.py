@@ -103,7 +103,9 @@ def _jsonl(path: Path, where: str) -> Iterator[Record]:
         if encoding_of(file) == "utf-16":
             # Split at a line feed alone: U+2028 and its like are legal inside JSON strings.
             lines = read_text(path, where).split("\n")
-            yield from (_json_line(line, f"{where}, line {number}") for number, line in enumerate(lines, 1) if line)
+            yield from (
+                _json_line(line, f"{where}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+            )
             return
         for number, line in enumerate(file, 1):
             place = f"{where}, line {number}"

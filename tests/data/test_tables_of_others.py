@@ -59,8 +59,8 @@ def test_another_encoding_is_named(tmp_path, name):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz"])
 def test_records_on_lines_under_any_name(tmp_path, name, encoding):
-    lines = "\n".join(json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for p, c in ROWS)
-    assert read(write(tmp_path / name, lines, encoding)) == EXPECTED
+    lines = "\n  \r\n".join(json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for p, c in ROWS)
+    assert read(write(tmp_path / name, lines, encoding)) == EXPECTED  # blank lines say nothing
 
 
 def test_text_and_parquet_can_be_compressed(tmp_path):
