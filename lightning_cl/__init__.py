@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         TaskMatrix,
         TaskProgress,
     )
-    from lightning_cl.cli import ContinualCLI
+    from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
     from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
     from lightning_cl.models import CausalLM, InfiniteLR, WarmupDecay

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 
-from lightning_cl.data.chat import encode_chats
-from lightning_cl.data.formats import as_document
-from lightning_cl.data.tally import Tally
-from lightning_cl.data.tokenizer import TrainedBPE
+from lightning_cl.data.text.chat import encode_chats
+from lightning_cl.data.text.formats import as_document
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.tokenizer import TrainedBPE
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|tool|>"]
 HEAD = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content or '' }}"

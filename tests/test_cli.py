@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_cl.cli import main
+from lightning_cl.cli.command import main
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -299,7 +299,7 @@ def test_an_error_of_other_code_keeps_its_traceback(tmp_path, small, monkeypatch
     def broken(*args, **kwargs):
         return {}["somebody's bug"]
 
-    monkeypatch.setattr("lightning_cl.cli.fit_tasks", broken)
+    monkeypatch.setattr("lightning_cl.cli.command.fit_tasks", broken)
     with pytest.raises(KeyError, match="somebody's bug"):
         Output("fit", *small, *below(tmp_path))
 

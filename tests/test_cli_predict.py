@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import trainer
 
 from lightning_cl import TaskDataModule, cli_predict
-from lightning_cl.cli_predict import predict_tasks
+from lightning_cl.sequence.predict import predict_tasks
 
 
 class Answering(L.LightningModule):

@@ -11,7 +11,7 @@ from test_cli import Output
 from toys import Classifier, classification, trainer
 
 from lightning_cl import Replay, TaskDataModule, TaskMatrix, fit_tasks
-from lightning_cl.cli_run_list import find_runs
+from lightning_cl.cli.run_list import find_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,8 +11,8 @@ import torch
 import yaml
 from test_cli import Output
 
-from lightning_cl.cli_help import take_option
-from lightning_cl.cli_runs import expand_run, last_boundary
+from lightning_cl.cli.earlier_run import expand_run, last_boundary
+from lightning_cl.cli.parser import take_option
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

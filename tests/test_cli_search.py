@@ -13,7 +13,7 @@ from test_cli import Output
 from test_cli_seeds import configuration
 
 from lightning_cl import cli_search
-from lightning_cl.cli_search import keep_first, parse_first, parse_strengths, set_strength
+from lightning_cl.cli.strengths import keep_first, parse_first, parse_strengths, set_strength
 
 ROOT = Path(__file__).parents[1]
 

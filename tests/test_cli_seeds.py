@@ -12,7 +12,7 @@ import yaml
 from test_cli import Output
 
 from lightning_cl import cli_seeds
-from lightning_cl.cli_seeds import parse_seeds
+from lightning_cl.cli.seeds import parse_seeds
 from lightning_cl.evaluation.seeds import interval, paired_rows, summarize, t_quantile
 
 ROOT = Path(__file__).parents[1]

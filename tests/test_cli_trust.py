@@ -12,9 +12,9 @@ import pytest
 import yaml
 from test_cli import QUICKSTART, ROOT, Output, config_of
 
-from lightning_cl.cli_runs import expand_run
-from lightning_cl.cli_trust import ask_for_trust, foreign_code
-from lightning_cl.cli_yaml import read_yaml
+from lightning_cl.cli.earlier_run import expand_run
+from lightning_cl.cli.trust import ask_for_trust, foreign_code
+from lightning_cl.cli.yaml_files import read_yaml
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")

@@ -19,11 +19,11 @@ from toys import Classifier, classification, trainer
 
 from lightning_cl import TaskDataModule, fit_tasks
 from lightning_cl.buffers import DiskStore, ReplayBuffer, layout
-from lightning_cl.checkpoint_io import DurableCheckpointIO, find_last_checkpoint, is_whole
-from lightning_cl.data.dataset import TokenDataset
-from lightning_cl.data.tally import Tally
-from lightning_cl.data.token_cache import cached
-from lightning_cl.evaluation.tasks import evaluate_tasks
+from lightning_cl.core.checkpoint_io import DurableCheckpointIO, find_last_checkpoint, is_whole
+from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.token_cache import cached
+from lightning_cl.sequence.evaluate import evaluate_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

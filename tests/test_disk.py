@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from toys import Classifier, classification, trainer
 
 from lightning_cl import TaskDataModule, fit_tasks
-from lightning_cl.checkpoint_io import DurableCheckpointIO
-from lightning_cl.data.dataset import TokenDataset
-from lightning_cl.data.token_cache import cached
-from lightning_cl.data.tokenizer import TrainedBPE
+from lightning_cl.core.checkpoint_io import DurableCheckpointIO
+from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.token_cache import cached
+from lightning_cl.data.text.tokenizer import TrainedBPE
 from lightning_cl.files import locked_for_writing, remove_abandoned, replace_file
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ from toys import Classifier, classification, trainer
 
 import lightning_cl
 from lightning_cl import TaskDataModule
-from lightning_cl.cli_overlays import merged_overlays
-from lightning_cl.threads import SensibleThreads
+from lightning_cl.cli.overlays import merged_overlays
+from lightning_cl.cli.threads import SensibleThreads
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,7 +57,7 @@ def test_three_files_and_an_argument_of_lora(tmp_path):
 def test_own_classes_are_found_in_the_working_directory(tmp_path):
     (tmp_path / "my_methods.py").write_text("import lightning as L\n\n\nclass Mine(L.Callback):\n    pass\n")
     path = overlay(tmp_path, {"trainer": {"callbacks+": [{"class_path": "my_methods.Mine"}]}})
-    code = "import sys; sys.path = [p for p in sys.path if p]; from lightning_cl.cli import main; main()"
+    code = "import sys; sys.path = [p for p in sys.path if p]; from lightning_cl.cli.command import main; main()"
     command = [sys.executable, "-c", code, "fit", "--config", QUICKSTART, "--config", path, "--print_config"]
     environment = os.environ | {"PYTHONPATH": str(Path(lightning_cl.__file__).parents[1]), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -110,7 +110,7 @@ def test_a_small_model_has_one_thread_unless_somebody_decides(tmp_path, monkeypa
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     if size == "many":
-        monkeypatch.setattr("lightning_cl.threads.SMALL", 10)
+        monkeypatch.setattr("lightning_cl.cli.threads.SMALL", 10)
     torch.set_num_threads(3)
     try:
         with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):

@@ -12,7 +12,14 @@ from toys import TINY_LLAMA, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_cl import CausalLM, PromptSamples, TrainedBPE
-from lightning_cl.generation import continue_tokens, draw, generator_of, pad_token_id, prompt_tokens, sample_tokens
+from lightning_cl.passes.generation import (
+    continue_tokens,
+    draw,
+    generator_of,
+    pad_token_id,
+    prompt_tokens,
+    sample_tokens,
+)
 
 VOCABULARY = 60
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13], [59, 58, 57, 3]]
@@ -274,7 +281,7 @@ def test_a_prompt_in_the_chat_template(tokenizer):
 
 def test_a_prompt_begins_as_the_texts_that_were_trained_on(tokenizer):
     """Training puts a start token in front of every document."""
-    from lightning_cl.data.tokens import tokenize
+    from lightning_cl.data.text.tokens import tokenize
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     puts_in_front(tokenizer, "<s>")

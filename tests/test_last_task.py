@@ -11,7 +11,7 @@ from toys import classification, trainer
 
 from lightning_cl import EWC, MAS, Replay, Task, TaskDataModule, fit_tasks
 from lightning_cl.callbacks import KFACEWC
-from lightning_cl.callbacks.task_samples import TaskSamples
+from lightning_cl.passes.task_samples import TaskSamples
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,7 +15,7 @@ from stand_in import chats, save_stand_in, sentence, write_jsonl
 from toys import trainer
 
 from lightning_cl import EWC, CausalLM, Replay, TaskDataModule, TaskMatrix, fit_tasks
-from lightning_cl.data.tokenizer import load_tokenizer
+from lightning_cl.data.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

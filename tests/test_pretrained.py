@@ -14,9 +14,9 @@ from toys import TINY_LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_cl import CausalLM, TrainedBPE, pretrained
-from lightning_cl.data.tokenizer import load_tokenizer
+from lightning_cl.data.text.pretrained import convert_gguf, resolve_source
+from lightning_cl.data.text.tokenizer import load_tokenizer
 from lightning_cl.models.loading import load_pretrained
-from lightning_cl.pretrained import convert_gguf, resolve_source
 
 SAMPLE = "sample:SmolLM2-135M-Instruct"
 TEXTS = ["the cat sleeps in the barn", "the dog sleeps in the house", "def cat(x): return x + 1"]

@@ -11,8 +11,8 @@ import torch
 import yaml
 from stand_in import chats, save_stand_in, sentence, write_jsonl
 
-from lightning_cl.checkpoint_io import read_checkpoint
-from lightning_cl.cli import main
+from lightning_cl.cli.command import main
+from lightning_cl.core.checkpoint_io import read_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_cl import AGEM, EWC, L2SP, SI, DERpp, LwF, PromptSamples, Replay, SelfReplay, TaskMatrix
-from lightning_cl.callbacks.checks import named
+from lightning_cl.core.checks import named
 from lightning_cl.evaluation import build_report, format_report, write_report
 
 NAN, INF = float("nan"), float("inf")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from toys import Classifier, classification, trainer
 
 from lightning_cl import EWC, SI, Replay, Task, TaskDataModule, TaskMatrix, fit_tasks
-from lightning_cl.checkpoint_io import find_last_checkpoint
+from lightning_cl.core.checkpoint_io import find_last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -20,7 +20,7 @@ from test_cli_runs import configuration, run, texts  # noqa: F401
 from toys import Classifier, classification, trainer
 
 from lightning_cl import TaskDataModule, TaskMatrix, fit_tasks
-from lightning_cl.run_files import boundaries_to_keep, only_run_in
+from lightning_cl.sequence.run_files import boundaries_to_keep, only_run_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -124,7 +124,7 @@ def test_runs_with_a_logger_have_folders_of_their_own(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from lightning_cl.run_files import only_run_in
+from lightning_cl.sequence.run_files import only_run_in
 with only_run_in(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -391,7 +391,7 @@ def test_a_second_sequence_on_the_same_trainer_starts_anew_and_keeps_what_was_le
 
 
 def test_names_of_tasks_are_written_as_they_are(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("lightning_cl.callbacks.progress.is_terminal", lambda: True)
+    monkeypatch.setattr("lightning_cl.callbacks.monitoring.progress.is_terminal", lambda: True)
     assert TaskPosition(1, "Deutsch NEU", 3).title == "Task 2/3 'Deutsch NEU'"
     progress = TaskProgress()
     with caplog.at_level("INFO"):

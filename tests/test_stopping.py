@@ -13,9 +13,9 @@ from test_resume import Hard, differences, fingerprint
 from toys import Classifier, classification, trainer
 
 from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, cli, fit_tasks
-from lightning_cl.callbacks.base import ContinualCallback
-from lightning_cl.checkpoint_io import find_last_checkpoint
-from lightning_cl.evaluation.tasks import evaluate_tasks
+from lightning_cl.core.checkpoint_io import find_last_checkpoint
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.sequence.evaluate import evaluate_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

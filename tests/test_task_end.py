@@ -12,7 +12,7 @@ from toys import classification, trainer
 import lightning_cl.evaluation
 from lightning_cl import EWC, MAS, SI, LwF, Replay, RWalk, Task, TaskDataModule, TaskMatrix, fit_tasks
 from lightning_cl.callbacks import KFACEWC
-from lightning_cl.callbacks.base import ContinualCallback
+from lightning_cl.core.method import ContinualCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,8 +1,8 @@
 """What is kept of earlier tasks: how samples are chosen, and where they lie."""
 
 from lightning_cl.buffers.buffer import ReplayBuffer
-from lightning_cl.buffers.disk import DiskStore
-from lightning_cl.buffers.folder import Stored, read_folder, remove_from_folder
+from lightning_cl.buffers.disk.folder import Stored, read_folder, remove_from_folder
+from lightning_cl.buffers.disk.store import DiskStore
 from lightning_cl.buffers.memory import MemoryStore
 
 __all__ = ["DiskStore", "MemoryStore", "ReplayBuffer", "Stored", "read_folder", "remove_from_folder"]

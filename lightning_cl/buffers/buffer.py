@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_cl.buffers.disk import DiskStore
-from lightning_cl.buffers.encoding import encode
-from lightning_cl.buffers.folder import Stored, found_in
+from lightning_cl.buffers.disk.encoding import encode
+from lightning_cl.buffers.disk.folder import Stored, found_in
+from lightning_cl.buffers.disk.layout import ALIGNMENT, RECORD, DamagedFileError
+from lightning_cl.buffers.disk.store import DiskStore
 from lightning_cl.buffers.labels import label_of
-from lightning_cl.buffers.layout import ALIGNMENT, RECORD, DamagedFileError
 from lightning_cl.buffers.memory import MemoryStore
 from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
 from lightning_cl.buffers.selection import Selection, spread
@@ -49,7 +49,7 @@ class ReplayBuffer:
             for the tasks.
         seed: seed of the random choices.
         unit: what the budget counts: ``samples``, ``tokens``, or ``bytes`` on disk.
-        store: where samples lie: by default, in memory; :class:`~lightning_cl.buffers.disk.DiskStore` for files.
+        store: where samples lie: by default, in memory; :class:`~lightning_cl.buffers.disk.store.DiskStore` for files.
 
     Attributes:
         seen: how many samples were offered so far.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_cl.buffers.encoding import Encoded, decode, decode_extra, encode
-from lightning_cl.buffers.segment import RemovedError
+from lightning_cl.buffers.disk.encoding import Encoded, decode, decode_extra, encode
+from lightning_cl.buffers.disk.segment import RemovedError
 from lightning_cl.buffers.store import Info, Store, as_numbers
 
 _PARTS = ("ids", "mask", "blob")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_cl.buffers.encoding import Encoded, encode
+from lightning_cl.buffers.disk.encoding import Encoded, encode
 
 
 class Info(NamedTuple):

@@ -2,6 +2,6 @@
 
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.module import TaskDataModule
-from lightning_cl.data.tokenizer import TrainedBPE
+from lightning_cl.data.text.tokenizer import TrainedBPE
 
 __all__ = ["TaskDataModule", "TaskLoader", "TrainedBPE"]

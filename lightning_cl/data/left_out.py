@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_cl.data.dataset import TokenDataset
-from lightning_cl.data.tally import Tally
+from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.tally import Tally
 
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 

@@ -11,10 +11,12 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_cl.data.adoption import taken_over
-from lightning_cl.data.block_plan import BlockPlan
 from lightning_cl.data.buckets import bucketed_order
-from lightning_cl.data.mixing import (
+from lightning_cl.data.foreign_loader import taken_over
+from lightning_cl.data.mixing.block_plan import BlockPlan
+from lightning_cl.data.mixing.contents import Kinds, kinds_of
+from lightning_cl.data.mixing.packing import fill
+from lightning_cl.data.mixing.plan import (
     cuts,
     interleave,
     mixed_length,
@@ -23,12 +25,10 @@ from lightning_cl.data.mixing import (
     seed_of,
     share_of_rank,
 )
-from lightning_cl.data.packing import fill
+from lightning_cl.data.mixing.replayed import Mix as Mix
+from lightning_cl.data.mixing.replayed import NewThenReplayed, Samples
+from lightning_cl.data.mixing.replayed import loss_tokens as loss_tokens
 from lightning_cl.data.plannable import task_indices
-from lightning_cl.data.replayed import Mix as Mix
-from lightning_cl.data.replayed import NewThenReplayed, Samples
-from lightning_cl.data.replayed import loss_tokens as loss_tokens
-from lightning_cl.data.row_kinds import Kinds, kinds_of
 from lightning_cl.data.trained import Trained
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from lightning_cl.data.dataset import TokenDataset
 from lightning_cl.data.stream import StreamLoader
+from lightning_cl.data.text.dataset import TokenDataset
 from lightning_cl.tasks import Task
 
 if TYPE_CHECKING:

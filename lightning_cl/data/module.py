@@ -13,21 +13,21 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_cl.data.chat import has_template
-from lightning_cl.data.layout import Layout
 from lightning_cl.data.left_out import left_out, warn_odd_split, warn_validated_on_training_data
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.preview import preview
-from lightning_cl.data.prompts import PromptDataset, join_prompts
-from lightning_cl.data.records import check_text_source, is_text_source, read_texts
-from lightning_cl.data.sources import is_stream
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.data.tally import Tally
 from lightning_cl.data.task_list import as_tasks, describe_source, is_data
-from lightning_cl.data.text_tasks import TextSettings, TokenStream, prepare_texts, split_sources
-from lightning_cl.data.tokenizer import TrainedBPE, fingerprint, load_tokenizer, pad_token_id, read_template
-from lightning_cl.data.tokens import TokenCollator, TokenDataset
+from lightning_cl.data.text.chat import has_template
+from lightning_cl.data.text.layout import Layout
+from lightning_cl.data.text.prompts import PromptDataset, join_prompts
+from lightning_cl.data.text.records import check_text_source, is_text_source, read_texts
+from lightning_cl.data.text.sources import is_stream
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.text_tasks import TextSettings, TokenStream, prepare_texts, split_sources
+from lightning_cl.data.text.tokenizer import TrainedBPE, fingerprint, load_tokenizer, pad_token_id, read_template
+from lightning_cl.data.text.tokens import TokenCollator, TokenDataset
 from lightning_cl.tasks import Task
 
 
@@ -61,8 +61,8 @@ class TaskDataModule(L.LightningDataModule):
             conversations are cut off (a warning, the plan and the report count them).
         batch_size: samples in a batch, per device; with packing, blocks of `max_length` tokens.
         packing: join samples to full blocks, each document apart from the others. For models that keep documents apart
-            by ``position_ids`` (:class:`~lightning_cl.data.collator.TokenCollator` says which; ``CausalLM`` finds out
-            before it trains).
+            by ``position_ids`` (:class:`~lightning_cl.data.text.collator.TokenCollator` says which; ``CausalLM`` finds
+            out before it trains).
         length_buckets: without packing, batches of training samples of like length: less padding.
         num_workers: worker processes that load samples; 0 loads in the main process, as streams always do.
         seed: seed of the order of the samples and of the validation split.

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.data.containers import NO_LAYOUT, delimiter_of
-from lightning_cl.data.decoding import encoding_of, open_bytes, suffix_of
-from lightning_cl.data.formats import has_known_format
+from lightning_cl.data.text.containers import NO_LAYOUT, delimiter_of
+from lightning_cl.data.text.decoding import encoding_of, open_bytes, suffix_of
+from lightning_cl.data.text.formats import has_known_format
 
 _BEGINNING = 1_000_000  # bytes of a file that are looked at
 

@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning_cl.data.dataset import TokenDataset
-from lightning_cl.data.tally import Tally
-from lightning_cl.data.text_tasks import TokenStream
+from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.text_tasks import TokenStream
 from lightning_cl.tasks import Task
 
 if TYPE_CHECKING:

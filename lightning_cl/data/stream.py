@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_cl.data.mixing import share_of_rank
-from lightning_cl.data.replayed import Mix, loss_tokens
-from lightning_cl.data.row_kinds import Kinds
-from lightning_cl.data.stream_mix import Item, StreamMix
+from lightning_cl.data.mixing.contents import Kinds
+from lightning_cl.data.mixing.plan import share_of_rank
+from lightning_cl.data.mixing.replayed import Mix, loss_tokens
+from lightning_cl.data.mixing.stream_mix import Item, StreamMix
 from lightning_cl.data.trained import Trained
 
 Sample = dict[str, Tensor]
@@ -24,7 +24,8 @@ class StreamLoader:
 
     An epoch is one pass over the stream. All ranks read it, and each takes its share of every batch, so that together
     they see the batches that one process would see. A resume reads the stream from its beginning to the place where it
-    stood. Replay mixes into it sample by sample (:class:`~lightning_cl.data.stream_mix.StreamMix`), in front of the
+    stood. Replay mixes into it sample by sample (:class:`~lightning_cl.data.mixing.stream_mix.StreamMix`), in front of
+    the
     packing: new and replayed documents share blocks.
 
     Lightning fetches one batch ahead from a loader without length. So the coordinator says by :meth:`begin` which

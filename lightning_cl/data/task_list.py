@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_cl.data.sources import is_dataset_dict, locate
+from lightning_cl.data.text.sources import is_dataset_dict, locate
 from lightning_cl.tasks import Task
 
 

@@ -29,7 +29,7 @@ def draw_importance(panels: list[tuple[str, dict[str, Any]]], path: Path) -> Non
 
     Args:
         panels: a method's name, and the diagnosis of its importance
-            (:func:`~lightning_cl.callbacks.diagnosis.describe_importance`, with ``task``).
+            (:func:`~lightning_cl.callbacks.regularization.diagnosis.describe_importance`, with ``task``).
         path: the PNG to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

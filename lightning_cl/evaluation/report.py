@@ -15,8 +15,8 @@ from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, forma
 from lightning_cl.files import replace_file
 
 if TYPE_CHECKING:
-    from lightning_cl.callbacks.base import ContinualCallback
-    from lightning_cl.callbacks.task_matrix import TaskMatrix
+    from lightning_cl.callbacks.monitoring.task_matrix import TaskMatrix
+    from lightning_cl.core.method import ContinualCallback
 
 
 def build_report(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_cl.evaluation.tables import format_number
 
 if TYPE_CHECKING:
-    from lightning_cl.callbacks.base import ContinualCallback, Need
+    from lightning_cl.core.method import ContinualCallback, Need
 
 _LEARNT = 0.005  # the least gain, relative to the score before, that is called learning
 _KEPT = 0.9  # a larger share that was kept needs no advice

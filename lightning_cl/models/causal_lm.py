@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_cl.functional.cross_entropy import head_cross_entropy
-from lightning_cl.generation import answers, prompt_tokens
 from lightning_cl.models.frozen_base import (
     changed_settings,
     checksum,
@@ -23,13 +22,14 @@ from lightning_cl.models.frozen_base import (
     frozen_names,
     load_without_base,
 )
-from lightning_cl.models.heads import SplitHead
 from lightning_cl.models.loading import Precision, Quantization, add_lora, check_lora, load_pretrained
 from lightning_cl.models.positions import check_positions
 from lightning_cl.models.saving import save_adapter, save_merged, save_whole
 from lightning_cl.models.schedule import WarmupDecay
 from lightning_cl.models.scratch import from_config
 from lightning_cl.models.visibility import check_causality, check_isolation
+from lightning_cl.passes.generation import answers, prompt_tokens
+from lightning_cl.passes.heads import SplitHead
 from lightning_cl.random_state import untouched_random_state
 
 ScheduleCallable = Callable[[torch.optim.Optimizer, int], LRScheduler]
@@ -269,7 +269,7 @@ class CausalLM(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        from lightning_cl.loops import steps_of_task
+        from lightning_cl.core.loops import steps_of_task
 
         optimizer = self.optimizer(_parameter_groups(self))
         if self.schedule is None:

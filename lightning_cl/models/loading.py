@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_cl.model_files import find_damaged_file
-from lightning_cl.pretrained import load_gguf, resolve_source
+from lightning_cl.data.text.model_files import find_damaged_file
+from lightning_cl.data.text.pretrained import load_gguf, resolve_source
 
 Quantization = Literal["nf4", "int8"]
 Precision = Literal["float32", "bfloat16", "float16"]

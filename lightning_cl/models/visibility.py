@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl.models.heads import evaluated, few_tokens
+from lightning_cl.passes.heads import evaluated, few_tokens
 
 
 def check_causality(model: Any) -> None:

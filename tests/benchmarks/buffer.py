@@ -38,7 +38,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def measure(count: int) -> None:
     """Prints one size."""
     from lightning_cl.buffers import DiskStore, ReplayBuffer
-    from lightning_cl.data.collator import TokenCollator
+    from lightning_cl.data.text.collator import TokenCollator
 
     generator = torch.Generator().manual_seed(0)
     samples = []

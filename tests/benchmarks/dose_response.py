@@ -41,9 +41,9 @@ from lightning_cl import (
     WarmupDecay,
     fit_tasks,
 )
-from lightning_cl.data.formats import Text
-from lightning_cl.data.sample_texts import SAMPLES
-from lightning_cl.data.splitting import split_documents
+from lightning_cl.data.text.formats import Text
+from lightning_cl.data.text.sample_texts import SAMPLES
+from lightning_cl.data.text.splitting import split_documents
 
 CONFIG = OmegaConf.load(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 TASKS = dict(CONFIG.data.tasks)

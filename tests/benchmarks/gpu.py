@@ -56,8 +56,8 @@ from lightning_cl import (
     TrainedBPE,
     fit_tasks,
 )
-from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.cli import main as command_line
+from lightning_cl.cli.command import main as command_line
+from lightning_cl.core.coordinator import TaskCoordinator
 
 RECIPE = Path(__file__).parents[2] / "configs/recipes/llama31-8b-codebase-replay.yaml"
 CARD = 24564 * 2**20  # bytes of an RTX 4090
@@ -220,7 +220,7 @@ def chat_tokenizer(folder: Path) -> Any:
     """A vocabulary of our own with a chat template."""
     from transformers import PreTrainedTokenizerFast
 
-    from lightning_cl.data.sample_texts import prose
+    from lightning_cl.data.text.sample_texts import prose
 
     trained = TrainedBPE(2048, str(folder)).train(prose()[:40])
     trained._tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -231,7 +231,7 @@ def chat_tokenizer(folder: Path) -> Any:
 
 def recipe(bench: Bench) -> None:
     """The recipe as it is, but for its data, its length in steps, and where it writes."""
-    from lightning_cl.data.sample_texts import prose, python
+    from lightning_cl.data.text.sample_texts import prose, python
 
     with tempfile.TemporaryDirectory() as name, bench.attempt("recipe", "written model", 100):
         folder, start = Path(name), time.monotonic()

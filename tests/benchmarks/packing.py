@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_cl.data.collator import TokenCollator
 from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.text.collator import TokenCollator
 
 LONGEST, STEPS = 512, 16
 

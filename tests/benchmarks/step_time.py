@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lightning_cl import AGEM, DER, EWC, KFACEWC, L2SP, MAS, SI, CausalLM, DERpp, LwF, Replay, RWalk
-from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.functional import add_penalty_gradient_
 
 CONFIG = {

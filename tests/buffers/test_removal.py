@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_cl.buffers import DiskStore, ReplayBuffer, read_folder, remove_from_folder
-from lightning_cl.buffers.segment import RemovedError
+from lightning_cl.buffers.disk.segment import RemovedError
 
 
 def document(number: int, length: int = 12) -> dict:

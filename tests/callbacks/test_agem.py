@@ -34,8 +34,8 @@ from torchmetrics import MeanMetric
 from toys import Classifier, classification, trainer
 
 from lightning_cl import EWC, Replay, TaskDataModule, fit_tasks
-from lightning_cl.callbacks import agem as module_of_agem
-from lightning_cl.callbacks.agem import AGEM
+from lightning_cl.callbacks.replay import agem as module_of_agem
+from lightning_cl.callbacks.replay.agem import AGEM
 from lightning_cl.functional.projection import Projection
 
 

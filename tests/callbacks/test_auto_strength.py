@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from toys import Classifier, classification
 
 from lightning_cl import EWC, KFACEWC, L2SP, MAS, SI, RWalk
-from lightning_cl.callbacks.auto_strength import AutoStrength
+from lightning_cl.callbacks.regularization.auto_strength import AutoStrength
 
 METHODS = {
     "MAS": lambda **s: MAS("auto", outputs=logits_of, **s),

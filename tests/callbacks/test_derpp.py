@@ -33,8 +33,8 @@ from toys import TINY_LLAMA, Classifier, classification, trainer
 from transformers import PreTrainedTokenizerFast
 
 from lightning_cl import DER, EWC, CausalLM, DERpp, Replay, TaskDataModule, TrainedBPE, fit_tasks
-from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.dark_logits import _joined
+from lightning_cl.callbacks.replay.dark_logits import _joined
+from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.functional import dark_loss, top_logits
 
 TASKS = {name: classification(seed, 40) for seed, name in enumerate("abc", 1)}

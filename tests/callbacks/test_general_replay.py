@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from toys import trainer
 
 from lightning_cl import GeneralReplay, Replay, TaskDataModule, fit_tasks
-from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.data import TrainedBPE
 
 GENERAL = numbers(9000, 200)

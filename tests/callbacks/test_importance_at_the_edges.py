@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toys import Classifier, classification, trainer
 
 from lightning_cl import EWC, KFACEWC, L2SP, MAS, SI, Replay, RWalk, TaskDataModule, fit_tasks
-from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.diagnosis import mean_by_layer
+from lightning_cl.callbacks.regularization.diagnosis import mean_by_layer
+from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.functional import add_penalty_gradient_
 
 pytestmark = pytest.mark.filterwarnings("ignore")

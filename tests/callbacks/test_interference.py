@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from toys import Classifier, classification, trainer
 
 from lightning_cl import Replay, TaskDataModule, fit_tasks
-from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.interference import CANDIDATES, EVERY
+from lightning_cl.callbacks.replay.interference import CANDIDATES, EVERY
+from lightning_cl.core.coordinator import TaskCoordinator
 
 
 class Points(Dataset):
@@ -111,7 +111,7 @@ def test_the_share_of_the_tokens_stays_the_plans(tmp_path, monkeypatch):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.5)
 
-    from lightning_cl.data.collator import TokenCollator
+    from lightning_cl.data.text.collator import TokenCollator
 
     module = Counter()
     data = TaskDataModule({"a": Tokens(7, 80), "b": Tokens(9, 600)}, batch_size=8, collate_fn=TokenCollator(0))
@@ -152,7 +152,7 @@ def test_training_leaves_no_trace_of_the_looks(tmp_path):
         tasks = {name: classification(seed) for seed, name in enumerate("ab")}
         if monkey is not None:
             monkey.setattr(
-                "lightning_cl.callbacks.interference.Interference.choose", lambda self, s, index, most: index
+                "lightning_cl.callbacks.replay.interference.Interference.choose", lambda self, s, index, most: index
             )
         fit_tasks(trainer(tmp_path, [Replay(30, 0.4, draw=draw)], max_epochs=2), module, TaskDataModule(tasks))
         return module.state_dict()

@@ -19,11 +19,11 @@ from toys import TINY_LLAMA, Classifier, classification, trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_cl import CausalLM, KLToBase, Replay, Task, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
-from lightning_cl.callbacks.checks import named
-from lightning_cl.callbacks.starting_weights import StartingWeights
-from lightning_cl.callbacks.task_samples import single_samples
+from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
+from lightning_cl.core.checks import named
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.evaluation import build_report, format_report
+from lightning_cl.passes.task_samples import single_samples
 
 VOCABULARY = 12
 pytestmark = pytest.mark.filterwarnings("ignore")

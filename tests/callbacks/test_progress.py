@@ -9,7 +9,7 @@ import pytest
 from toys import TINY_LLAMA, Classifier, classification, trainer
 
 from lightning_cl import EWC, CausalLM, Task, TaskDataModule, TaskMatrix, TaskProgress, TrainedBPE, fit_tasks
-from lightning_cl.callbacks import progress as progress_file
+from lightning_cl.callbacks.monitoring import progress as progress_file
 
 LINE = re.compile(r"\d\d:\d\d:\d\d Task (\d)/(\d) '(\w)', step (\d+) of (\d+)")
 

@@ -22,11 +22,11 @@ from toys import Classifier, classification, trainer
 
 from lightning_cl import Replay, TaskDataModule, TaskMatrix, fit_tasks
 from lightning_cl.buffers import DiskStore, ReplayBuffer, remove_from_folder
-from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.memory import MemoryCallback
+from lightning_cl.callbacks.replay.base import MemoryCallback
+from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.data import TrainedBPE
-from lightning_cl.data.ratio import Curve
-from lightning_cl.data.replayed import Mix
+from lightning_cl.data.mixing.ratio import Curve
+from lightning_cl.data.mixing.replayed import Mix
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.evaluation import build_report, format_report
 

@@ -26,14 +26,14 @@ from toys import TINY_LLAMA, Classifier, classification, trainer
 from transformers import AutoTokenizer
 
 from lightning_cl import CausalLM, DERpp, GeneralReplay, LwF, Replay, TaskDataModule, fit_tasks
-from lightning_cl.callbacks import sample_writer
-from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.callbacks.self_replay import SelfReplay
+from lightning_cl.callbacks.replay import sample_writer
+from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
+from lightning_cl.callbacks.replay.rehearsal_prompts import start_of_text
+from lightning_cl.callbacks.replay.self_replay import SelfReplay
+from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.data import TrainedBPE
-from lightning_cl.data.mixing import seed_of
-from lightning_cl.data.rehearsal import Prompt, as_sample, choose
-from lightning_cl.data.rehearsal_prompts import start_of_text
-from lightning_cl.generation import prompt_tokens, sample_tokens
+from lightning_cl.data.mixing.plan import seed_of
+from lightning_cl.passes.generation import prompt_tokens, sample_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY = 300

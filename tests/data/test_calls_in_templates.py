@@ -9,11 +9,11 @@ import pytest
 import torch
 from chat_templates import HEAD, TAIL, chat_tokenizer, learnt, one, with_template
 
-from lightning_cl.data.answer_ends import ends_of_answers
-from lightning_cl.data.chat import encode_chats
-from lightning_cl.data.formats import as_document
-from lightning_cl.data.tally import Tally
-from lightning_cl.generation import answers
+from lightning_cl.data.text.answer_ends import ends_of_answers
+from lightning_cl.data.text.chat import encode_chats
+from lightning_cl.data.text.formats import as_document
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.passes.generation import answers
 
 ARGUMENTS = {"number": "0", "who": 'it\'s "me"', "deep": {"a": None}}
 WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)

@@ -7,11 +7,11 @@ import copy
 import pytest
 from sentencepiece_like import KINDS, sentencepiece_like
 
-from lightning_cl.data.chat import assistant_spans, encode_chats
-from lightning_cl.data.formats import Chat, Instruction, as_document
-from lightning_cl.data.tally import Tally
-from lightning_cl.data.tokenizer import TrainedBPE
-from lightning_cl.data.tokens import encode
+from lightning_cl.data.text.chat import assistant_spans, encode_chats
+from lightning_cl.data.text.formats import Chat, Instruction, as_document
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.tokenizer import TrainedBPE
+from lightning_cl.data.text.tokens import encode
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|eot|>"]
 

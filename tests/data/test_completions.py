@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sentencepiece_like import KINDS, sentencepiece_like
 
-from lightning_cl.data.completions import encode_completions
-from lightning_cl.data.formats import Completion
+from lightning_cl.data.text.completions import encode_completions
+from lightning_cl.data.text.formats import Completion
 
 WORDS = "Question x Answer b Verwendung Verwen dung Kommando"
 PAIRS = [

@@ -6,8 +6,8 @@ import pytest
 from stand_in import sentence, write_jsonl
 
 from lightning_cl import TaskDataModule, TrainedBPE
-from lightning_cl.data.formats import Text, as_document
-from lightning_cl.data.splitting import said, split_documents
+from lightning_cl.data.text.formats import Text, as_document
+from lightning_cl.data.text.splitting import said, split_documents
 
 ASKED = {"role": "user", "content": "hi"}
 ANSWERED = {"role": "assistant", "content": "hello"}

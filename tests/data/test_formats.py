@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_cl.data.formats import Chat, Completion, Instruction, Text, as_document
+from lightning_cl.data.text.formats import Chat, Completion, Instruction, Text, as_document
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 CHAT = Chat((USER, ASSISTANT))

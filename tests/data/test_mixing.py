@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lightning_cl.data.mixing import (
+from lightning_cl.data.mixing.plan import (
     Source,
     Span,
     balanced_order,
@@ -16,7 +16,7 @@ from lightning_cl.data.mixing import (
     plan_mixed_batches,
     share_of_rank,
 )
-from lightning_cl.data.ratio import Curve
+from lightning_cl.data.mixing.ratio import Curve
 
 RATIOS = [0.01, 0.05, 0.25, 0.5, 0.9]
 NEW, OLD = 400, 150

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_cl.data.collator import TokenCollator
+from lightning_cl.data.text.collator import TokenCollator
 
 
 def sample(ids, mask=None):

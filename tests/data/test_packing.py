@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset, RandomSampler
 
 from lightning_cl.buffers import ReplayBuffer
-from lightning_cl.data.collator import TokenCollator
 from lightning_cl.data.loader import Mix, TaskLoader
-from lightning_cl.data.packing import evenly, fill, pack, windows_of
+from lightning_cl.data.mixing.packing import evenly, fill, pack, windows_of
+from lightning_cl.data.text.collator import TokenCollator
 
 
 class Documents(Dataset):

@@ -116,7 +116,7 @@ def test_long_parts_are_cut_in_the_middle_with_a_count(tokenizer):
 
 
 def test_the_command_builds_neither_model_nor_trainer(tmp_path, capsys):
-    from lightning_cl.cli import main
+    from lightning_cl.cli.command import main
 
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": "yes"}) + "\n" for i in range(9)))
@@ -140,7 +140,7 @@ def test_preview_sets_the_data_up_once(tokenizer):
 
 
 def test_a_run_is_previewed_by_its_configuration(capsys):
-    from lightning_cl.cli import main
+    from lightning_cl.cli.command import main
 
     with pytest.raises(SystemExit):
         main(["preview", "--run", "runs/a"])

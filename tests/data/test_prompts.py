@@ -13,10 +13,10 @@ from test_cli import Output
 from toys import classification, trainer
 
 from lightning_cl import CausalLM, Task, TaskDataModule, fit_tasks
-from lightning_cl.cli_predict import predict_tasks
-from lightning_cl.data.dataset import TokenDataset
-from lightning_cl.data.prompts import PromptDataset, join_prompts
-from lightning_cl.data.tokenizer import load_tokenizer
+from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.prompts import PromptDataset, join_prompts
+from lightning_cl.data.text.tokenizer import load_tokenizer
+from lightning_cl.sequence.predict import predict_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,12 +12,20 @@ from stand_in import CHATML, save_stand_in
 from starting import puts_in_front
 from transformers import AutoTokenizer
 
+from lightning_cl.callbacks.replay.rehearsal import (
+    Prompt,
+    Written,
+    as_sample,
+    choose,
+    is_repetitive,
+    near_duplicates,
+    outliers,
+)
+from lightning_cl.callbacks.replay.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.data import TrainedBPE
-from lightning_cl.data.answer_ends import ends_of_answers
-from lightning_cl.data.rehearsal import Prompt, Written, as_sample, choose, is_repetitive, near_duplicates, outliers
-from lightning_cl.data.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
-from lightning_cl.data.sample_texts import SAMPLES
-from lightning_cl.data.tokens import encode, tokenize
+from lightning_cl.data.text.answer_ends import ends_of_answers
+from lightning_cl.data.text.sample_texts import SAMPLES
+from lightning_cl.data.text.tokens import encode, tokenize
 
 
 def text(ids, ended=False, surprise=1.0):

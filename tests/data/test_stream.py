@@ -15,10 +15,10 @@ from stand_in import chats, save_stand_in, sentence
 from toys import trainer
 
 from lightning_cl import EWC, CausalLM, KLToBase, Replay, TaskDataModule, TaskMatrix, fit_tasks
-from lightning_cl.callbacks.coordinator import TaskCoordinator
+from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.data.tokenizer import load_tokenizer
-from lightning_cl.data.tokens import tokenize
+from lightning_cl.data.text.tokenizer import load_tokenizer
+from lightning_cl.data.text.tokens import tokenize
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,12 +10,12 @@ from chat_templates import HEAD, TAIL, chat_tokenizer, learnt, one, with_templat
 from transformers import PreTrainedTokenizerFast
 
 from lightning_cl import TaskDataModule
-from lightning_cl.data.chat import encode_chats
-from lightning_cl.data.formats import Chat, Completion, as_document
-from lightning_cl.data.records import read_documents
-from lightning_cl.data.tally import Tally
-from lightning_cl.data.tokenizer import TrainedBPE
-from lightning_cl.data.tokens import encode
+from lightning_cl.data.text.chat import encode_chats
+from lightning_cl.data.text.formats import Chat, Completion, as_document
+from lightning_cl.data.text.records import read_documents
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.tokenizer import TrainedBPE
+from lightning_cl.data.text.tokens import encode
 
 CALLS = {
     "tojson": "{{ call.arguments | tojson }}",  # Qwen, Hermes, SmolLM3
@@ -317,7 +317,7 @@ def test_an_empty_answer_is_one_fault_in_every_container(tmp_path, answer):
 
 
 def test_copies_of_a_call_stay_on_one_side_however_its_arguments_are_given():
-    from lightning_cl.data.splitting import said
+    from lightning_cl.data.text.splitting import said
 
     one, other = (Chat(tuple(asking(given))) for given in ({"a": 1}, '{"a":1}'))
     assert said(one) == said(other)

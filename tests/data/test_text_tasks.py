@@ -16,9 +16,9 @@ from stand_in import CHATML, chats, save_stand_in, sentence, write_jsonl
 from toys import trainer
 
 from lightning_cl import CausalLM, Replay, Task, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
-from lightning_cl.callbacks.coordinator import TaskCoordinator
-from lightning_cl.data.tokenizer import fingerprint, load_tokenizer
-from lightning_cl.evaluation.tasks import evaluate_tasks
+from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.data.text.tokenizer import fingerprint, load_tokenizer
+from lightning_cl.sequence.evaluate import evaluate_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from starting import puts_in_front
 
-from lightning_cl.data.records import is_text_source, read_texts
-from lightning_cl.data.tokenizer import TrainedBPE
-from lightning_cl.data.tokens import TokenCollator, TokenDataset, encode, split_documents, tokenize
+from lightning_cl.data.text.records import is_text_source, read_texts
+from lightning_cl.data.text.tokenizer import TrainedBPE
+from lightning_cl.data.text.tokens import TokenCollator, TokenDataset, encode, split_documents, tokenize
 
 UNICODE = [
     "Größe 10 µm\r\n\tfoo( x ) , bar .",

@@ -14,12 +14,12 @@ import torch
 from stand_in import CHATML, chats, save_stand_in, sentence, write_jsonl
 
 from lightning_cl import TaskDataModule
-from lightning_cl.data import text_tasks
-from lightning_cl.data.dataset import TokenDataset
-from lightning_cl.data.sources import content_key
-from lightning_cl.data.tally import Tally
-from lightning_cl.data.token_cache import cached
-from lightning_cl.data.tokenizer import fingerprint, load_tokenizer
+from lightning_cl.data.text import text_tasks
+from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.sources import content_key
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.token_cache import cached
+from lightning_cl.data.text.tokenizer import fingerprint, load_tokenizer
 
 NAMES = ("ids", "loss_mask", "ends")
 
@@ -358,7 +358,7 @@ def test_a_folder_that_cannot_be_written_only_warns(tmp_path, monkeypatch, mails
 
 
 def test_a_full_disk_only_warns_and_leaves_nothing_behind(cache, monkeypatch):
-    from lightning_cl.data import token_cache
+    from lightning_cl.data.text import token_cache
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -373,7 +373,7 @@ def test_a_full_disk_as_safetensors_tells_it(cache, monkeypatch):
     """Its own writing raises its own error."""
     from safetensors import SafetensorError
 
-    from lightning_cl.data import token_cache
+    from lightning_cl.data.text import token_cache
 
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from starting import puts_in_front
 
-from lightning_cl.data.formats import Chat, Completion, Instruction, Text
-from lightning_cl.data.tally import Tally
-from lightning_cl.data.tokenizer import TrainedBPE
-from lightning_cl.data.tokens import TokenDataset, encode, split_documents, tokenize
+from lightning_cl.data.text.formats import Chat, Completion, Instruction, Text
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.tokenizer import TrainedBPE
+from lightning_cl.data.text.tokens import TokenDataset, encode, split_documents, tokenize
 
 UNICODE = ["Größe 10 µm\r\n\tfoo( x ) , bar .", "日本語 🐍🏽‍🔬 \u200b\ufeff", "\x00 don't  do   that !", "é e\u0301"]
 

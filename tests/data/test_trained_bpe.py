@@ -9,7 +9,7 @@ import random
 import pytest
 
 from lightning_cl.data import TaskDataModule, TrainedBPE
-from lightning_cl.data.tokenizer import fingerprint, load_tokenizer
+from lightning_cl.data.text.tokenizer import fingerprint, load_tokenizer
 
 TEXTS = [f"The number {i} and {i * i} are written as {i:b}. Nothing else is said of them." for i in range(200)]
 

@@ -31,7 +31,7 @@ from lightning_cl import (  # noqa: E402
     TaskMatrix,
     fit_tasks,
 )
-from lightning_cl.callbacks.placement import full_cpu  # noqa: E402
+from lightning_cl.core.placement import full_cpu  # noqa: E402
 
 
 class Sharded(Classifier):

@@ -25,8 +25,8 @@ def main(out: str, kind: str) -> None:
     from toys import Classifier, classification, trainer
 
     from lightning_cl import TaskDataModule, fit_tasks
-    from lightning_cl.callbacks.agem import AGEM
-    from lightning_cl.callbacks.placement import full_cpu
+    from lightning_cl.callbacks.replay.agem import AGEM
+    from lightning_cl.core.placement import full_cpu
 
     class TwoHeads(Classifier):
         """Classes from 3 on have a head of their own: one of the two has no gradient in a batch."""

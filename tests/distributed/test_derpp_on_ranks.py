@@ -22,7 +22,7 @@ def main(out: str, ranks: int) -> None:
     from toys import Classifier, classification, trainer
 
     from lightning_cl import TaskDataModule, fit_tasks
-    from lightning_cl.callbacks.derpp import DERpp
+    from lightning_cl.callbacks.replay.derpp import DERpp
 
     L.seed_everything(1, verbose=False)
     method = DERpp(40, 0.25, 5.0, outputs=lambda module, batch: module(batch[0]))

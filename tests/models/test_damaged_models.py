@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from stand_in import save_stand_in
 
-from lightning_cl import pretrained
-from lightning_cl.data.tokenizer import load_tokenizer
-from lightning_cl.model_files import damaged_in, write_checksums
+from lightning_cl.data.text import pretrained
+from lightning_cl.data.text.model_files import damaged_in, write_checksums
+from lightning_cl.data.text.tokenizer import load_tokenizer
 from lightning_cl.models.loading import load_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore")

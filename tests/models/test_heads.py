@@ -13,8 +13,8 @@ from toys import TINY_LLAMA, Classifier, classification, trainer
 
 from lightning_cl import EWC, CausalLM, fit_tasks
 from lightning_cl.models import causal_lm
-from lightning_cl.models.heads import SplitHead
 from lightning_cl.models.visibility import check_isolation
+from lightning_cl.passes.heads import SplitHead
 
 VOCABULARY = 97
 SMALL = TINY_LLAMA | {"vocab_size": VOCABULARY, "tie_word_embeddings": False, "num_key_value_heads": 1}

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lightning_cl import InfiniteLR, WarmupDecay
-from lightning_cl.callbacks.coordinator import scale_learning_rate
+from lightning_cl.core.coordinator import scale_learning_rate
 
 PEAK = 0.4
 
@@ -222,7 +222,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "schedules").glob("*.yaml")), ids=lambda path: path.stem)
 def test_overlay_replaces_the_quickstarts_schedule_and_leaves_nothing_of_it(path, capsys):
-    from lightning_cl.cli import main
+    from lightning_cl.cli.command import main
 
     arguments = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", str(path), "--print_config"]
     with pytest.raises(SystemExit):

@@ -1,0 +1,77 @@
+"""What lies in a buffer's folder, for somebody without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_cl.buffers.disk.segment import RemovedError
+from lightning_cl.buffers.disk.store import DiskStore
+from lightning_cl.buffers.store import Store, keys_of
+
+
+class Stored(NamedTuple):
+    """A stored sample, as a predicate of :meth:`~lightning_cl.buffers.ReplayBuffer.remove` sees it.
+
+    Attributes:
+        sample: the sample.
+        task: the name of its task.
+        position: its place in its task's training data; −1: unknown.
+        label: its class; −1: none.
+    """
+
+    sample: Any
+    task: str
+    position: int
+    label: int
+
+
+def stored_in(store: Store) -> Iterator[tuple[int, Stored]]:
+    """Every record that a store still holds, with its number; also those that no buffer draws any more."""
+    for number in store.every():
+        info = store.info(number)
+        try:
+            yield number, Stored(store.get(number), info.task, info.position, info.label)
+        except RemovedError:
+            continue
+
+
+def found_in(store: Store, predicate: Callable[[Stored], bool]) -> dict[int, bytes]:
+    """The records that a predicate wants to go, each with the bytes that stand for its content."""
+    return keys_of(store, [number for number, stored in stored_in(store) if predicate(stored)])
+
+
+def remove_from_folder(folder: str | Path, predicate: Callable[[Stored], bool]) -> int:
+    """Removes samples for good from the folder of a buffer on disk, without a run.
+
+    A run that goes on from a checkpoint, whichever, does not find them
+    (:meth:`~lightning_cl.buffers.ReplayBuffer.remove`). What the run of this folder has from another run's folder is
+    removed there, too.
+
+    Args:
+        folder: with the buffer's segments, as ``<run>/buffers/Replay``.
+        predicate: gets a :class:`Stored`, says whether it shall go.
+
+    Returns:
+        how many were removed.
+
+    Raises:
+        FileNotFoundError: if there is no buffer in the folder.
+    """
+    store = DiskStore(Path(folder))
+    store.attach()
+    keys = found_in(store, predicate)
+    store.erase(keys)
+    return len(keys)
+
+
+def read_folder(folder: str | Path) -> Iterator[Stored]:
+    """The samples of a buffer's folder, also those that were let go and still lie there.
+
+    Raises:
+        FileNotFoundError: if there is no buffer in the folder.
+    """
+    store = DiskStore(Path(folder))
+    store.attach()
+    return (stored for _, stored in stored_in(store))

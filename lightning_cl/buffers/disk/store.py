@@ -1,0 +1,435 @@
+"""Records on disk: segments, each written by one process; the checkpoint holds which records are wanted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_cl.buffers.disk.encoding import decode, decode_extra, encode
+from lightning_cl.buffers.disk.layout import DamagedFileError
+from lightning_cl.buffers.disk.removed import list_removed, read_removed
+from lightning_cl.buffers.disk.segment import RemovedError, Segment
+from lightning_cl.buffers.store import Info, Store, as_numbers
+
+_BITS = 32  # of a record's number within its segment
+_GONE = ".gone.{}"  # a segment that is being deleted
+
+
+class DiskStore:
+    """Samples in memory-mapped files (:mod:`~lightning_cl.buffers.disk.layout`).
+
+    Records are immutable, and files only grow, so that every checkpoint finds its own. Each process that writes begins
+    a segment of its own: two runs that go on from one checkpoint never write to one file. What was evicted takes room
+    until :meth:`rewrite`, at a task's boundary; files that it replaces are deleted at the boundary after that.
+
+    A removed sample's content is overwritten in every segment of the folders that this store knows, and 16 bytes that
+    stand for it, with their checksum, are kept in ``removed.bin`` there: it is not stored again, also not after a
+    resume from an older checkpoint.
+
+    Args:
+        folder: where new segments go; made when the first record is written. None: not known yet (:meth:`place`).
+        info: what is written into new segments and must fit old ones: ``{"tokenizer": hash}``.
+        writes: False on the ranks for which another one writes.
+    """
+
+    def __init__(self, folder: Path | None, info: dict[str, Any] | None = None, writes: bool = True) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self.info_of_new, self.writes = dict(info or {}), writes
+        self._next = None if folder is None else self.first_free(Path(folder))
+        self._segments: list[Segment] = []
+        self._writer: int | None = None
+        self._expected = 0  # records that another rank has in the newest segment
+        self._expected_folder = Path()
+        self._outdated: list[Path] = []
+        self._removed: set[bytes] = set()
+        self._read_removed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For worker processes, which only read.
+        return {"folder": self._folder, "info": self.info_of_new, "segments": [s.folder for s in self._segments]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"], state["info"], writes=False)  # type: ignore[misc]
+        self._segments = [Segment(folder) for folder in state["segments"]]
+
+    @property
+    def folder(self) -> Path:
+        """Where new segments go."""
+        if self._folder is None:
+            raise RuntimeError("the buffer's folder is not known yet")
+        return self._folder
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its folder is known."""
+        return self._folder is not None
+
+    def flush(self) -> None:
+        """Lets other processes see what was appended."""
+        if self.writes and self._writer is not None:
+            self._segments[self._writer].flush()
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether anything was written into its folder."""
+        return self._folder is not None and self._folder.is_dir()
+
+    def place(self, folder: Path, first: int, writes: bool) -> None:
+        """Says where new segments go.
+
+        Args:
+            folder: of this run.
+            first: number of the first new segment, :meth:`first_free` as one rank saw it.
+            writes: whether this rank writes.
+        """
+        self._folder, self._next, self.writes = Path(folder), first, writes
+        self._read_removed()
+
+    @staticmethod
+    def first_free(folder: Path) -> int:
+        """The number of the next segment in a folder."""
+        taken = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
+        return max(taken, default=-1) + 1
+
+    # ------------------------------------------------------------------ writing
+
+    def append(
+        self, sample: Any, task: str, position: int = -1, label: int = -1, extra: dict[str, Tensor] | None = None
+    ) -> int:
+        """Stores a sample.
+
+        Raises:
+            TypeError: if it cannot be stored without pickle.
+            OSError: if the disk is full; what was stored before is whole.
+        """
+        place = self._begin()
+        return place << _BITS | self._segments[place].append(encode(sample, extra), task, position, label)
+
+    def begin(self) -> Path:
+        """Begins this process's segment before there is anything to write, so that other ranks can be told of it."""
+        return self._segments[self._begin()].folder
+
+    def expect_in(self, folder: Path) -> None:
+        """Says where the rank that writes has begun its segment."""
+        if not self.writes:
+            self._writer, self._expected_folder = len(self._segments), folder
+            self._next = int(folder.name) + 1
+
+    def expect(self, count: int) -> range:
+        """The numbers of records that another rank, which writes for all, is about to append."""
+        if self._writer is None:
+            self._writer = len(self._segments)
+            self._expected_folder = self._new_folder()
+        start = self._writer << _BITS | self._expected
+        self._expected += count
+        return range(start, start + count)
+
+    def commit(self) -> None:
+        """Makes what was appended outlive a crash."""
+        if self.writes and self._writer is not None:
+            self._segments[self._writer].commit()
+
+    def copies(self) -> Sequence[Store]:
+        """What else lies in the folders: what killed runs have left, what was replaced, and what is another run's.
+
+        Raises:
+            DamagedFileError: if it cannot be looked through; the file is named.
+        """
+        self._open_expected()
+        known = {segment.folder.resolve() for segment in self._segments}
+        others = DiskStore(None, writes=self.writes)
+        for folder in self.folders:
+            others._segments += [Segment(path) for path in _segments_in(folder) if path.resolve() not in known]
+        others._removed = self._removed
+        return [others]
+
+    def erase(self, keys: dict[int, bytes]) -> None:
+        """Overwrites the content of records on the disk, and never stores the same content again.
+
+        Args:
+            keys: of the records (:func:`~lightning_cl.buffers.store.keys_of`).
+        """
+        self.refuse(keys.values())
+        if self.writes:
+            self._finish_erasing()
+            for segment, local in map(self._find, keys):
+                segment.erase(local)
+
+    def _finish_erasing(self) -> None:
+        """What a killed process has begun."""
+        for segment in self._segments:
+            segment.finish_erasing()
+        for folder in self.folders:
+            for path in folder.glob(_GONE.format("*")):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def refuse(self, keys: Iterable[bytes]) -> None:
+        """Never stores these contents from now on, also not after a resume."""
+        keys = set(keys)
+        if self.writes and keys:
+            for folder in self.folders:
+                list_removed(folder, keys)
+        self._removed |= keys
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where records may lie: its own folder first, and those of the runs that it goes on from."""
+        own = [] if self._folder is None else [self._folder]
+        return list(dict.fromkeys([*own, *(segment.folder.parent for segment in self._segments)]))
+
+    def evict(self, number: int) -> None:
+        """Nothing: older checkpoints may want it."""
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Nothing: everything is kept until :meth:`compact`."""
+
+    @property
+    def removed(self) -> set[bytes]:
+        """The keys of everything that was erased."""
+        return self._removed
+
+    def delete_replaced(self) -> None:
+        """Deletes what the last :meth:`rewrite` has replaced; the checkpoint that needs none of it is written."""
+        if self.writes:
+            for folder in self._outdated:
+                with suppress(FileNotFoundError):
+                    folder.rename(folder.with_name(_GONE.format(folder.name)))  # at once, and not file by file
+            self._finish_erasing()
+        self._outdated = []
+
+    def is_wasteful(self, numbers: Sequence[int], least: int) -> bool:
+        """Whether more than half of the room, and `least` bytes, are not these records'. For the rank that writes."""
+        wanted = sum(self.info(number).size for number in numbers)
+        total = sum(segment.size() for segment in self._segments)
+        return total - wanted >= least and total > 2 * wanted
+
+    def rewrite(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Copies the records into a new segment, and gives their new numbers; on all ranks.
+
+        What it replaces stays until :meth:`delete_replaced`; what lies in another run's folder stays for good.
+        """
+        old = list(self._segments)
+        fresh = None
+        if self.writes:
+            fresh = self._create()
+            for number in numbers:
+                segment, local = self._find(number)
+                fresh.copy(segment, local)
+            fresh.commit()
+        else:
+            self._expected_folder = self._new_folder()  # on its first use
+        self._outdated = [segment.folder for segment in old if segment.folder.parent.resolve() == self.folder.resolve()]
+        self._segments = [fresh] if fresh is not None else []
+        self._writer, self._expected = 0, len(numbers)
+        return range(len(numbers))
+
+    def free_bytes(self) -> int:
+        """Room that is left on the disk."""
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        return shutil.disk_usage(existing).free
+
+    def expect_tokenizer(self, fingerprint: str) -> None:
+        """Says which tokenizer the samples are of.
+
+        Raises:
+            ValueError: if those that are there are of another.
+        """
+        self.info_of_new["tokenizer"] = fingerprint
+        for segment in self._segments:
+            self._check_tokenizer(segment)
+
+    def _check_tokenizer(self, segment: Segment) -> None:
+        ours, theirs = self.info_of_new.get("tokenizer"), segment.info.get("tokenizer")
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                f"{segment.folder}: the buffer was written with another tokenizer; the model would read its samples as"
+                " noise. Give the same tokenizer, or an empty folder"
+            )
+
+    def _begin(self) -> int:
+        """The place of this process's own segment."""
+        if self._writer is None:
+            self._segments.append(self._create())
+            self._writer = len(self._segments) - 1
+        return self._writer
+
+    def _create(self) -> Segment:
+        while True:
+            try:
+                segment = Segment.create(self._new_folder(), self.info_of_new)
+                list_removed(self.folder, self._removed)  # those of other folders too: they may be left behind
+                return segment
+            except FileExistsError:  # of a run that has begun to write since this one was started
+                self._next = self.first_free(self.folder)
+
+    def _new_folder(self) -> Path:
+        assert self._next is not None
+        self._next += 1
+        return self.folder / f"{self._next - 1:04d}"
+
+    # ------------------------------------------------------------------ reading
+
+    def get(self, number: int) -> Any:
+        """The sample of a record."""
+        segment, local = self._find(number)
+        return decode(*segment.read(local))
+
+    def extra(self, number: int) -> dict[str, Tensor]:
+        """The tensors that were stored beside it."""
+        segment, local = self._find(number)
+        return decode_extra(segment.read(local).blob)
+
+    def info(self, number: int) -> Info:
+        """What is known of a record."""
+        segment, local = self._find(number)
+        record = segment.record(local)
+        size = 4 * record.length + -(-record.length // 8) + record.blob_size
+        return Info(segment.task_of(record), record.length, record.loss_tokens, size, record.position, record.label)
+
+    def is_erased(self, number: int) -> bool:
+        """Whether its content is gone."""
+        segment, local = self._find(number)
+        return segment.record(local).erased
+
+    def _open_expected(self) -> None:
+        """The segment that another rank writes, if it has not been looked at yet."""
+        if self._writer is not None and self._expected and self._writer == len(self._segments):
+            self._find(self._writer << _BITS)
+
+    def _find(self, number: int) -> tuple[Segment, int]:
+        place, local = number >> _BITS, number & (1 << _BITS) - 1
+        if place == len(self._segments) and place == self._writer:
+            self._segments.append(Segment(self._expected_folder))
+        return self._segments[place], local
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The folders of the segments, and which records of them are wanted."""
+        self.commit()
+        folders = [str(segment.folder.resolve()) for segment in self._segments]
+        ids = [segment.id for segment in self._segments]
+        if self._writer is not None and self._writer == len(folders):  # another rank's; it says so in its own state
+            folders.append(str(self._expected_folder.resolve()))
+            ids.append("")
+        return {"kind": "disk", "segments": folders, "ids": ids, "numbers": as_numbers(numbers)}
+
+    def load_state_dict(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> Tensor:
+        """Finds the records again, and reads each once to see that it is whole.
+
+        Args:
+            state: of :meth:`state_dict`.
+            folders: where segments are looked for that are not where they were.
+
+        Raises:
+            ValueError: if the checkpoint's buffer is not on disk, or is of another tokenizer.
+            FileNotFoundError: if a file is missing, or another run's lies at its place.
+            DamagedFileError: if a file is damaged.
+        """
+        if state["kind"] != "disk":
+            raise ValueError(
+                "storage='disk' does not fit the checkpoint, which holds the samples itself; give 'memory'"
+            )
+        self._segments, self._writer, self._expected = [], None, 0
+        for path, identity in zip(map(Path, state["segments"]), state["ids"], strict=True):
+            self._segments.append(self._open(path, folders, identity))
+        wanted = defaultdict(list)
+        for number in state["numbers"].tolist():
+            wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
+        for place, numbers in wanted.items():
+            self._segments[place].check(iter(numbers))
+        self._read_removed()
+        if self.writes:
+            self._finish_erasing()
+        return state["numbers"]
+
+    def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
+        """``length`` and ``loss_tokens`` of many records, as arrays."""
+        wanted = np.array(numbers, dtype=np.int64)
+        found = {name: np.zeros(len(wanted), dtype=np.int32) for name in ("length", "loss_tokens")}
+        for place in np.unique(wanted >> _BITS).tolist():
+            mine = np.flatnonzero(wanted >> _BITS == place)
+            local = wanted[mine] & (1 << _BITS) - 1
+            segment, _ = self._find(int(wanted[mine[0]]))
+            table = segment.table(int(local.max()) + 1)
+            for name, column in found.items():
+                column[mine] = table[name][local]
+        return {name: array("i", column.tobytes()) for name, column in found.items()}
+
+    def attach(self) -> None:
+        """Opens all segments of the folder, without a checkpoint.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        found = _segments_in(self.folder)
+        if not found and not self._described():
+            raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
+        self._segments = [self._open(path) for path in found]
+        # A run that went on from another one's checkpoint has its older records in that one's folder.
+        known = {path.resolve() for path in found}
+        for path in self._described():
+            if path.resolve() not in known and path.is_dir():
+                self._segments.append(self._open(path))
+        self._read_removed()
+
+    def _described(self) -> list[Path]:
+        """The segments in ``live.json``."""
+        path = self.folder / "live.json"
+        if not path.is_file():
+            return []
+        try:
+            return [Path(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+        except ValueError as error:
+            raise DamagedFileError(f"{path}: damaged ({error})") from error
+
+    def every(self) -> Iterator[int]:
+        """The numbers of all records that are whole and not erased, also of those that were evicted."""
+        self._open_expected()
+        for place, segment in enumerate(self._segments):
+            for local in range(segment.number_of_records()):
+                try:
+                    segment.read(local)
+                    segment.task_of(segment.record(local))
+                except (RemovedError, DamagedFileError):
+                    continue  # what a killed writer left is in nobody's buffer
+                yield place << _BITS | local
+
+    def describe(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Which records are wanted, in plain containers: segments by folder, records by segment."""
+        wanted: dict[int, list[int]] = defaultdict(list)
+        for number in numbers:
+            wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
+        return {str(self._segments[place].folder.resolve()): records for place, records in sorted(wanted.items())}
+
+    def _open(self, path: Path, folders: Sequence[Path] = (), identity: str = "") -> Segment:
+        places = [*([] if self._folder is None else [self._folder]), *folders]
+        candidates = [path, *(place / path.name for place in places)]
+        found = [Segment(candidate) for candidate in dict.fromkeys(candidates) if candidate.is_dir()]
+        segment = next((segment for segment in found if identity in ("", segment.id)), None)
+        if segment is None:
+            reason = "is missing" if not found else "is another run's"
+            raise FileNotFoundError(
+                f"{path}: this folder of the buffer {reason}; a checkpoint holds which samples are wanted, and the"
+                " folder holds the samples: bring it back; or, if the run itself has replaced it by a compacted one"
+                " since then, resume from a later checkpoint"
+            )
+        self._check_tokenizer(segment)
+        return segment
+
+    def _read_removed(self) -> None:
+        for folder in self.folders:
+            self._removed |= read_removed(folder)
+
+
+def _segments_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())

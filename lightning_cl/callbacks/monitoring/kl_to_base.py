@@ -1,0 +1,186 @@
+"""How far training has moved the model from where it started, on the data of each new task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
+from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
+from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.method import ContinualCallback, tensor_bytes
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.plannable import why_not_plannable
+from lightning_cl.functional import kl_divergence
+from lightning_cl.passes.passes import (
+    LogitsReader,
+    OutputsFunction,
+    leaving_no_trace,
+    loss_positions,
+)
+from lightning_cl.passes.task_samples import single_samples
+
+
+class KLToBase(ContinualCallback):
+    """Measures ``KL(base ‖ now)`` on each new task's data, which predicts forgetting (RL's Razor, arXiv:2509.04259).
+
+    After each task, on sequences of that task's validation data (of its training data, where it has none, and in a
+    plain fit; of several validation loaders, the first): the mean over the tokens that bear loss of the KL divergence
+    from the predictions of the base, the model before the first task, to those of the model as it is now, in nats; over
+    samples, for a classifier. It only measures: training is the same without it, bit for bit.
+
+    The base under LoRA is the model with its adapter switched off, if that adapter changes nothing at the start. Else,
+    and for full tuning, the trainable parameters and the running statistics of norms are copied at the start of the
+    first task and swapped in for the base's predictions.
+
+    Memory: none for LoRA; else the bytes of the trainable parameters, in their own type, on the CPU and in each
+    checkpoint, and once more on the device while it measures. Compute per task: two forward passes over `samples`
+    single sequences.
+
+    Args:
+        samples: how many sequences of a task to measure on; all, if there are fewer.
+        seed: seed of the choice.
+        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
+            ``.logits``.
+
+    Attributes:
+        kl: task name to nats per token (per sample), the same on all ranks; NaN if nothing bears loss.
+        base: the base's weights (:class:`~lightning_cl.callbacks.monitoring.starting_weights.StartingWeights`); None
+            before the first task.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(self, samples: int = 64, seed: int = 0, outputs: OutputsFunction | None = None) -> None:
+        super().__init__()
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples={samples!r}: expected a positive integer")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r}: expected an integer")
+        self.samples, self.seed, self.outputs = samples, seed, outputs
+        self.kl: dict[str, float] = {}
+        self.base: StartingWeights | None = None
+        self._measured: dict[str, str] = {}  # on what, in words
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        refuse_sharded(trainer, f"{type(self).__name__}: the base's weights cannot be swapped in for")
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        refuse_several_loaders(loader, task, type(self).__name__)
+
+    @override
+    def on_sequence_start(self) -> None:
+        self.kl, self.base, self._measured = {}, None, {}
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.base is None:
+            self.base = StartingWeights(pl_module)
+            self._check_logits(trainer, pl_module)
+        self.base.add_trainable(pl_module)
+
+    @override
+    def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.base is not None:
+            self.base.find_in(pl_module)  # a model that has changed is an error before the task is trained
+
+    @override
+    @torch.no_grad()
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.task is not None
+        assert self.base is not None
+        device = trainer.strategy.root_device
+        # Divergence, positions, samples that are sequences of tokens, and that are not finite: sums over the ranks.
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        with leaving_no_trace(pl_module):
+            loader, source = self._data(trainer)
+            read_logits = LogitsReader(trainer, pl_module, self.outputs)
+            as_base = self.base.bring_to(pl_module)
+            count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
+            for _, batch in single_samples(trainer, count, self.seed, f"KLToBase: {self.task}", loader):
+                with as_base():
+                    teacher, _ = self._logits(pl_module, read_logits, batch)
+                student, are_tokens = self._logits(pl_module, read_logits, batch)
+                divergence = kl_divergence(teacher, student, reduction="sum").double()
+                is_finite = bool(divergence.isfinite())
+                found = [float(divergence), len(student), are_tokens, 0] if is_finite else [0, 0, are_tokens, 1]
+                sums += torch.tensor(found, dtype=torch.float64, device=device)
+        total, positions, sequences, spoilt = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        left_out = f"; {spoilt:.0f} samples are left out, where it is NaN or infinite" if spoilt else ""
+        if spoilt:
+            rank_zero_warn(f"{type(self).__name__}: {self.task}: the divergence from the base is measured{left_out}")
+        name, unit = self.task.name, "token" if sequences else "sample"
+        self.kl[name] = total / positions if positions else float("nan")
+        self._measured[name] = f"nats per {unit} from the model before training (KL, on its {source} data){left_out}"
+        for logger in trainer.loggers if positions else []:
+            logger.log_metrics({f"continual/kl_to_base/{name}": self.kl[name]}, step=trainer.global_step)
+
+    # ------------------------------------------------------------------ data and logits
+
+    def _data(self, trainer: L.Trainer) -> tuple[Any, str]:
+        """The loader of the data to measure on, and which data that is."""
+        data = TaskCoordinator.of(trainer).data
+        if data is not None:
+            loader = data.val_loader(data.current)
+            if isinstance(loader, (dict, list, tuple)):  # several: the first
+                loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
+            if loader is not None:
+                return loader, "training" if data.validated_on_training_data(data.current) else "validation"
+        return trainer.train_dataloader, "training"
+
+    def _logits(self, pl_module: L.LightningModule, read_logits: LogitsReader, batch: Any) -> tuple[Tensor, bool]:
+        """``[positions, classes]`` where there is loss, and whether the positions are those of tokens."""
+        logits = read_logits(batch)
+        if logits is None:
+            raise MisconfigurationException(
+                f"KLToBase: nothing that {type(pl_module).__name__} calls returns an object with `.logits`; give"
+                " KLToBase(outputs=lambda module, batch: logits)"
+            )
+        mask = loss_positions(batch, logits, read_logits.shifted)
+        if mask is None:
+            return logits.flatten(0, -2), False
+        return (logits[:, :-1] if read_logits.shifted else logits)[mask], True
+
+    def _check_logits(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raises an error before anything is trained, and not after hours, if the logits cannot be reached."""
+        with leaving_no_trace(pl_module), torch.no_grad():
+            loader, _ = self._data(trainer)
+            if isinstance(loader, TaskLoader) or why_not_plannable(loader) is None:  # a stream cannot be rewound
+                read_logits = LogitsReader(trainer, pl_module, self.outputs)
+                for _, batch in single_samples(trainer, trainer.world_size, self.seed, "KLToBase: logits", loader):
+                    self._logits(pl_module, read_logits, batch)
+
+    # ------------------------------------------------------------------ state
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        return {
+            "kl": dict(self.kl),
+            "measured": dict(self._measured),
+            "base": self.base.state() if self.base is not None else None,
+        }
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        self.kl, self._measured = dict(state["kl"]), dict(state["measured"])
+        self.base = StartingWeights.load(state["base"]) if state["base"] is not None else None
+
+    @override
+    def state_bytes(self) -> int:
+        return tensor_bytes(self.base.copies) if self.base is not None else 0
+
+    @override
+    def report(self) -> dict[str, Any]:
+        told = {name: value for name, value in self.kl.items() if value == value or "left out" in self._measured[name]}
+        sentences = [f"{name}: {value:.3g} {self._measured[name]}" for name, value in told.items()]
+        return {"samples": self.samples, "kl": dict(self.kl), "sentences": sentences}

@@ -1,0 +1,192 @@
+"""Progress over the whole run: a bar in a terminal, a line every now and then in a log."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.loops import expected_steps
+from lightning_cl.random_state import untouched_random_state
+
+_FIRST = 10.0  # seconds to the first line, so that one soon sees that a run goes
+
+
+class TaskProgress(TQDMProgressBar):
+    """A bar over the steps of all tasks, ``Task 2/3 'python' · epoch 0``, with the time that is left of the run.
+
+    Where there is no terminal (a log file, a batch system), a line every now and then takes its place: the time of day,
+    task, step, what the module logs for bars, tokens per second, and the time left. In a preflight there are no lines.
+    What callbacks do between tasks (Fisher passes) has bars of its own, and is not in the time left.
+
+    Args:
+        refresh_rate: after how many batches the bar is drawn again; 0 switches bar and lines off.
+        every: seconds between two lines; the first comes after 10 at most.
+
+    Raises:
+        ValueError: if `every` is negative or not finite.
+    """
+
+    def __init__(self, refresh_rate: int = 10, every: float = 60.0) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        if not (math.isfinite(every) and every >= 0):
+            raise ValueError(f"every={every!r}: expected seconds, at least 0")
+        self.every = every
+        self._index = -1  # of the task that was begun last
+        self._base = 0  # steps of the Trainer when the run began
+        self._begun = 0.0
+        self._of_task: int | None = None
+        self._later: list[int | None] = []
+        self._fit_begun, self._fit_step = 0.0, 0
+        self._tokens: float | Tensor = 0.0
+        self._last: tuple[float, bool] = (0.0, False)  # time of the last line, and if there was one
+
+    @property
+    @override
+    def is_disabled(self) -> bool:
+        """Whether no bar is drawn; where there is no terminal, lines take its place."""
+        return super().is_disabled or not is_terminal()
+
+    # ------------------------------------------------------------------ what is to come
+
+    @override
+    def on_train_start(self, *arguments: Any) -> None:
+        super().on_train_start(*arguments)
+        self._fit_begun = 0.0
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        coordinator = TaskCoordinator.of(trainer)
+        if not self._fit_begun:
+            self._begin_fit(trainer, coordinator)
+        bar = self.train_progress_bar
+        bar.total = self._total(trainer, coordinator)
+        bar.start_t = self._begun if hasattr(bar, "start_t") else None
+        bar.leave = coordinator.position.index + 1 == coordinator.position.count
+        bar.n = trainer.global_step - self._base
+        bar.set_description(f"{coordinator.position.title} · epoch {trainer.current_epoch}")
+
+    def _begin_fit(self, trainer: L.Trainer, coordinator: TaskCoordinator) -> None:
+        position, now = coordinator.position, time.time()
+        if not self._begun or position.index <= self._index or not coordinator.driven:  # another run
+            self._base, self._begun, self._last = trainer.global_step, now, (now, False)
+        self._index = position.index
+        self._fit_begun, self._fit_step, self._tokens = now, trainer.global_step, 0.0
+        own = coordinator.limits
+        epochs, steps = (own.max_epochs, own.max_steps) if own is not None else (trainer.max_epochs, trainer.max_steps)
+        self._of_task = expected_steps(trainer, epochs, steps, _finite(trainer.num_training_batches))
+        self._later = list(_steps_of_later_tasks(trainer, coordinator))
+
+    def _total(self, trainer: L.Trainer, coordinator: TaskCoordinator) -> int | None:
+        """Steps of the run since it began here; None where a task's are not known."""
+        to_come = [self._of_task, *self._later]
+        known = [count for count in to_come if count is not None]
+        if len(known) < len(to_come):
+            return None
+        return coordinator.first_step - self._base + sum(known)
+
+    # ------------------------------------------------------------------ what is shown
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens = self._tokens + _tokens(batch) * trainer.world_size
+        if not self.is_disabled:
+            if self._should_update(batch_idx + 1, _finite(self.total_train_batches) or -1):
+                bar = self.train_progress_bar
+                bar.n = trainer.global_step - self._base
+                bar.set_postfix(self.get_metrics(trainer, pl_module))
+        elif self.is_enabled and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            now = time.time()
+            last, spoken = self._last
+            if now - last >= (self.every if spoken else min(self.every, _FIRST)):
+                self._last = now, True
+                rank_zero_info(self._line(trainer, pl_module, now))
+
+    def _line(self, trainer: L.Trainer, pl_module: L.LightningModule, now: float) -> str:
+        coordinator = TaskCoordinator.of(trainer)
+        done, trained = trainer.global_step - coordinator.first_step, trainer.global_step - self._fit_step
+        seconds = max(now - self._fit_begun, 1e-9)
+        of = f" of {self._of_task:,}" if self._of_task is not None else ""
+        parts = [f"{time.strftime('%H:%M:%S', time.localtime(now))} {coordinator.position.title}", f"step {done:,}{of}"]
+        metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
+        parts += [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+        ]
+        tokens = float(self._tokens)
+        parts += [f"{tokens / seconds:,.0f} tokens a second"] if tokens else []
+        if trained and self._of_task is not None:
+            left = max(self._of_task - done, 0)
+            parts.append(f"{_duration(left * seconds / trained)} left of the task")
+            total = self._total(trainer, coordinator)
+            if self._later and total is not None:
+                left = total - (trainer.global_step - self._base)
+                parts.append(f"about {_duration(left * seconds / trained)} of the run")
+        return ", ".join(parts)
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What the module logs for bars; in a preflight nothing, for one batch is no result."""
+        return {} if trainer.fast_dev_run else super().get_metrics(trainer, pl_module)  # type: ignore[attr-defined]
+
+    @override
+    def init_sanity_tqdm(self) -> Tqdm:
+        bar = super().init_sanity_tqdm()
+        bar.set_description("Checking that validation works")
+        return bar
+
+
+def is_terminal() -> bool:
+    """Tells if what is printed is seen on a terminal or in a notebook, where a bar can be drawn again."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    # That somebody has imported ipykernel is no notebook yet: its shell has a kernel.
+    return hasattr(shell, "kernel") or bool(sys.stdout is not None and sys.stdout.isatty())
+
+
+def _steps_of_later_tasks(trainer: L.Trainer, coordinator: TaskCoordinator) -> list[int | None]:
+    data, limits = coordinator.data, coordinator.run_limits
+    if data is None or limits is None:
+        return []
+    found: list[int | None] = []
+    for task in data.trained_tasks[coordinator.position.index + 1 :]:
+        epochs, steps = limits.of_task(task)
+        batches = None
+        if epochs is not None and epochs > 0 and not isinstance(task.train, L.LightningDataModule):
+            with untouched_random_state():
+                loader = data.train_loader(task)
+            batches = len(loader) if hasattr(loader, "__len__") else None
+            limit = trainer.limit_train_batches
+            if batches is not None:
+                batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        found.append(expected_steps(trainer, epochs, steps, batches))
+    return found
+
+
+def _finite(count: float | None) -> int | None:
+    return int(count) if count is not None and math.isfinite(count) else None
+
+
+def _tokens(batch: Any) -> float | Tensor:
+    """The tokens of a batch without padding, as far as it says; on the device, so that nothing waits for it."""
+    if not isinstance(batch, Mapping):
+        return 0.0
+    if isinstance(batch.get("attention_mask"), Tensor):
+        return batch["attention_mask"].sum()
+    ids = batch.get("input_ids")
+    return float(ids.numel()) if isinstance(ids, Tensor) else 0.0
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,102 @@
+"""The same questions after every task: forgetting that one can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.data.module import TaskDataModule
+from lightning_cl.passes.generation import answers, generator_of, prompt_tokens
+from lightning_cl.random_state import untouched_random_state
+
+
+class PromptSamples(ContinualCallback):
+    """Lets the model continue fixed prompts, greedily, before training and after every task.
+
+    Works with any module that holds a ``transformers`` model, under :func:`~lightning_cl.fit_tasks`; the answers are in
+    the report, side by side.
+
+    Compute: ``len(prompts) · max_new_tokens`` generated tokens per task.
+
+    Args:
+        prompts: texts to continue.
+        max_new_tokens: length of an answer.
+        chat: prompts are what a user says; the answers are the assistant's, in the tokenizer's chat template.
+
+    Attributes:
+        answers: for each boundary (0: before training) the answers.
+
+    Raises:
+        ValueError: if there are no prompts or no tokens to generate.
+    """
+
+    def __init__(self, prompts: list[str], max_new_tokens: int = 32, chat: bool = False) -> None:
+        super().__init__()
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+            raise ValueError(f"prompts={prompts!r}: expected a list of texts")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected a positive integer")
+        self.prompts, self.max_new_tokens, self.chat = list(prompts), max_new_tokens, chat
+        self.answers: dict[int, list[str]] = {}
+
+    @override
+    def on_sequence_start(self) -> None:
+        self.answers = {}
+
+    @override
+    def at_boundary(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        ckpt_path: str | None = None,
+    ) -> None:
+        if trained in self.answers or ckpt_path is not None:
+            return
+        if trainer.fast_dev_run and self.answers:  # type: ignore[attr-defined]
+            return  # that it can be asked was seen once
+        if trained == 0 and not (data.is_set_up and generator_of(pl_module)):
+            return  # nothing is built yet: `on_task_start` asks
+        self._ask(trainer, pl_module, data, trained)
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = TaskCoordinator.of(trainer).data
+        if data is None:
+            return  # a plain fit: there are no boundaries to ask at
+        with untouched_random_state():
+            if self.task is not None and self.task.index == 0 and 0 not in self.answers:
+                self._ask(trainer, pl_module, data, 0)
+
+    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
+        model = generator_of(pl_module)
+        if model is None:
+            raise MisconfigurationException(
+                f"PromptSamples: nothing in {type(pl_module).__name__} can generate text; it needs a transformers model"
+            )
+        if not hasattr(data.tokenizer, "decode"):
+            raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")
+        length = 1 if trainer.fast_dev_run else self.max_new_tokens  # type: ignore[attr-defined]
+        device = next(model.parameters()).device
+        pl_module.to(trainer.strategy.root_device)
+        prompts = [prompt_tokens(data.tokenizer, prompt, self.chat) for prompt in self.prompts]
+        self.answers[trained] = answers(model, data.tokenizer, prompts, length)
+        pl_module.to(device)
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        return {"answers": {trained: list(given) for trained, given in self.answers.items()}}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        self.answers = {int(trained): list(given) for trained, given in state["answers"].items()}
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "answers": {str(k): v for k, v in self.answers.items()}}

@@ -1,0 +1,141 @@
+"""The weights that a sequence started from: kept where they change, and put into the module for a moment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_cl.core.method import clean_name, trainable_parameters
+from lightning_cl.core.placement import full_cpu
+
+
+class StartingWeights:
+    """What a module was before it was trained.
+
+    LoRA adapters of a peft model that change nothing at the start need no copy: the start is the model with its
+    adapters switched off. All other trainable parameters, and the running statistics of norms, are copied to the CPU in
+    their own type.
+
+    Args:
+        module: as it starts; None for a later :meth:`load`.
+
+    Attributes:
+        copies: name (without ``_orig_mod.``) to tensor.
+        switches_off: whether adapters are switched off.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.copies: dict[str, Tensor] = {}
+        self.switches_off = False
+        if module is not None:
+            self.switches_off = _adapters_change_nothing(module)
+            self.copies = {name: full_cpu(value) for name, value in _statistics(module).items()}
+            self.add_trainable(module)
+
+    def add_trainable(self, module: nn.Module) -> None:
+        """Copies what has become trainable: until now it was frozen, or not there, and so it is as it started."""
+        adapters = {id(p) for layer in _lora_layers(module) for p in _matrices(layer)} if self.switches_off else ()
+        for name, parameter in trainable_parameters(module).items():
+            if name not in self.copies and id(parameter) not in adapters:
+                self.copies[name] = full_cpu(parameter)
+
+    def find_in(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a module that there are copies of.
+
+        Raises:
+            MisconfigurationException: if one is missing or has another shape.
+        """
+        present = {clean_name(name): p for name, p in module.named_parameters()} | _statistics(module)
+        for name, value in self.copies.items():
+            if name not in present or present[name].shape != value.shape:
+                now = f"has {list(present[name].shape)} now" if name in present else "is gone"
+                raise MisconfigurationException(
+                    f"{name!r} had the shape {list(value.shape)} before the first task and {now}: the model before"
+                    " training cannot be put together again; leave out the callback that compares with it"
+                )
+        return {name: present[name] for name in self.copies}
+
+    def bring_to(self, module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+        """Brings the copies to the module's device, and gives the context in which the module is what it started as.
+
+        Afterwards it is what it was, down to the memory that its weights lie in: optimizers and DDP do not notice.
+        """
+        current = self.find_in(module)
+        # Copied on the CPU too: a forward pass may write into a buffer.
+        start = {n: self.copies[n].to(t.device, t.dtype, copy=True) for n, t in current.items()}
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            kept = {name: tensor.data for name, tensor in current.items()}
+            trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
+            try:
+                with ExitStack() as stack:
+                    for model in _peft_models(module) if self.switches_off else []:
+                        stack.enter_context(model.disable_adapter())
+                    for name, tensor in current.items():
+                        tensor.data = start[name]
+                    yield
+            finally:
+                for name, tensor in current.items():
+                    tensor.data = kept[name]
+                # Switching adapters on again makes frozen ones trainable.
+                for parameter, requires_grad in trainable.items():
+                    parameter.requires_grad_(requires_grad)
+
+        return context
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: full tensors on the CPU."""
+        return {"copies": dict(self.copies), "switches_off": self.switches_off}
+
+    @classmethod
+    def load(cls, state: dict[str, Any]) -> StartingWeights:
+        """From :meth:`state`."""
+        start = cls()
+        start.copies, start.switches_off = dict(state["copies"]), state["switches_off"]
+        return start
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Running statistics and other numbers that training changes without a gradient."""
+    saved = module.state_dict(keep_vars=True)
+    return {
+        clean_name(name): buffer
+        for name, buffer in module.named_buffers()
+        if name in saved and buffer.is_floating_point()
+    }
+
+
+def _peft_models(module: nn.Module) -> list[Any]:
+    peft: Any = sys.modules.get("peft")  # who has such a model has imported it
+    return [] if peft is None else [part for part in module.modules() if isinstance(part, peft.PeftModel)]
+
+
+def _lora_layers(module: nn.Module) -> list[Any]:
+    lora: Any = sys.modules.get("peft.tuners.lora")
+    models = _peft_models(module)
+    return [part for model in models for part in model.modules() if isinstance(part, lora.LoraLayer)]
+
+
+def _matrices(layer: Any) -> list[Tensor]:
+    parts = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
+def _adapters_change_nothing(module: nn.Module) -> bool:
+    """Whether there are LoRA adapters, and all that are active add nothing: the factor that starts as zero is zero."""
+    layers = _lora_layers(module)
+    factors = [
+        tensor
+        for layer in layers
+        for part in (layer.lora_B, layer.lora_embedding_A)
+        for name, factor in part.items()
+        if name in layer.active_adapters
+        for tensor in (factor.parameters() if isinstance(factor, nn.Module) else [factor])
+    ]
+    return bool(factors) and not any(bool(f.any()) for f in factors) and not any(layer.merged for layer in layers)

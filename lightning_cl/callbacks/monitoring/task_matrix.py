@@ -1,0 +1,368 @@
+"""The matrix of every task after every task, and the run's report."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
+from lightning_cl.core.checks import named
+from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.method import ContinualCallback, check_choice
+from lightning_cl.data.measured_on import difference, measured_on
+from lightning_cl.data.module import TaskDataModule
+from lightning_cl.functional.retention import Mode, Preset, with_worst
+from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
+from lightning_cl.passes.passes import progress
+
+
+class TaskMatrix(ContinualCallback):
+    """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
+
+    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. Where a
+    run goes on with other validation data (or other batches of it), the rows whose weights are there are measured
+    again: that of the checkpoint that it goes on from, and of those next to it. A line separates the rows before, and
+    no score is made across it. A score that comes out NaN or infinite
+    counts as the worst and is named. After every task the run's folder gets ``report.json``, ``matrix.csv`` and
+    ``matrix.png``; at the end the table is printed.
+
+    Memory: none. Compute: one validation of every task before training and after every task.
+
+    Args:
+        monitor: the name of the logged metric.
+        mode: ``min`` if lower is better (a loss), ``max`` if higher is (an accuracy).
+        preset: whose definition of transfer: ``gem`` or ``trace``, see :mod:`lightning_cl.functional.retention`.
+
+    Attributes:
+        matrix: ``[rows, tasks]``: row 0 is before any training, row i after the i-th trained task; one column for each
+            task, the watched ones too. What was never measured is NaN; what was measured and is not finite is the
+            worst: ``inf`` in mode ``min``, ``-inf`` in mode ``max``.
+        tasks: the names of the columns.
+        measured_on: for each task, what its column is measured on (:mod:`lightning_cl.data.measured_on`).
+        changes: where that became other data: ``task``, ``row`` (the first one on the new data), ``what`` differs, and
+            ``before``, what that row and those after it were on the old data (None: not measured).
+
+    Raises:
+        ValueError: if mode or preset is none of the above.
+    """
+
+    def __init__(self, monitor: str = "val_loss", mode: Mode = "min", preset: Literal["gem", "trace"] = "gem") -> None:
+        super().__init__()
+        self.monitor = monitor
+        self.mode: Mode = check_choice("mode", mode, ("min", "max"))  # type: ignore[assignment]
+        self.preset: Preset = check_choice("preset", preset, ("gem", "trace"))  # type: ignore[assignment]
+        self.matrix = torch.empty(0, 0)
+        self.tasks: list[str] = []
+        self.watched: list[str] = []
+        self.on_training_data: list[str] = []
+        self.measured_on: dict[str, dict[str, Any]] = {}
+        self.changes: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._methods: list[tuple[ContinualCallback, str]] = []  # of the run, for the picture
+
+    boundary_order = -1  # its evaluation builds the model, which others need
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not is_overridden("validation_step", pl_module):
+            raise MisconfigurationException(
+                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} has no validation_step to measure"
+                " it in"
+            )
+        if trainer.limit_val_batches == 0:
+            raise MisconfigurationException(
+                "TaskMatrix: Trainer(limit_val_batches=0) leaves nothing to measure; give a limit above 0, or none"
+            )
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if TaskCoordinator.of(trainer).data is None:
+            rank_zero_warn("TaskMatrix measures between tasks, under lightning_cl.fit_tasks only: this is a plain fit")
+
+    @override
+    def on_sequence_start(self) -> None:
+        self.matrix, self.tasks, self.seconds = torch.empty(0, 0), [], 0.0
+        self.measured_on, self.changes = {}, []
+
+    @override
+    def at_boundary(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        ckpt_path: str | None = None,
+    ) -> None:
+        if trainer.fast_dev_run and trained > 0:  # type: ignore[attr-defined]
+            return  # that it can be measured was seen before the first task
+        start, source = time.monotonic(), ckpt_path
+        self._grow(data, trained)
+        unknown = [column for column in range(len(self.tasks)) if self.matrix[trained, column].isnan()]
+        when = f"after task {trained}/{len(data.trained_tasks)}" if trained else "before training"
+        for column in progress(trainer, unknown, f"Evaluating all tasks {when}"):
+            self.matrix[trained, column] = self._evaluate(trainer, pl_module, data, column, ckpt_path)
+            ckpt_path = None  # the weights are in the module now
+        if ckpt_path is not None:
+            # Nothing was to be measured: one evaluation, to see if the data is still what the rows were measured on.
+            self._evaluate(trainer, pl_module, data, 0, ckpt_path)
+        changed = self._changed(trainer, data)
+        if changed:
+            again = [column for column in changed if column not in unknown]
+            old = self._measure_again(trainer, pl_module, data, trained, again, source)
+            self._tell_change(changed, again, old, trained)
+        diverged = [name for name, value in zip(self.tasks, self.matrix[trained], strict=True) if value.isinf()]
+        if diverged:
+            rank_zero_warn(
+                f"TaskMatrix: {self.monitor} of {', '.join(diverged)} is not finite {when}: it counts as the worst"
+            )
+        if unknown:
+            self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
+        self.seconds += time.monotonic() - start
+        self._log(trainer, trained)
+
+    def _grow(self, data: TaskDataModule, trained: int) -> None:
+        """Columns for new tasks and a row for this boundary; what was not measured stays unknown."""
+        names = [task.name for task in data.tasks]
+        matrix = torch.full((max(trained + 1, len(self.matrix)), len(names)), torch.nan, dtype=torch.float64)
+        for column, name in enumerate(names):
+            if name in self.tasks:
+                matrix[: len(self.matrix), column] = self.matrix[:, self.tasks.index(name)]
+        self.matrix, self.tasks = matrix, names
+        self.watched = [task.name for task in data.tasks if task.watched]
+
+    def _changed(self, trainer: L.Trainer, data: TaskDataModule) -> dict[int, str]:
+        """Columns whose data is not what their earlier rows were measured on, with what differs."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return {}  # one batch of everything: no results
+        limit = trainer.limit_val_batches
+        now = {task.name: measured_on(data, task, limit, trainer.world_size) for task in data.tasks}
+        now = trainer.strategy.broadcast(now)  # all ranks must measure the same columns
+        unknown = not self.measured_on and bool((~self.matrix[:-1].isnan()).any())
+        found = {}
+        for column, name in enumerate(self.tasks):
+            what = difference(self.measured_on[name], now[name]) if name in self.measured_on else None
+            if what is not None:
+                found[column] = what
+        self.measured_on |= now
+        if unknown:
+            rank_zero_warn(
+                "TaskMatrix: the checkpoint, of an earlier version, does not say on what data its rows were measured;"
+                " it is taken for the same as now"
+            )
+        return found
+
+    def _measure_again(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        columns: list[int],
+        source: str | None,
+    ) -> dict[int, list[float | None]]:
+        """Measures known entries on other data: of this row, and of rows whose weights lie next to `source`.
+
+        Returns:
+            for each row that is on the new data now, what the columns were before.
+        """
+        old = self.matrix.clone()
+        weights: dict[int, str | None] = {}
+        names = [task.name for task in data.trained_tasks]
+        checkpoint = Path(source or ".")
+        for row in range(trained - 1, 0, -1) if source is not None and columns else ():
+            found = earlier_boundary(checkpoint, row, names, self.tasks, old) if trainer.is_global_zero else None
+            path = trainer.strategy.broadcast(found)
+            if path is None:
+                break  # what lies before it stays on the other side of the line
+            weights[row] = path
+        for row, path in [*weights.items(), (trained, source if weights else None)]:
+            for column in columns:
+                if row == trained or not old[row, column].isnan():
+                    self.matrix[row, column] = self._evaluate(trainer, pl_module, data, column, path)
+                    path = None  # the module has them now
+        return {row: [_known(float(value)) for value in old[row]] for row in sorted([*weights, trained])}
+
+    def _tell_change(
+        self, changed: dict[int, str], again: list[int], old: dict[int, list[float | None]], trained: int
+    ) -> None:
+        """Keeps where the data changed, and warns."""
+        for column, what in changed.items():
+            before = [values[column] for values in old.values()] if column in again else []
+            self.changes.append({"task": self.tasks[column], "row": min(old), "what": what, "before": before})
+        names = ", ".join(f"{self.tasks[column]} ({what})" for column, what in changed.items())
+        rank_zero_warn(
+            f"TaskMatrix: measured on other data than in the run before: {names}. Rows {min(old)} to {trained} are on"
+            " the new data; a line separates the rows before, and no score is made across it"
+        )
+
+    def _evaluate(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, column: int, ckpt_path: str | None
+    ) -> float:
+        bar, loggers = trainer.progress_bar_callback, trainer.loggers
+        modes = {module: module.training for module in pl_module.modules()}
+        data.watch = column
+        # The user's curves of the current task's validation are not to be mixed with these.
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        shown = bar is not None and getattr(bar, "is_enabled", True)
+        if bar is not None and shown:
+            bar.disable()
+        try:
+            trainer.validate(pl_module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+        finally:
+            data.watch = None
+            trainer.loggers = loggers
+            if bar is not None and shown:
+                bar.enable()
+            for module, training in modes.items():
+                module.training = training
+        if self.monitor not in trainer.callback_metrics and data.val_loader(data.tasks[column]) is None:
+            raise MisconfigurationException(
+                f"task {data.tasks[column].name!r}: there is nothing to measure it on: give Task(val=…), one loader or"
+                " data set"
+            )
+        if self.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"TaskMatrix(monitor={self.monitor!r}): {type(pl_module).__name__} logs no such metric in validation;"
+                f" it logs {sorted(trainer.callback_metrics)}"
+            )
+        value = trainer.callback_metrics[self.monitor].to(trainer.strategy.root_device, torch.float64)
+        # A metric logged without sync_dist is each rank's own.
+        return float(with_worst(trainer.strategy.reduce(value, reduce_op="mean"), self.mode))
+
+    def _log(self, trainer: L.Trainer, trained: int) -> None:
+        metrics = {
+            f"continual/{self.monitor}/{name}": float(value)
+            for name, value in zip(self.tasks, self.matrix[trained], strict=True)
+            if not value.isnan()
+        }
+        if trained > 0:
+            metrics |= {
+                f"continual/{name}": value
+                for name, value in self.summary().items()
+                if isinstance(value, float) and value == value
+            }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    @override
+    def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
+        if trained == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # one batch is no result
+        from lightning_cl.evaluation import build_report, format_report, write_report
+        from lightning_cl.evaluation.importance_figure import write_importance
+        from lightning_cl.evaluation.to_loggers import log_evidence
+
+        coordinator = TaskCoordinator.of(trainer)
+        methods = self._methods = named(TaskCoordinator.methods(trainer))
+        report = build_report(self, coordinator.costs, methods)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
+        if trainer.is_global_zero:
+            write_report(report, folder)
+            write_importance(report, folder)
+            log_evidence(trainer.loggers, report, trainer.global_step)
+        if final:
+            rank_zero_info(format_report(report, folder))
+
+    # ------------------------------------------------------------------ what others read
+
+    def trained_matrix(self) -> Tensor:
+        """What scores are made of: no watched tasks, and NaN where a row was measured on other data than the last."""
+        comparable = self.matrix.clone()
+        for change in self.changes:
+            if change["task"] in self.tasks:
+                comparable[: change["row"], self.tasks.index(change["task"])] = torch.nan
+        return comparable[:, [i for i, name in enumerate(self.tasks) if name not in self.watched]]
+
+    def summary(self) -> dict[str, Any]:
+        """The scores, each with its definition.
+
+        Returns:
+            ``average``, ``mean_when_learnt``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN
+            where nothing is known, infinite where the run diverged), ``definitions``, ``tasks``, ``matrix`` (a list of
+            rows), ``not_finite`` (which of its entries, as ``task`` and ``row``), and what it is about.
+        """
+        matrix = self.trained_matrix()
+        metrics = {
+            "average": AverageAccuracy(self.mode),
+            "mean_when_learnt": MeanWhenLearnt(self.mode),
+            "backward_transfer": BackwardTransfer(self.mode, self.preset),
+            "forgetting": Forgetting(self.mode),
+            "forward_transfer": ForwardTransfer(self.mode, self.preset),
+        }
+        scores: dict[str, Any] = {}
+        for name, metric in metrics.items():
+            if len(matrix) < 2:
+                scores[name] = float("nan")
+                continue
+            metric.set_dtype(torch.float64)
+            metric.update(matrix)
+            scores[name] = float(metric.compute())
+        return scores | {
+            "definitions": {name: metric.definition for name, metric in metrics.items()},
+            "preset": self.preset,
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "tasks": list(self.tasks),
+            "watched": list(self.watched),
+            "measured_on_training_data": list(self.on_training_data),
+            "measured_on": {name: dict(self.measured_on[name]) for name in self.tasks if name in self.measured_on},
+            "data_changes": [dict(change) for change in self.changes if change["task"] in self.tasks],
+            "not_finite": [
+                {"task": self.tasks[column], "row": row} for row, column in self.matrix.isinf().nonzero().tolist()
+            ],
+            "matrix": self.matrix.tolist(),
+        }
+
+    def plot(self) -> Any:
+        """Draws what was measured so far, as ``matrix.png`` has it.
+
+        Returns:
+            a ``matplotlib.figure.Figure``: a notebook shows it, and ``savefig`` writes it.
+
+        Raises:
+            RuntimeError: if nothing has been measured yet.
+        """
+        from lightning_cl.evaluation import build_report
+        from lightning_cl.evaluation.figure import matrix_figure
+
+        if not len(self.matrix):
+            raise RuntimeError("TaskMatrix.plot(): nothing has been measured yet; it measures under fit_tasks")
+        report = build_report(self, [], self._methods)
+        return matrix_figure(report, None if self._methods else self.monitor)
+
+    # ------------------------------------------------------------------ state
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        return {
+            "matrix": self.matrix.clone(),
+            "tasks": list(self.tasks),
+            "on_training_data": list(self.on_training_data),
+            "measured_on": {name: dict(on) for name, on in self.measured_on.items()},
+            "changes": [dict(change) for change in self.changes],
+            "seconds": self.seconds,
+        }
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        self.matrix, self.tasks, self.seconds = state["matrix"].clone(), list(state["tasks"]), state["seconds"]
+        self.on_training_data = list(state["on_training_data"])
+        # Earlier checkpoints do not have them, and keep NaN where something was measured and was not finite.
+        self.measured_on = {name: dict(on) for name, on in state.get("measured_on", {}).items()}
+        self.changes = [dict(change) for change in state.get("changes", [])]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

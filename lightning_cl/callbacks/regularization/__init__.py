@@ -1,0 +1,1 @@
+"""Methods that keep the weights, or what the model says, close to what earlier tasks left."""

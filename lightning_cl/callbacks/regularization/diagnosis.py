@@ -1,0 +1,154 @@
+"""What an importance is like, in numbers: the means to see that a penalty is not silently dead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cl.core.method import Need
+from lightning_cl.core.placement import whole
+
+_SAMPLED_VALUES = 1_000_000
+_NOTHING = 1e-5  # a penalty with a smaller share of the task's pull does nothing
+_LITTLE = 0.01  # with a smaller one it does not hold a task back
+_FAINT = 1e-3  # an importance is far below an earlier task's
+
+
+@torch.no_grad()
+def describe_importance(importance: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An importance in numbers: parameters, total, share of zeros, and quantiles (of at most a million values)."""
+    count = sum(t.numel() for t in importance.values())
+    if count == 0:
+        return {"parameters": 0, "total": 0.0, "share_of_zeros": 1.0, "quantiles": {}, "layers": {}}
+    stride = max(1, count // _SAMPLED_VALUES)
+    values = torch.cat([whole(t).flatten()[::stride].float().cpu() for t in importance.values()])
+    values = values.sort().values
+    quantiles = {str(q): float(values[min(int(q * len(values)), len(values) - 1)]) for q in (0.0, 0.5, 0.9, 0.99, 1.0)}
+    return {
+        "parameters": count,
+        "total": sum(float(whole(t.sum(dtype=torch.float64))) for t in importance.values()),
+        "share_of_zeros": float((values == 0).float().mean()),
+        "quantiles": quantiles,
+        "layers": mean_by_layer(importance),
+    }
+
+
+@torch.no_grad()
+def mean_by_layer(importance: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The mean importance of each kind of tensor in each layer, for the picture.
+
+    Returns:
+        kind (a name with ``*`` for its layer's number, as ``model.layers.*.self_attn.q_proj.weight``) to layer (its
+        number, or an empty text for what stands outside of the numbered layers) to mean.
+    """
+    sums: dict[str, dict[str, float]] = {}
+    for name, tensor in importance.items():
+        found = re.search(r"(^|\.)(\d+)\.", name)
+        layer = found.group(2) if found else ""
+        kind = f"{name[: found.start(2)]}*{name[found.end(2) :]}" if found else name
+        sums.setdefault(kind, {})[layer] = float(whole(tensor.float().mean()))
+    return sums
+
+
+# ---------------------------------------------------------------------- in words
+
+_SPOILT = {
+    "spoilt_steps": "in {} steps a gradient was NaN or infinite; the weights concerned were not followed in them",
+    "left_out": "the loss of {} samples was NaN or infinite; the importance is that of the others",
+    "not_finite": "the importance of {} weights was not finite; they are not protected",
+}
+
+
+def compare_with_earlier(mean: float | None, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Notes a measured importance that is far below an earlier task's: brought to the same mean, it is mostly noise.
+
+    Args:
+        mean: what the importance was divided by; None if it was not.
+        earlier: the diagnoses of earlier tasks.
+
+    Returns:
+        ``faint``: the task that it is compared with, the ratio of the means, and the words for it; nothing if there is
+        nothing to say.
+    """
+    means = [(entry["normalized_by"], str(entry["task"])) for entry in earlier if entry.get("normalized_by")]
+    if not mean or not means or mean >= _FAINT * max(means)[0]:
+        return {}
+    largest, task = max(means)
+    words = (
+        f"the measured importance is {mean:.1e} on average, {mean / largest:.0e} times that of {task!r}: normalize=True"
+        " brings both to one mean, and with it what may be noise (a task learnt nearly perfectly, or hardly at all);"
+        " normalize=False keeps their ratio"
+    )
+    return {"faint": {"task": task, "ratio": mean / largest, "words": words}}
+
+
+def warning_of(entry: Mapping[str, Any], apply: str, auto: bool) -> str | None:
+    """What to warn of when a task ends: a penalty that did nothing, or pulled harder than the task.
+
+    Args:
+        entry: ``strength``, ``largest_share`` and ``too_strong`` of the task.
+        apply: the penalty's mode.
+        auto: the strength was chosen by itself.
+    """
+    share, strength = entry["largest_share"], f"strength={entry['strength']:.3g}"
+    pull = "the penalty's gradient was" if apply == "gradient" else "the penalty's pull was"
+    task = "the task's" if apply == "gradient" else "the optimizer's step"
+    other = "" if auto else ", or strength='auto'"
+    if share is None:
+        return None
+    if share == 0:
+        return f"{pull} zero: no parameter that is important was trained, or none has moved"
+    if share < _NOTHING:
+        return (
+            f"{pull} at most {share:.0e} of {task}: at {strength} it does nothing. Try a strength about"
+            f" {0.1 / share:.0e} times as large{other}"
+        )
+    if entry["too_strong"]:
+        lower = "a lower share" if auto else f"a strength about {0.1 / share:.0e} times as large{other}"
+        return f"{pull} up to {share:.2g} times {task}: {strength} is too strong, it holds the task back. Try {lower}"
+    return None
+
+
+def sentences_of(name: str, entry: Mapping[str, Any], apply: str) -> list[str]:
+    """How a penalty held during a task, and what is odd about what was measured at its end."""
+    said = []
+    if "strength" in entry:
+        share = entry["largest_share"]
+        pull = "its gradient" if apply == "gradient" else "its pull"
+        task = "the task's" if apply == "gradient" else "the optimizer's step"
+        pulled = f", {pull} at most {share:.2g} times {task}" if share is not None else ""
+        verdict = ": too strong" if entry.get("too_strong") else ""
+        verdict = ": it did nothing" if share is not None and share < _NOTHING else verdict
+        held = f"strength {entry['strength']:.3g}, penalty {entry['penalty']:.3g} at the end{pulled}{verdict}"
+        said.append(f"{name}, {entry['task']}: {held}")
+    odd = [entry["faint"]["words"]] if "faint" in entry else []
+    odd += [words.format(entry[key]) for key, words in _SPOILT.items() if entry.get(key)]
+    return said + [f"{name}, {entry['task']}: {words}" for words in odd]
+
+
+def advice_of(name: str, need: Need, diagnoses: Sequence[Mapping[str, Any]], what: str, value: float) -> str | None:
+    """What could be changed of a penalty, by how it held.
+
+    Args:
+        name: of the method.
+        need: ``keep`` or ``learn``.
+        diagnoses: of all tasks.
+        what: the argument that says how strong it is, ``strength`` or ``share``.
+        value: of that argument.
+    """
+    shares = [entry["largest_share"] for entry in diagnoses if entry.get("too_strong")]
+    if shares:
+        pulled = f"pulled up to {max(shares):.2g} times as hard as the task itself"
+        if need == "learn":
+            return f"a lower {name}({what}=…), {value:g} now, which is too strong: it {pulled}"
+        return f"stored samples next to {name}, and no higher {what}: it {pulled}, which is too strong already"
+    held = [entry["largest_share"] for entry in diagnoses if entry.get("largest_share") is not None]
+    if need == "learn" and held and max(held) < _LITTLE:
+        return None  # it is not what holds the task back
+    if value == 0:
+        return f"{name}(strength='auto'): at 0 it protects nothing" if need == "keep" else None
+    return f"a {'higher' if need == 'keep' else 'lower'} {name}({what}=…), {value:g} now, as long as the average gains"

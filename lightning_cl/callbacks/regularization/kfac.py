@@ -1,0 +1,260 @@
+"""Elastic Weight Consolidation with a Kronecker-factored Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.regularization.ewc import EWC
+from lightning_cl.callbacks.regularization.quadratic import Apply, Strength
+from lightning_cl.core.method import clean_name, trainable_parameters
+from lightning_cl.core.placement import full_cpu
+from lightning_cl.functional.kronecker import (
+    FactorSums,
+    Kronecker,
+    Spectrum,
+    kronecker_proximal_,
+    nearest_kronecker,
+    spectrum,
+)
+from lightning_cl.passes.fisher_losses import Estimator
+from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.sample_sums import sum_over_samples
+
+
+class KFACEWC(EWC):
+    """Structured Laplace: EWC with ``A ⊗ G`` for linear layers (Ritter, Botev & Barber 2018, NeurIPS, section 2.2).
+
+    ::
+
+        strength / 2 · Σ_layers tr(Δᵀ G Δ A) + strength / 2 · Σ_others F_i (θ_i − θ*_i)²
+
+    The diagonal of EWC knows how far each weight may move by itself. ``A ⊗ G`` also knows which weights may move
+    together without a change of the output. ``A`` and ``G`` are the second moments of a layer's inputs and of the
+    gradients at its outputs (:mod:`lightning_cl.functional.kronecker`); the Fisher is scaled as EWC's, so that a
+    strength means the same. Embeddings, norms, biases, tied weights, layers wider than `largest` and
+    GPT-2's ``Conv1D`` have EWC's diagonal.
+
+    Of several tasks one pair of factors is kept per layer: the nearest to ``decay · (A ⊗ G + A_new ⊗ G_new)``. With two
+    tasks the penalty is exact; beyond, it is near. With ``apply="proximal"`` other proximal penalties act one after the
+    other on these layers.
+
+    Memory: ``4 (in² + out²)`` bytes per linear layer and its anchor, 8 bytes per other parameter; ``proximal`` keeps
+    the eigenvectors too. Compute per step: two products of matrices per layer, ``out · in · (in + out)``
+    multiplications, about ``(in + out) / (3 · tokens)`` of the step itself; per task as EWC, and the moments.
+
+    Args:
+        strength: the factor λ, or ``auto``.
+        estimator: where the labels come from: ``sample``, ``empirical``, ``exact`` or ``auto``, as in
+            :class:`~lightning_cl.EWC`.
+        samples: how many samples of a task to measure on.
+        decay: γ.
+        normalize: divide each task's Fisher by the mean of its diagonal before it is added.
+        largest: layers with more inputs or outputs have the diagonal.
+        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
+            ``.logits``.
+        batch_size: samples measured at once; default: the training loader's.
+        apply: ``gradient`` or ``proximal``, see
+            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+        last_task: whether the last task of a sequence is measured too, as in :class:`~lightning_cl.EWC`.
+        settings: ``share`` and ``state_device`` of
+            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+
+    Attributes:
+        factors: parameter name to its :class:`~lightning_cl.functional.kronecker.Kronecker`; all others are in
+            ``importance``.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        strength: Strength = "auto",
+        estimator: Estimator = "auto",
+        samples: int = 512,
+        decay: float = 1.0,
+        normalize: bool = True,
+        largest: int = 4096,
+        outputs: OutputsFunction | None = None,
+        batch_size: int | None = None,
+        apply: Apply = "gradient",
+        last_task: bool = True,
+        **settings: Any,
+    ) -> None:
+        if estimator == "batched":
+            raise ValueError("estimator='batched': the factors are moments over single positions; use 'empirical'")
+        if isinstance(largest, bool) or not isinstance(largest, int) or largest < 1:
+            raise ValueError(f"largest={largest!r}: expected a positive integer")
+        super().__init__(
+            strength,
+            estimator,
+            samples,
+            decay=decay,
+            normalize=normalize,
+            outputs=outputs,
+            batch_size=batch_size,
+            apply=apply,
+            last_task=last_task,
+            **settings,
+        )
+        self.largest = largest
+        self.factors: dict[str, Kronecker] = {}
+        self._spectra: dict[str, Spectrum] = {}
+
+    # ------------------------------------------------------------------ a task ends
+
+    @override
+    @torch.no_grad()
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.task is not None
+        parameters = trainable_parameters(pl_module)
+        samples = self.task_samples(trainer, f"{type(self).__name__}: Fisher of {self.task}")
+        losses, sink = self._losses(trainer, pl_module), FactorSums(self.largest)
+        sums = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
+        measured = {name: p for name, p in parameters.items() if name not in sums.loose}
+        factors = self._moments(trainer, sink, measured, sums.total, sums.positions)
+        diagonal = {n: v.div_(max(sums.positions, 1)) for n, v in sums.total.items() if n not in factors}
+        diagonal = self.without_non_finite(diagonal)
+        mean = None
+        if self.normalize:
+            # By the traces: products of small factors would be nothing in fp32.
+            total_sum = sum(f.trace() for f in factors.values())
+            total_sum += sum(float(value.sum(dtype=torch.float64)) for value in diagonal.values())
+            mean = total_sum / max(sum(p.numel() for p in parameters.values()), 1)
+            if mean > 0:
+                diagonal = {name: value / mean for name, value in diagonal.items()}
+                factors = {n: Kronecker(f.inputs / mean**0.5, f.outputs / mean**0.5) for n, f in factors.items()}
+        whole = {name: factors[name].diagonal() if name in factors else diagonal[name] for name in parameters}
+        self.diagnose(
+            whole,
+            "The loss has no gradient here.",
+            estimator="/".join(sorted(losses.used)),
+            normalized_by=mean,
+            left_out=sums.left_out,
+        )
+        self.add_importance(diagonal, self.decay)
+        for name, new in factors.items():
+            terms = [new]
+            if name in self.factors:
+                terms.insert(0, Kronecker(*(side.to(new.inputs.device) for side in self.factors[name])))
+            merged = nearest_kronecker(terms)
+            self.factors[name] = self._kept_factors(Kronecker(merged.inputs, merged.outputs * self.decay))
+        for name in self.factors.keys() - factors.keys():
+            self.factors[name] = Kronecker(self.factors[name].inputs, self.factors[name].outputs * self.decay)
+        self.set_anchor(pl_module)
+        self._spectra = {}
+
+    def _moments(
+        self,
+        trainer: L.Trainer,
+        sink: FactorSums,
+        parameters: Mapping[str, Tensor],
+        total: Mapping[str, Tensor],
+        positions: int,
+    ) -> dict[str, Kronecker]:
+        """``A`` as the mean over a layer's positions, ``G`` per position that bears loss; over all ranks."""
+        device = trainer.strategy.root_device
+        # A rank may have had no sample, or a layer none: all ranks go through the same names.
+        seen = torch.tensor([float(sink.positions.get(name, 0)) for name in parameters], device=device)
+        seen = trainer.strategy.reduce(seen, reduce_op="sum")
+        moments = {}
+        for (name, weight), count in zip(parameters.items(), seen.tolist(), strict=True):
+            if count == 0:
+                continue
+            zeros = [torch.zeros(n, n, device=weight.device) for n in reversed(weight.shape)]
+            sums = [trainer.strategy.reduce(t, reduce_op="sum") for t in sink.sums.get(name, zeros)]
+            if all(bool(side.isfinite().all()) for side in sums):
+                moments[name] = Kronecker(sums[0] / count, sums[1] / max(positions, 1))
+            else:  # no factors: its diagonal, which is said to be left unprotected
+                total[name].fill_(torch.nan)
+        return moments
+
+    # ------------------------------------------------------------------ the penalty
+
+    @override
+    def add_gradients(self, parameters: Mapping[str, Tensor], strength: float, scale: float) -> None:
+        super().add_gradients(self._diagonal(parameters), strength, scale)
+        with torch.no_grad():
+            for name, _, force in self._block_forces(parameters):
+                gradient = parameters[name].grad
+                if gradient is not None:
+                    gradient.add_((force * (strength * scale)).to(gradient.dtype))
+
+    @override
+    def move_weights(
+        self, parameters: Mapping[str, Tensor], strength: float, rate: float, applied: dict[str, Tensor] | None
+    ) -> None:
+        super().move_weights(self._diagonal(parameters), strength, rate, applied)
+        for name, parameter in parameters.items():
+            if name in self.factors:
+                if name not in self._spectra:
+                    self._spectra[name] = spectrum(self.factors[name])
+                eigen = Spectrum(*(part.to(parameter.device) for part in self._spectra[name]))
+                kronecker_proximal_(parameter, self.anchor[name].to(parameter.device), eigen, strength, rate)
+
+    @override
+    def forces(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        yield from super().forces(self._diagonal(parameters))
+        yield from self._block_forces(parameters)
+
+    def _block_forces(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, parameter in parameters.items():
+            if name in self.factors:
+                gap = parameter.detach().float() - self.anchor[name].to(parameter.device)
+                factors = Kronecker(*(side.to(parameter.device) for side in self.factors[name]))
+                yield name, gap, factors.times(gap)
+
+    def _diagonal(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # A layer that is used in another way in a later task can have both.
+        return {name: p for name, p in parameters.items() if name in self.importance}
+
+    # ------------------------------------------------------------------ state
+
+    @override
+    def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().place(trainer, pl_module)
+        parameters = {clean_name(name): p for name, p in pl_module.named_parameters()}
+        for name, factors in self.factors.items():
+            grown = _grown(name, factors, parameters[name])
+            if grown is not factors:
+                self._spectra.pop(name, None)
+            device = torch.device("cpu") if self.state_device == "cpu" else parameters[name].device
+            self.factors[name] = Kronecker(*(side.to(device) for side in grown))
+
+    def _kept_factors(self, factors: Kronecker) -> Kronecker:
+        return Kronecker(*(self._kept(side, side.dtype) for side in factors))
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        kept = {name: [full_cpu(side) for side in factors] for name, factors in self.factors.items()}
+        return super().continual_state() | {"factors": kept}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        super().load_continual_state(state)
+        self.factors = {name: Kronecker(*sides) for name, sides in state["factors"].items()}
+        self._spectra = {}
+
+    @override
+    def state_bytes(self) -> int:
+        return super().state_bytes() + sum(4 * side.numel() for factors in self.factors.values() for side in factors)
+
+
+def _grown(name: str, factors: Kronecker, weight: Tensor) -> Kronecker:
+    """Factors of a layer that has got more inputs or outputs: the new ones have no importance."""
+    missing = [new - len(side) for new, side in zip((weight.shape[1], weight.shape[0]), factors, strict=True)]
+    if missing == [0, 0]:
+        return factors
+    if min(missing) < 0:
+        raise MisconfigurationException(
+            f"KFACEWC: {name!r} has become {list(weight.shape)}, smaller than it was: what was learnt about its"
+            " importance does not fit any more"
+        )
+    return Kronecker(*(torch.nn.functional.pad(side, (0, n, 0, n)) for side, n in zip(factors, missing, strict=True)))

@@ -1,0 +1,110 @@
+"""L2-SP: the same pull on every weight, towards where it was."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.core.method import check_choice, tensor_bytes, trainable_parameters
+from lightning_cl.core.placement import full_cpu
+
+
+class L2SP(QuadraticPenalty):
+    """L2-SP (Li, Grandvalet & Davoine 2018, ICML, eq. 2): ``strength / 2 · ‖θ − θ*‖²``.
+
+    Nothing is measured: every trainable weight is as important as any other. What it does is the least that a measured
+    importance must surpass. With ``apply="proximal"`` it is decoupled weight decay towards ``θ*``. The paper's α is the
+    strength. Under LoRA the trained weights are the adapter's.
+
+    Memory: 4 bytes per trainable parameter for the anchor (the importance is one number per tensor). Compute: one pass
+    over parameters and anchor per step.
+
+    Args:
+        strength: the factor, or ``auto``.
+        anchor: ``previous``: the weights at the end of the task before; the first task is free. ``start``: the weights
+            that the sequence started from (a pretrained model's), also during the first task.
+        apply: ``gradient`` or ``proximal``, see
+            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+        settings: ``share`` and ``state_device`` of
+            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        strength: Strength = "auto",
+        anchor: Literal["previous", "start"] = "previous",
+        apply: Apply = "gradient",
+        **settings: Any,
+    ) -> None:
+        super().__init__(strength, apply, **settings)
+        self.anchored_to = check_choice("anchor", anchor, ("previous", "start"))
+
+    @override
+    def on_sequence_start(self) -> None:
+        if self.anchored_to == "start":
+            self.anchor, self.importance = {}, {}
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_task_start(trainer, pl_module)
+        if self.anchored_to == "start":
+            # Weights that become trainable later have not moved yet.
+            self._hold(pl_module, [name for name in trainable_parameters(pl_module) if name not in self.anchor])
+
+    @override
+    @torch.no_grad()
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.anchored_to == "previous":
+            self._hold(pl_module, list(trainable_parameters(pl_module)))
+        self.diagnose(self.importance, "There is no trainable parameter.")
+
+    def _hold(self, pl_module: L.LightningModule, names: list[str]) -> None:
+        self.set_anchor(pl_module, dict.fromkeys(names))
+        self.importance.update({name: _ones_like(self.anchor[name]) for name in names})
+
+    @override
+    def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        before = {name: anchor.shape for name, anchor in self.anchor.items()}
+        kept = {name: t for name, t in self.importance.items() if not _is_one_number(t)}
+        self.importance = kept
+        super().place(trainer, pl_module)
+        for name, anchor in self.anchor.items():
+            if anchor.shape != before[name]:
+                # A head that has grown: the new rows have never been anywhere to go back to.
+                old = torch.zeros_like(anchor, dtype=torch.float32)
+                old[tuple(slice(0, size) for size in before[name])] = 1.0
+                self.importance[name] = old
+            elif name not in kept:
+                self.importance[name] = _ones_like(anchor)
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        grown = {name: full_cpu(t) for name, t in self.importance.items() if not _is_one_number(t)}
+        return super().continual_state() | {"importance": grown}
+
+    @override
+    def state_bytes(self) -> int:
+        return tensor_bytes(self.anchor)
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return super().report() | {"anchor": self.anchored_to}
+
+
+def _is_one_number(importance: Tensor) -> bool:
+    return not hasattr(importance, "device_mesh") and not any(importance.stride()) and importance.numel() != 1
+
+
+def _ones_like(anchor: Tensor) -> Tensor:
+    """One number, seen as a tensor of the anchor's shape."""
+    if hasattr(anchor, "device_mesh"):
+        return torch.ones_like(anchor)  # a sharded tensor cannot be seen so
+    return torch.ones((), device=anchor.device).expand(anchor.shape)

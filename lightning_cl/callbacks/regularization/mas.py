@@ -1,0 +1,131 @@
+"""Memory Aware Synapses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+from lightning_cl.callbacks.regularization.quadratic import Apply, Strength
+from lightning_cl.callbacks.regularization.sampled_importance import SampledImportance
+from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
+from lightning_cl.core.method import trainable_parameters
+from lightning_cl.functional import normalize_importance
+from lightning_cl.functional.cross_entropy import CHUNK_BYTES
+from lightning_cl.passes.fisher_losses import select
+from lightning_cl.passes.passes import LogitsReader, OutputsFunction
+from lightning_cl.passes.sample_sums import LossesOf, look_at_one, sum_over_samples
+
+
+class MAS(SampledImportance):
+    """Memory Aware Synapses (Aljundi et al. 2018, ECCV, eqs. 2 and 4, and section 4.1 for outputs of several values).
+
+    ::
+
+        Ω_i = 1/N · Σ_x | ∂ ‖f(x)‖² / ∂θ_i |        penalty: strength / 2 · Σ_i Ω_i (θ_i − θ*_i)²
+
+    How much the output changes when a weight changes: labels are not needed. ``f(x)`` are the logits, as they are, and
+    ``‖·‖²`` is the sum of their squares; for language models a sequence is a sample, ``‖f(x)‖² = Σ_t ‖f_t(x)‖²`` over
+    the positions that bear loss, and N is the number of those positions. The absolute value is taken of each sample's
+    gradient. Ω adds up over the tasks. The paper's λ is strength / 2.
+
+    Memory: 8 bytes per trainable parameter. Compute: one pass over parameters, importance and anchor per step; per task
+    one forward and backward pass over `samples` samples, in batches, with one more fp32 tensor per parameter and the
+    logits of a whole batch while it runs (``batch_size=1`` where they are many).
+
+    Args:
+        strength: the factor, or ``auto``.
+        samples: how many samples of a task to measure on; all, if there are fewer.
+        normalize: divide each task's Ω by its mean before it is added, so that strengths are of one order of magnitude
+            for different models; False keeps the units of the paper.
+        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
+            ``.logits``.
+        batch_size: samples measured at once; default: the training loader's. It does not change the result.
+        apply: ``gradient`` or ``proximal``, see
+            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+        last_task: whether the last task of a sequence is measured too. False saves that pass; if tasks are added later,
+            it is made up for on the last task's data when the first of them starts, with the same result.
+        settings: ``share``, ``state_dtype`` and ``state_device`` of
+            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        strength: Strength = "auto",
+        samples: int = 512,
+        normalize: bool = True,
+        outputs: OutputsFunction | None = None,
+        batch_size: int | None = None,
+        apply: Apply = "gradient",
+        last_task: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(strength, samples, batch_size, last_task, apply, **settings)
+        self.normalize, self.outputs = normalize, outputs
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        refuse_sharded(trainer, f"{type(self).__name__}: gradients of single samples cannot be taken from")
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        refuse_several_loaders(loader, task, type(self).__name__)
+
+    @override
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_task_start(trainer, pl_module)
+        if self.tasks_done == 0:
+            look_at_one(trainer, pl_module, self._norms(trainer, pl_module))
+
+    def _norms(self, trainer: L.Trainer, pl_module: L.LightningModule) -> LossesOf:
+        read_logits, owner = LogitsReader(trainer, pl_module, self.outputs), type(self).__name__
+
+        def norms(batch: Any, numbers: list[int]) -> tuple[Iterable[Tensor], int]:
+            logits = read_logits(batch)
+            if logits is None:
+                raise MisconfigurationException(
+                    f"{owner}: nothing that {type(pl_module).__name__} calls returns an object with `.logits`; give"
+                    f" {owner}(outputs=lambda module, batch: logits)"
+                )
+            selected, _, _ = select(batch, logits, read_logits.shifted)
+            rows = max(1, CHUNK_BYTES // (4 * selected.shape[-1]))
+            parts = [checkpoint(_squares, part, use_reentrant=False) for part in selected.split(rows)]
+            return [torch.stack(parts).sum()] if parts else [], len(selected)
+
+        return norms
+
+    @override
+    @torch.no_grad()
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.task is not None
+        samples = self.task_samples(trainer, f"{type(self).__name__}: {self.task}")
+        parameters = trainable_parameters(pl_module)
+        norms = self._norms(trainer, pl_module)
+        sums = sum_over_samples(trainer, pl_module, parameters, samples, norms, Tensor.abs_)
+        new = sums.total
+        for value in new.values():
+            value.div_(max(sums.positions, 1))
+        new = self.without_non_finite(new)
+        mean = normalize_importance(new) if self.normalize else None
+        note = "The output does not depend on any weight that is trained."
+        self.diagnose(new, note, normalized_by=mean, left_out=sums.left_out)
+        self.add_importance(new)
+        self.set_anchor(pl_module)
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return super().report() | {"samples": self.samples, "normalize": self.normalize}
+
+
+def _squares(logits: Tensor) -> Tensor:
+    return logits.float().square().sum()

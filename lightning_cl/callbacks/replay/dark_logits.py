@@ -1,0 +1,339 @@
+"""Logits stored beside replayed samples: taken from the model as it is, found again in the batches of later tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_cl.buffers import ReplayBuffer
+from lightning_cl.buffers.disk.segment import RemovedError
+from lightning_cl.data.mixing.contents import Kinds, Part
+from lightning_cl.functional.cross_entropy import head_cross_entropy
+from lightning_cl.functional.dark_experience import UNKNOWN, head_dark_loss, head_top_logits, index_type
+from lightning_cl.passes.passes import (
+    OutputsFunction,
+    aligned,
+    forward_context,
+    leaving_no_trace,
+    loss_positions,
+    to_device,
+    training_loss,
+)
+from lightning_cl.passes.student import Call, Student
+from lightning_cl.passes.task_samples import TaskSamples, groups_of_like_length
+
+VALUES, CLASSES = "top_logits", "top_classes"
+_MOST_SAMPLES = 64  # in a batch of short ones
+
+
+class Replayed(NamedTuple):
+    """The replayed positions of a batch, and what was stored of them.
+
+    Attributes:
+        hidden: ``[positions, width]``, what the head reads, with its graph (the logits themselves, without a head).
+        values: ``[positions, k + 1]``, stored logits, and last what all other classes came to; ``[positions, k]`` where
+            all classes of all positions were stored.
+        indices: ``[positions, k]``, the classes of the first k.
+        labels: ``[positions]``; None where the batch has none that are known.
+        call: what the head is taken from.
+        classes: the number of logits of a position.
+        bearing: how many positions of the whole batch bear loss.
+    """
+
+    hidden: Tensor
+    values: Tensor
+    indices: Tensor
+    labels: Tensor | None
+    call: Call
+    classes: int
+    bearing: int
+
+    def distance(self) -> Tensor:
+        """The sum of :func:`~lightning_cl.functional.dark_experience.dark_loss` over the positions."""
+        return head_dark_loss(self.hidden, self.values, self.indices, self.call.head_with({}), self.classes)
+
+    def cross_entropy(self) -> Tensor:
+        """The sum of the labels' cross-entropy over the positions."""
+        assert self.labels is not None
+        mean, _ = head_cross_entropy(self.hidden, self.labels, self.call.head_with({}), self.classes)
+        return mean * len(self.labels)
+
+
+class DarkLogits:
+    """What a callback knows of the logits beside its samples.
+
+    Args:
+        owner: the callback's name, for messages.
+        top_k: how many logits of a position are stored.
+        outputs: a user's function that gives logits, or None.
+
+    Attributes:
+        classes: the most classes that stored logits were chosen from.
+        spoilt: of how many positions the logits were not finite, so that nothing is stored of them.
+    """
+
+    def __init__(self, owner: str, top_k: int, outputs: OutputsFunction | None) -> None:
+        self.owner, self.top_k, self.outputs = owner, top_k, outputs
+        self.classes = self.spoilt = 0
+        self._student: Student | None = None
+
+    def place(self, trainer: L.Trainer, pl_module: L.LightningModule, buffer: ReplayBuffer) -> None:
+        """Finds where the logits come from, and tries a stored sample: not after hours.
+
+        Raises:
+            MisconfigurationException: if there are no logits, or they do not fit those that are stored.
+        """
+        self.release()
+        self._student = Student(trainer, pl_module, self.outputs, self.owner)
+        with leaving_no_trace(pl_module), torch.no_grad():
+            batch = TaskSamples(trainer, 1, 0, f"{self.owner}: logits").one()
+            if batch is not None:
+                self._student.find(batch)
+                self._compute(trainer, pl_module, batch)
+                self._positions(batch, 1)
+            # A sample of each task: the tasks of an earlier run may have been stored by another method.
+            for number in dict(zip(buffer.tasks, buffer.numbers, strict=True)).values():
+                stored = _batch(trainer, [buffer.get(number)])
+                self._compute(trainer, pl_module, stored)
+                found = self.replayed(stored, [[Part(True, None, buffer, number)]], buffer)
+                if found is None:
+                    continue
+                self.classes = max(self.classes, int(found.indices.max()) + 1)
+                if found.classes < self.classes:
+                    raise MisconfigurationException(
+                        f"{self.owner}: stored logits are of {self.classes} classes, {type(pl_module).__name__} gives"
+                        f" {found.classes} now: a head may grow between tasks, but not shrink"
+                    )
+
+    def watch(self) -> None:
+        """From now on what training steps compute is kept for :meth:`replayed`."""
+        if self._student is not None:
+            self._student.watch()
+
+    def release(self) -> None:
+        """Stops watching."""
+        if self._student is not None:
+            self._student.release()
+            self._student = None
+
+    # ------------------------------------------------------------------ storing
+
+    def of_samples(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, samples: Sequence[Any]
+    ) -> list[dict[str, Tensor]]:
+        """The logits of samples where they bear loss, from the module as it is, in evaluation mode.
+
+        Args:
+            trainer: inside ``fit``.
+            pl_module: the module; it is left as it was.
+            samples: as the data set gives them.
+
+        Returns:
+            of each sample ``top_logits`` (fp16 ``[positions, top_k + 1]``, what all other classes come to last) and
+            ``top_classes`` (``[positions, top_k]``); with at most `top_k` classes, both ``[positions, classes]``.
+        """
+        found: list[dict[str, Tensor]] = [{} for _ in samples]
+        with leaving_no_trace(pl_module), torch.no_grad():
+            for group in _groups(samples, trainer.train_dataloader):
+                batch = _batch(trainer, [samples[place] for place in group])
+                self._compute(trainer, pl_module, batch)
+                with forward_context(trainer):
+                    outputs, call, mask = self._positions(batch, len(group))
+                    classes = call.classes or outputs.shape[-1]
+                    hidden = outputs[:, : mask.shape[1]][mask.to(outputs.device)]
+                    kept = head_top_logits(hidden, call.head_with({}), classes, self.top_k)
+                self.classes = max(self.classes, classes)
+                self.spoilt += int((kept[0] == UNKNOWN).all(-1).sum())
+                counts = mask.sum(1).tolist()
+                for place, values, indices in zip(group, *(side.split(counts) for side in kept), strict=True):
+                    found[place] = {VALUES: values.clone(), CLASSES: indices.clone()}
+        return found
+
+    def _compute(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """One ``training_step`` for its predictions, if they come from there."""
+        assert self._student is not None
+        if self.outputs is None:
+            self._student.watch()
+            with torch.enable_grad():  # what has no graph, the student takes for a validation
+                training_loss(trainer, pl_module, batch)
+
+    def difference_from_cross_entropy(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str | None:
+        """Why the module's loss is not the mean cross-entropy at the positions that bear loss; None if it is.
+
+        Looked at on a few samples of the current task, in evaluation mode.
+        """
+        with leaving_no_trace(pl_module), torch.no_grad():
+            samples = TaskSamples(trainer, 8 * trainer.world_size, 0, f"{self.owner}: loss")
+            probe = samples.probe(8)
+            if probe is None:
+                return None
+            batch = probe[1]
+            loss = training_loss(trainer, pl_module, batch)
+            self._compute(trainer, pl_module, batch)
+            with forward_context(trainer):
+                outputs, call, mask = self._positions(batch, len(probe[0]))
+                labels = _labels(batch, self._shifted, mask.shape)
+                if loss is None or not mask.any():
+                    return None
+                if labels is None:
+                    return (
+                        "a batch has no labels where they are usual (`labels`, `label`, or the second of two tensors)"
+                    )
+                at = mask.to(outputs.device)
+                hidden = outputs[:, : mask.shape[1]][at]
+                own, _ = head_cross_entropy(hidden, labels[at], call.head_with({}), call.classes or outputs.shape[-1])
+            coarse = outputs.dtype in (torch.float16, torch.bfloat16)
+            if torch.isclose(loss.float(), own, rtol=2e-2 if coarse else 1e-3, atol=1e-4):
+                return None
+            return f"training_step returns {float(loss):.4g}, and the cross-entropy is {float(own):.4g}"
+
+    # ------------------------------------------------------------------ comparing
+
+    def replayed(self, batch: Any, kinds: Kinds, buffer: ReplayBuffer) -> Replayed | None:
+        """What the last training step computed at the positions of a buffer's samples; None where there are none.
+
+        Args:
+            batch: of that step.
+            kinds: of its rows.
+            buffer: whose samples are meant.
+
+        Raises:
+            MisconfigurationException: if a sample's logits are not there, or are of other positions.
+        """
+        if not any(part.replayed and part.owner is buffer for row in kinds for part in row):
+            return None
+        outputs, call, mask = self._positions(batch, len(kinds))
+        rows, columns, values, indices = [], [], [], []
+        for row, parts in enumerate(kinds):
+            for part, columns_of_part in zip(parts, self._columns(mask[row], parts), strict=True):
+                if not part.replayed or part.owner is not buffer:
+                    continue
+                try:
+                    stored = buffer.extra(part.number)
+                except RemovedError:
+                    continue  # since this batch was fetched
+                self._check(stored, len(columns_of_part))
+                rows.append(torch.full_like(columns_of_part, row))
+                columns.append(columns_of_part)
+                values.append(stored[VALUES])
+                indices.append(stored[CLASSES])
+        if not rows or sum(map(len, rows)) == 0:
+            return None
+        at = tuple(torch.cat(place).to(outputs.device) for place in (rows, columns))
+        labels = _labels(batch, self._shifted, mask.shape)
+        kept, classes = _joined(values, indices)
+        return Replayed(
+            outputs[at],
+            kept.to(outputs.device),
+            classes.to(outputs.device),
+            None if labels is None else labels[at],
+            call,
+            call.classes or outputs.shape[-1],
+            int(mask.sum()),
+        )
+
+    @property
+    def _shifted(self) -> bool:
+        return self._student is None or self._student.shifted
+
+    def _positions(self, batch: Any, rows: int) -> tuple[Tensor, Call, Tensor]:
+        """``[rows, length, width]``, the call, and on the CPU ``[rows, positions]``: which bear loss."""
+        assert self._student is not None
+        outputs, call = self._student.take(batch)
+        if len(outputs) != rows:
+            raise MisconfigurationException(
+                f"{self.owner}: a batch of {rows} samples gives logits of {len(outputs)}; give"
+                f" {self.owner}(outputs=lambda module, batch: logits) with those of each sample, in their order"
+            )
+        outputs = aligned(batch, outputs, self._shifted)
+        mask = loss_positions(batch, outputs, self._shifted)
+        if mask is not None:
+            return outputs, call, mask.cpu()
+        outputs = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+        return outputs, call, torch.ones(outputs.shape[:2], dtype=torch.bool)
+
+    def _columns(self, mask: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
+        """The positions of each part of a row that bear loss."""
+        start = 0
+        for part in parts:
+            end = len(mask) if part.length is None else start + part.length
+            # The last token of a part predicts nothing, or the first one of the next.
+            last = end - 1 if self._shifted and part.length is not None else end
+            yield start + mask[start:last].nonzero()[:, 0]
+            start = end
+
+    def _check(self, stored: Mapping[str, Tensor], positions: int) -> None:
+        if VALUES not in stored:
+            raise MisconfigurationException(
+                f"{self.owner}: its buffer holds a sample without logits, which {self.owner} stores beside each sample"
+                " that it keeps: another method has filled this buffer. Give another folder, or use Replay with it"
+            )
+        if len(stored[VALUES]) != positions:
+            raise MisconfigurationException(
+                f"{self.owner}: a sample has logits at {len(stored[VALUES])} positions, and in a batch it bears loss at"
+                f" {positions}: collate_fn must make the same of a sample every time, and not mask or cut it at random"
+            )
+
+
+def _batch(trainer: L.Trainer, samples: list[Any]) -> Any:
+    loader: Any = trainer.train_dataloader
+    return to_device(trainer, loader.collate_fn(samples))
+
+
+def _groups(samples: Sequence[Any], loader: Any) -> Iterator[list[int]]:
+    """Which samples share a batch: of like length, with no more tokens than a batch of training."""
+    size = getattr(loader, "batch_size", None)
+    rows = size if isinstance(size, int) else 8
+    lengths = [_length(sample) for sample in samples]
+    return groups_of_like_length(lengths, rows, getattr(loader, "block_length", None), max(rows, _MOST_SAMPLES))
+
+
+def _length(sample: Any) -> int:
+    """Tokens of a sample; 1 if it has none."""
+    return max(len(sample["input_ids"]), 1) if isinstance(sample, Mapping) and "input_ids" in sample else 1
+
+
+def _joined(values: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One below the other; a smaller head's fewer logits are filled up by unknown ones."""
+    k = max(side.shape[-1] for side in indices)
+    others = any(v.shape[-1] > i.shape[-1] for v, i in zip(values, indices, strict=True))
+    filled = [_filled(v, i, k) for v, i in zip(values, indices, strict=True)]
+    joined = torch.cat([v for v, _ in filled])
+    return joined if others else joined[:, :k], torch.cat([i for _, i in filled])
+
+
+def _filled(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``[positions, k + 1]`` values, that of all others last, and ``[positions, k]`` classes."""
+    own = indices.shape[-1]
+    of_classes, of_others = values[:, :own].float(), values[:, own:].float()
+    pad = torch.nn.functional.pad
+    of_classes = pad(of_classes, (0, k - own), value=UNKNOWN)
+    of_others = pad(of_others, (0, 1 - of_others.shape[-1]), value=UNKNOWN)
+    places = indices.long()
+    # A class of its own once more: any other would be missing among all others.
+    return torch.cat([of_classes, of_others], -1), torch.cat([places, places[:, -1:].expand(-1, k - own)], -1)
+
+
+def _labels(batch: Any, shifted: bool, shape: torch.Size) -> Tensor | None:
+    """``[rows, positions]``: what is to be predicted; None if it is not where it is usual."""
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels", batch.get("label", batch.get("input_ids") if shifted else None))
+    else:
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    if labels.ndim == 1:
+        labels = labels[:, None]
+    elif shifted and isinstance(batch, Mapping) and "input_ids" in batch:
+        labels = labels[:, 1:]
+    return labels if labels.shape == shape else None
+
+
+def bytes_of_position(classes: int, top_k: int) -> int:
+    """What the logits of one position take."""
+    return min(classes, top_k) * (2 + index_type(classes).itemsize) + (2 if top_k < classes else 0)

@@ -1,0 +1,256 @@
+"""Experience replay."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_cl.buffers.buffer import Unit
+from lightning_cl.buffers.policies import PolicyName
+from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage, check_plannable
+from lightning_cl.callbacks.replay.interference import Interference
+from lightning_cl.core.checks import refuse_sharded
+from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.method import Need, check_choice
+from lightning_cl.data.loader import Mix, TaskLoader
+from lightning_cl.data.mixing.drawing import DRAWS, Draw
+from lightning_cl.data.mixing.plan import MixMode
+from lightning_cl.data.mixing.ratio import check_ratio, check_sum, curve_of, replays_anything
+from lightning_cl.data.stream import StreamLoader
+
+
+class Replay(MemoryCallback):
+    """Experience replay: samples of earlier tasks take part in the batches of later ones.
+
+    At the end of each task its training set is offered to a buffer with a budget; during later tasks the buffer's
+    samples have the share `ratio` of the loss-bearing tokens (of the samples, where there are no tokens), in every
+    window of batches, with packing, accumulation, several ranks and streams. Loss masks travel with the samples.
+
+    Memory: none but of the index (36 bytes per sample); on disk 4 bytes and a bit per token, and 64 bytes per sample.
+    Compute: none per step in ``replace`` mode, where the batch keeps its number of samples and a pass over the new data
+    takes ``1 / (1 − ratio)`` times the steps (if replayed samples are as long as new ones); ``ratio / (1 − ratio)`` of
+    a step in ``add`` mode.
+
+    Args:
+        buffer_size: the budget, over all tasks, in `unit`.
+        ratio: share of replayed tokens, from 0 (stores, and replays nothing) to below 1. One to five percent removes
+            most forgetting of a pretrained model; a small model and very different tasks need 25 %. A list of pairs of
+            progress and share, as ``[[0, 0.25], [1, 0.05]]``, changes it over each task. ``1/t``: the t-th task has the
+            share 1/t, as each one before it.
+        policy: which samples are kept: ``reservoir`` (uniform over all samples seen), ``task_balanced``,
+            ``class_balanced``, ``fifo``, ``herding``, ``k_center`` or ``surprise``
+            (:class:`~lightning_cl.buffers.ReplayBuffer`).
+        mode: ``replace``: replayed samples take places of the batch. ``add``: they come on top of it. On several ranks
+            ``add`` gives each rank equally many, since the mean over ranks is that of all samples only if all ranks
+            have the same number. So they come in multiples of the number of ranks: the same samples in the same order
+            as on one process, but not all in the same step (where one process adds 3, 2, 3, two add 2, 4, 2), and the
+            weights differ by that. ``replace`` takes the batches of one process.
+        seed: seed of what is kept and drawn.
+        unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
+        draw: which samples are replayed how often: ``uniform``, ``task`` (equal shares), ``proportional`` (to all that
+            were seen), ``recency`` (half the share per task back), ``interfered`` (MIR: what training hurts most).
+        fill: ``task_end`` or ``training``: when samples are offered; a stream needs ``training``.
+        storage: ``disk`` (in the run's folder; checkpoints hold which samples are wanted) or ``memory``.
+        folder: where the files go instead of the run's folder. What an earlier run left there is replayed from the
+            first task on.
+        buffer: the name of another callback, as ``DERpp``, whose buffer is replayed instead of one of its own.
+
+    Attributes:
+        buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int = 10_000,
+        ratio: float | str | list[list[float]] = 0.05,
+        policy: PolicyName = "reservoir",
+        mode: MixMode = "replace",
+        seed: int = 0,
+        *,
+        unit: Unit = "samples",
+        draw: Draw = "uniform",
+        fill: Fill = "task_end",
+        storage: Storage = "disk",
+        folder: str | None = None,
+        buffer: str | None = None,
+    ) -> None:
+        super().__init__(
+            buffer_size, policy, unit=unit, fill=fill, storage=storage, folder=folder, buffer=buffer, seed=seed
+        )
+        self.ratio = check_ratio(ratio)
+        self.mode: MixMode = check_choice("mode", mode, ("replace", "add"))  # type: ignore[assignment]
+        self.draw: Draw = check_choice("draw", draw, DRAWS)  # type: ignore[assignment]
+        self._interference: Interference | None = None
+        self._interference_state: dict[str, Any] | None = None
+
+    @property
+    @override
+    def replays(self) -> bool:
+        return replays_anything(self.ratio)
+
+    @property
+    @override
+    def mixes(self) -> bool:
+        return super().mixes or (len(self.buffer) > 0 and self.replays)
+
+    @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        super().check_loader(loader, task)
+        check_plannable(loader, type(self).__name__, task)
+        workers = loader.num_workers if isinstance(loader, TaskLoader) else getattr(loader, "num_workers", 0)
+        if self.draw == "interfered" and workers:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(draw='interfered'): worker processes fetch the batches of task {task!r} before"
+                f" anybody knows what will be hurt; give num_workers=0 instead of {workers}"
+            )
+        for argument, value, instead in (("mode", "add", "replace"), ("draw", "interfered", "uniform")):
+            if isinstance(loader, StreamLoader) and getattr(self, argument) == value:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}({argument}={value!r}): not for a stream, as the training data of task"
+                    f" {task!r} is; give {argument}={instead!r}"
+                )
+
+    @override
+    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+        curve = curve_of(self.ratio, self._task_number(trainer))
+        mix = Mix(self.buffer, curve, self.mode, seed=self.seed * 1_000_003 + self.tasks_done, draw=self.draw)
+        if self.draw == "interfered":
+            mix.chooser = self._interference = Interference(self.buffer, mix.seed)
+            if self._interference_state is not None:  # of this task, before it was interrupted
+                self._interference.load_state_dict(self._interference_state)
+        mix_into_loader(trainer, loader, mix, type(self).__name__)
+
+    def _task_number(self, trainer: L.Trainer) -> int:
+        """t: how many tasks there are up to this one, with those that an earlier run has left in the buffer."""
+        current = TaskCoordinator.of(trainer).position.name
+        return 1 + max(self.tasks_done, sum(name != current for name in self.buffer.task_names))
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_together(trainer)
+        if self.draw == "interfered":
+            refuse_sharded(trainer, f"{type(self).__name__}(draw='interfered') looks at single samples with")
+
+    @override
+    def observe_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        if self._interference is not None:
+            self._interference.before_step(trainer, pl_module)
+
+    @override
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        rise = self._interference.after_step(trainer, pl_module) if self._interference is not None else None
+        if rise is not None:
+            self.log_scalar("interference", rise)
+
+    @override
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._interference = self._interference_state = None
+        super().on_task_end(trainer, pl_module)
+
+    @override
+    def continual_state(self) -> dict[str, Any]:
+        interference = self._interference.state_dict() if self._interference is not None else None
+        return {**super().continual_state(), "interference": interference}
+
+    @override
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        super().load_continual_state(state)
+        self._interference_state = state["interference"]
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return {"ratio": self.ratio, "mode": self.mode, "draw": self.draw, **super().report()}
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        return f"a {'larger' if need == 'keep' else 'smaller'} {type(self).__name__}(ratio=…)"
+
+
+def check_together(trainer: L.Trainer) -> None:
+    """Whether all callbacks that replay leave room for new samples, in every task, and mix in one way.
+
+    Raises:
+        MisconfigurationException: if not; before anything is trained.
+    """
+    methods: list[Any] = [m for m in TaskCoordinator.methods(trainer) if m.replays and hasattr(m, "ratio")]
+    names = " and ".join(type(method).__name__ for method in methods)
+    tasks = TaskCoordinator.of(trainer).names
+    # `1/t` counts the tasks that an earlier run has left in the buffer, too.
+    earlier = [_earlier_tasks(method, tasks) for method in methods]
+    try:
+        for number in range(1, len(tasks) + 1) if tasks else (2,):
+            check_sum([curve_of(method.ratio, number + e) for method, e in zip(methods, earlier, strict=True)])
+    except ValueError as error:
+        raise MisconfigurationException(f"{names}: {error}") from error
+    if len({method.mode for method in methods}) > 1:
+        modes = ", ".join(f"{type(method).__name__}(mode={method.mode!r})" for method in methods)
+        raise MisconfigurationException(f"mode: {modes}: expected the same for all callbacks that replay")
+
+
+def _earlier_tasks(method: MemoryCallback, tasks: list[str]) -> int:
+    """How many tasks of other runs are in a buffer; in a plain fit, how many but the last."""
+    if not method.takes_in:
+        return 0
+    stored = set(method.buffer.task_names)
+    return len(stored - set(tasks)) if tasks else max(len(stored) - 1, 0)
+
+
+def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix, owner: str) -> None:
+    """Mixes a buffer into a task's loader.
+
+    Args:
+        trainer: inside ``fit``.
+        loader: of the task.
+        mix: what, and how much of it.
+        owner: the callback's name, for messages.
+
+    Raises:
+        MisconfigurationException: if the share changes over the task and nobody can know how long the task is, or if
+            the loader cannot take it.
+    """
+    try:
+        _mix_in(trainer, loader, mix)
+    except ValueError as error:
+        raise MisconfigurationException(f"{owner}({error})") from error
+
+
+def _mix_in(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix) -> None:
+    batches = _batches_of_task(trainer)
+    if isinstance(loader, StreamLoader):
+        limit = trainer.limit_train_batches
+        by_epochs = limit * _epochs_of_task(trainer) if isinstance(limit, int) else math.inf
+        known = min(by_epochs, math.inf if batches is None else batches)
+        if not mix.curve.is_constant and math.isinf(known):
+            raise ValueError("ratio: a share that changes over a stream needs to know its length; set max_steps")
+        loader.mix_in(mix, None if math.isinf(known) else known)
+        return
+    epochs = _epochs_of_task(trainer)
+    if not mix.curve.is_constant and math.isinf(epochs) and batches is None:
+        raise ValueError(
+            "ratio: a share that changes over a task needs to know its length; set max_epochs or max_steps"
+        )
+    loader.mix_in(mix, epochs, batches, trainer.limit_train_batches)
+
+
+def _epochs_of_task(trainer: L.Trainer) -> float:
+    limits = TaskCoordinator.of(trainer).limits
+    epochs = limits.max_epochs if limits is not None else trainer.max_epochs
+    return math.inf if epochs is None or epochs == -1 else max(float(epochs), 1.0)
+
+
+def _batches_of_task(trainer: L.Trainer) -> float | None:
+    """The most batches that this task is trained on; None if only its data ends it."""
+    limits = TaskCoordinator.of(trainer).limits
+    steps = limits.max_steps if limits is not None else trainer.max_steps
+    return None if steps is None or steps == -1 else float(steps * trainer.accumulate_grad_batches)

@@ -1,0 +1,291 @@
+"""``--seeds 3``: one command for several seeds, and what may be said of a method over all of them.
+
+A single run says little about a method: the spread between seeds is often as large as the difference between two
+methods. Each seed is a process of its own, so that any strategy works, with ``--seed_everything`` (weights, dropout)
+and ``--data.seed`` (order of the samples, validation split). The same seeds for two methods are *paired*: both saw the
+same weights, order and split, so that the differences of pairs vary less than the results do (``--against``).
+
+The numbers are made in :mod:`lightning_cl.evaluation.seeds`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_cl.cli.parser import take_option
+from lightning_cl.data.measured_on import difference
+from lightning_cl.evaluation.seeds import SCORES, format_seeds, paired_rows, summarize
+from lightning_cl.files import replace_file
+
+_FOLDER_FILE = "LIGHTNING_CL_RUN_FOLDER_FILE"
+_ASKED_BY = "LIGHTNING_CL_ASKED_BY"
+_INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
+_WAIT = 20.0  # seconds that an interrupted run has to end by itself
+
+
+def run_seeds(arguments: Sequence[str]) -> int | None:
+    """Runs a command once for each of its ``--seeds``, and reports over them.
+
+    Args:
+        arguments: the command line.
+
+    Returns:
+        the exit code; None if the command line asks for a single run.
+
+    Raises:
+        ValueError: for seeds or options that do not go together.
+    """
+    given, rest = take_option(arguments, "--seeds 3")
+    against, rest = take_option(rest, "--against runs/quickstart/seeds-0/seeds.json")
+    if not given:
+        if against:
+            raise ValueError(f"--against={against[0]}: compares seeds in pairs; give the same seeds, as in --seeds 3")
+        return None
+    seeds = parse_seeds(given[-1])
+    _check_options(rest)
+    if {"-h", "--help"} & set(rest) or any(argument.split("=")[0] == "--print_config" for argument in rest):
+        return _start(rest, os.environ.copy())
+    other = read_seeds(against[-1], seeds) if against else None
+    runs: list[dict[str, Any]] = []
+    failed: dict[str, Any] | None = None
+    path: Path | None = None
+    for number, seed in enumerate(seeds, start=1):
+        print(f"\n  seed {seed}, run {number} of {len(seeds)}", flush=True)
+        code, folder = _run(rest, seed)
+        if code != 0:
+            failed = {"seed": seed, "exit_code": code, "folder": str(folder) if folder else None}
+        else:
+            runs.append(_result(seed, folder))
+            path = path or new_file(Path(runs[0]["folder"]).parent, "seeds")
+        if path is not None:
+            table = summarize(runs, list(arguments), seeds, failed)
+            write_json(path, table)
+        if failed is not None:
+            break
+        if other is not None and number == 1:
+            _check_pair(table, other, against[-1])
+    if path is not None:
+        if other is not None and failed is None:
+            table["against"] = {"path": against[-1], "rows": paired_rows(table["runs"], other["runs"])}
+            write_json(path, table)
+        print(format_seeds(table, path), flush=True)
+    if failed is None:
+        return 0
+    kept = f"{path} has the {len(runs)} finished" if runs else "none is finished"
+    print(f"lightning-cl: error: seed {failed['seed']} ended with code {failed['exit_code']}; {kept}", file=sys.stderr)
+    code = failed["exit_code"]
+    return code if code > 0 else 128 - code  # as a shell says that a signal ended it
+
+
+def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
+    """Tells the command that started this run, if ``--seeds`` did, where its files are.
+
+    Args:
+        folder: the run's folder.
+        own: whether no other run writes there.
+        ckpt_path: what the run goes on from.
+
+    Raises:
+        ValueError: if the run is none that can be one of several.
+    """
+    file = os.environ.get(_FOLDER_FILE)
+    if file is None:
+        return
+    option = os.environ.get(_ASKED_BY, "--seeds")
+    each = option.removeprefix("--").removesuffix("s")
+    if not own:
+        raise ValueError(
+            f"{option}: each {each} needs a run folder of its own, and all of them would write to {folder}: give"
+            " trainer.logger, a CSVLogger or TensorBoardLogger (the first, if there are several) without `version`, and"
+            " no fast_dev_run"
+        )
+    if ckpt_path is not None:
+        raise ValueError(f"{option}: {_why_not('ckpt_path', each)}; leave ckpt_path={str(ckpt_path)!r} out")
+    Path(file).write_text(str(folder), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from ``3`` (these are 0, 1, 2) or ``0,5,7``.
+
+    Raises:
+        ValueError: if they are no seeds, fewer than two, or one of them twice.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds={text}: expected a number of seeds, as in 3, or seeds, as in 0,5,7") from None
+    seeds = list(range(numbers[0])) if len(numbers) == 1 else numbers
+    if len(seeds) < 2:
+        raise ValueError(f"--seeds={text}: a spread needs at least 2 seeds; for a single run: --seed_everything")
+    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"--seeds={text}: expected different seeds from 0 to 2**32 - 1")
+    return seeds
+
+
+def _check_options(arguments: Sequence[str]) -> None:
+    if "fit" not in arguments:
+        raise ValueError("--seeds: only with `fit`, which trains; a checkpoint has the seed that it was trained with")
+    if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
+        raise ValueError("--seeds starts a process for each seed itself; under torchrun give each --seed_everything")
+    names = {argument.split("=")[0] for argument in arguments}
+    for option in ("--run", "--ckpt_path"):
+        if option in names:
+            raise ValueError(f"--seeds and {option}: {_why_not(option)}; give one of the two")
+    for option in ("--seed_everything", "--data.seed"):
+        if option in names:
+            raise ValueError(f"--seeds and {option}: --seeds sets it for each run; give one of the two")
+
+
+def _why_not(option: str, each: str = "seed") -> str:
+    return f"each {each} is a whole run from its start, and behind {option} all of them would share one beginning"
+
+
+def read_seeds(path: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """The ``seeds.json`` of another method.
+
+    Args:
+        path: the file, or its folder.
+        seeds: those that it must have.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is not there, not whole, or of other seeds.
+    """
+    file = Path(path) / "seeds.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--against={path}: no such file; give the seeds.json that --seeds wrote for a method")
+    try:
+        other = json.loads(file.read_text(encoding="utf-8"))
+        theirs, complete, runs = other["seeds"], other["complete"], other["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--against={path}: it is not a seeds.json ({type(error).__name__}: {error})") from error
+    if not complete:
+        raise ValueError(f"--against={path}: only {len(runs)} of its {len(theirs)} seeds are finished; run it again")
+    if sorted(theirs) != sorted(seeds):
+        raise ValueError(
+            f"--against={path}: its seeds are {','.join(map(str, theirs))}, these are {','.join(map(str, seeds))}; only"
+            f" runs of the same seed make a pair: --seeds {','.join(map(str, theirs))}"
+        )
+    return other
+
+
+def _check_pair(table: dict[str, Any], other: dict[str, Any], path: str) -> None:
+    for key in ("tasks", "watched", "monitor", "mode"):
+        if table[key] != other.get(key):
+            raise ValueError(
+                f"--against={path}: its {key} is {other.get(key)}, of these runs {table[key]}: there is nothing to"
+                " compare in pairs; give the same data and the same TaskMatrix to both methods"
+            )
+    theirs = {run["seed"]: run.get("measured_on", {}) for run in other["runs"]}
+    for run in table["runs"]:
+        for task, now in run.get("measured_on", {}).items():
+            then = theirs.get(run["seed"], {}).get(task)
+            what = difference(then, now) if then is not None else None
+            if what is not None:
+                raise ValueError(
+                    f"--against={path}: task {task!r} of seed {run['seed']} was measured on other data there; it"
+                    f" differs in {what}; give the same data and settings to both methods"
+                )
+
+
+# ---------------------------------------------------------------------- one run
+
+
+def _run(arguments: Sequence[str], seed: int) -> tuple[int, Path | None]:
+    """One seed, as a process: its exit code and its folder, if it came that far."""
+    return run_process([*arguments, f"--seed_everything={seed}", f"--data.seed={seed}"], os.environ.copy(), "--seeds")
+
+
+def run_process(arguments: Sequence[str], environment: dict[str, str], asked_by: str) -> tuple[int, Path | None]:
+    """One run as a process: its exit code and its folder, if it came that far.
+
+    Args:
+        arguments: of ``lightning-cl``.
+        environment: of the process.
+        asked_by: the option that starts several runs, for the run's messages.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "folder"
+        code = _start(arguments, {**environment, _FOLDER_FILE: str(file), _ASKED_BY: asked_by})
+        return code, Path(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _start(arguments: Sequence[str], environment: dict[str, str]) -> int:
+    process = subprocess.Popen([sys.executable, "-m", "lightning_cl", *arguments], env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C reaches the run, too; it is given the time to end in good order.
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(_WAIT)
+        return _INTERRUPTED
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def report_of(folder: Path | None, option: str, run: str) -> dict[str, Any]:
+    """What a finished run's report says.
+
+    Raises:
+        ValueError: if it left none.
+    """
+    report_file = folder / "report.json" if folder is not None else None
+    if report_file is None or not report_file.is_file():
+        raise ValueError(
+            f"{option}: {run} left no report.json in {folder}; add lightning_cl.TaskMatrix to trainer.callbacks"
+        )
+    return json.loads(report_file.read_text(encoding="utf-8"))
+
+
+def diverged(report: dict[str, Any]) -> list[str]:
+    """The tasks whose score was measured and not finite, from their own training on (watched ones: at the end)."""
+    trained = [name for name in report["tasks"] if name not in report["watched"]]
+    last = len(report["matrix"]) - 1
+    found = {
+        entry["task"]
+        for entry in report.get("not_finite", ())  # earlier reports do not have it
+        if entry["row"] >= (trained.index(entry["task"]) + 1 if entry["task"] in trained else last)
+    }
+    return [name for name in report["tasks"] if name in found]
+
+
+def _result(seed: int, folder: Path | None) -> dict[str, Any]:
+    report = report_of(folder, "--seeds", f"seed {seed}")
+    final = dict(zip(report["tasks"], report["matrix"][-1], strict=True))
+    kept = ("matrix", "tasks", "watched", "monitor", "mode", "definitions", "measured_on")
+    scores = {name: report.get(name) for name in SCORES}
+    about = {key: report[key] for key in kept if key in report}
+    return {"seed": seed, "folder": str(folder), "final": final, "diverged": diverged(report), **scores, **about}
+
+
+# ---------------------------------------------------------------------- files and the terminal
+
+
+def new_file(beside: Path, name: str) -> Path:
+    """``<name>.json`` in the first folder ``<name>-<k>`` that is not there yet."""
+    number = 0
+    while True:
+        folder = beside / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder / f"{name}.json"
+        except FileExistsError:
+            number += 1
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Writes a file whole or not at all."""
+    content = json.dumps(table, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))

@@ -1,0 +1,107 @@
+"""Whether methods, Trainer, module and checkpoint fit each other; found out before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_cl.core.method import ContinualCallback
+
+FORMAT = 3
+"""Of the ``lightning_cl`` entry of a checkpoint."""
+
+
+def methods_of(trainer: L.Trainer) -> list[ContinualCallback]:
+    """The continual-learning callbacks of a Trainer, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback)]  # type: ignore[attr-defined]
+
+
+def named(methods: list[ContinualCallback]) -> list[tuple[ContinualCallback, str]]:
+    """Each method with a name that is unique in its Trainer: the class, and a number from the second on."""
+    seen: dict[str, int] = {}
+    result = []
+    for method in methods:
+        name = type(method).__name__
+        seen[name] = seen.get(name, 0) + 1
+        result.append((method, name if seen[name] == 1 else f"{name}-{seen[name]}"))
+    return result
+
+
+def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Whether these methods can work with this Trainer and module at all.
+
+    Raises:
+        MisconfigurationException: saying what to do instead.
+    """
+    if isinstance(trainer.strategy.launcher, (_MultiProcessingLauncher, _XLALauncher)):
+        raise MisconfigurationException(
+            "Trainer(strategy=…): spawned and forked processes lose what callbacks learnt when a fit ends; use"
+            " strategy='ddp' and start the training as a script"
+        )
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimises by hand (automatic_optimization=False): penalties and projections"
+            " need to stand between the backward pass and the step, which only automatic optimisation shows; return"
+            " the loss from training_step instead"
+        )
+    owners: dict[str, str] = {}
+    for method, name in named(methods_of(trainer)):
+        if method.owns is not None and method.owns in owners:
+            raise MisconfigurationException(
+                f"Trainer(callbacks=…): {owners[method.owns]} and {name} both want {method.owns}; keep one of them"
+            )
+        if method.owns is not None:
+            owners[method.owns] = name
+
+
+def refuse_sharded(trainer: L.Trainer, reason: str) -> None:
+    """Refuses strategies that leave each process a part of the parameters.
+
+    Raises:
+        MisconfigurationException: `reason`, the strategy's name, and what to use.
+    """
+    strategy = type(trainer.strategy).__name__
+    if strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+        raise MisconfigurationException(f"{reason} parameters sharded by {strategy}; use strategy='ddp' or one device")
+
+
+def refuse_several_loaders(loader: Any, task: str, method: str) -> None:
+    """Refuses a collection of loaders where single samples are taken from one.
+
+    Raises:
+        MisconfigurationException: naming method and task.
+    """
+    if isinstance(loader, (dict, list, tuple)):
+        raise MisconfigurationException(
+            f"{method}: the training data of task {task!r} is a {type(loader).__name__} of loaders; it needs one loader"
+            " to take single samples from"
+        )
+
+
+def check_state(trainer: L.Trainer, state: dict[str, Any], path: Any = "the checkpoint") -> None:
+    """Whether the callbacks of the run are those that wrote the checkpoint.
+
+    Raises:
+        MisconfigurationException: naming what is missing or too many.
+    """
+    if state["format"] != FORMAT:
+        raise MisconfigurationException(
+            f"ckpt_path: {path} was written in format {state['format']} of lightning_cl, this version reads format"
+            f" {FORMAT}"
+        )
+    ours = {name for _, name in named(methods_of(trainer))}
+    theirs = set(state["methods"])
+    if theirs - ours:
+        raise MisconfigurationException(
+            f"ckpt_path: {path} holds what {sorted(theirs - ours)} learnt, but Trainer(callbacks=…) has only"
+            f" {sorted(ours)}: that would be lost; add the missing callbacks"
+        )
+    if ours - theirs and (state["index"] > 0 or state["started"]):
+        raise MisconfigurationException(
+            f"ckpt_path: Trainer(callbacks=…) has {sorted(ours - theirs)}, about which the checkpoint knows nothing"
+            f" (it has {sorted(theirs)}): the tasks before could not be protected; resume with the callbacks of that"
+            " run"
+        )

@@ -1,0 +1,599 @@
+"""The one callback that asks all methods their questions, in order, and keeps the task index."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_cl.core.checkpoint_io import read_checkpoint
+from lightning_cl.core.checks import FORMAT, check_state, check_trainer, methods_of, named
+from lightning_cl.core.loops import (
+    Limits,
+    batches_in_flight,
+    batches_of_open_window,
+    batches_ready,
+    count_from,
+    forget_restart,
+    let_methods_mix,
+    load_weights,
+)
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.ranks import from_all_ranks
+from lightning_cl.core.task_files import before_end_file
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.mixing.contents import Kinds
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
+from lightning_cl.stopping import heed
+from lightning_cl.tasks import TaskPosition
+
+if TYPE_CHECKING:
+    from lightning_cl.data import TaskDataModule
+
+CHECKPOINT_KEY = "lightning_cl"
+_FEW = 1_000_000
+
+
+class TaskCoordinator(Callback):
+    """Asks the methods of one Trainer their questions (see :mod:`lightning_cl.core.method`).
+
+    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. Under
+    ``fit_tasks`` it is told which task it is; without it, each ``trainer.fit`` is one task.
+    """
+
+    def __init__(self) -> None:
+        self.position = TaskPosition(0, "task", 1)
+        self.names: list[str] = []
+        self.driven = False
+        self.started = False
+        self.ended = False
+        self.at_boundary = False
+        self.first_step = 0
+        self.limits: Limits | None = None
+        self.run_limits: Limits | None = None  # the Trainer's own, which tasks may have others than
+        self.lr: float | None = None
+        self.data: TaskDataModule | None = None
+        self.pristine: dict[int, Any] = {}  # other people's callbacks as they were before the first task
+        self.load_best = False
+        self._steps_at_fit = 0
+        self.costs: list[dict[str, float]] = []
+        self.applied: dict[str, Tensor] = {}  # what several proximal penalties have applied in this step
+        self.begin_seconds = 0.0  # what methods spent before this task's training
+        self._seconds_before = 0.0
+        self._clock: float | None = None
+        self._handles: list[RemovableHandle] = []
+        self._batch: Any = None
+        self.kinds: Kinds | None = None  # which parts of this batch are replayed; None: nothing
+        self._begun_with = 0
+        self._resumed: dict[str, Any] | None = None
+        self._states_to_restore: list[Any] | None = None
+        self._loaded = False
+        self._checked = False
+        self.checkpoint_path: Path | None = None  # that a sequence goes on from
+        self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
+        self.before_end: Path | None = None  # what was written before the methods' ends
+        self._moved = False  # whether the weights have moved since the batch began
+        self._at_batch: dict[str, Any] | None = None  # random states and buffers when the batch began
+        self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
+        self._stop = False  # the checkpoint was written when training had been told to stop
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> TaskCoordinator:
+        """The Trainer's coordinator; made, and put at the end of the callbacks, if there is none yet."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, cls):
+                return callback
+        coordinator = cls()
+        trainer.callbacks.append(coordinator)  # type: ignore[attr-defined]
+        return coordinator
+
+    @staticmethod
+    def methods(trainer: L.Trainer) -> list[ContinualCallback]:
+        """The continual-learning callbacks of a Trainer, in its order."""
+        return methods_of(trainer)
+
+    # ------------------------------------------------------------------ checks
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.data is not None and not self._checked:
+            self._checked = True
+            with untouched_random_state():
+                for task in self.data.trained_tasks:
+                    loader = self.data.train_loader(task)
+                    if isinstance(loader, TaskLoader) and len(loader) == 0:
+                        raise MisconfigurationException(
+                            f"task {task.name!r}: its training loader gives no batch (is the data empty, or smaller"
+                            " than a batch with drop_last=True?)"
+                        )
+                    for method in self.methods(trainer):
+                        method.check_loader(loader, task.name)
+        if stage == "fit":
+            if not self.driven:
+                self.names, self.at_boundary = [], False
+            check_trainer(trainer, pl_module)
+            let_methods_mix(trainer, self.methods(trainer), check=not self.driven, on_loader=self._before_first_batch)
+
+    def _before_first_batch(self, trainer: L.Trainer, loader: Any) -> None:
+        """The last moment before Lightning looks where to go on, and fetches the first batch of a stream."""
+        if self._resumed is None:
+            return
+        if not self.started:
+            forget_restart(trainer)
+        elif not self.ended and isinstance(loader, StreamLoader) and self._resumed["loader"] is not None:
+            loader.go_to(self._resumed["loader"])
+
+    # ------------------------------------------------------------------ start
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._steps_at_fit = trainer.global_step
+        if self._stop and self._resumed is not None and self.started:
+            trainer.should_stop = True  # as when it was written: Lightning forgets it, and would train on
+        if self.limits is not None:
+            count_from(trainer, self.limits, self.first_step)
+        if self.lr is not None:
+            for optimizer in trainer.optimizers:
+                schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+                scale_learning_rate(optimizer, schedulers, self.lr)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        methods = self.methods(trainer)
+        reshard(pl_module)
+        self._undo_end(trainer)
+        resumed, self._resumed = self._resumed, None
+        if not self.started or (self.ended and not self.driven):
+            if not self.driven:
+                done = max((m.tasks_done for m in methods), default=0)
+                self.position = TaskPosition(done, f"task-{done}", done + 1)
+            # All or nothing, as the end: an exception in here leads to a checkpoint that starts the task.
+            self._frozen = self._entry(trainer, resumed["random_states"] if resumed is not None else None)
+            self.started, self.ended, self.first_step = True, False, trainer.global_step
+            self._seconds_before = 0.0
+            for method in methods:
+                method.task = self.position
+                method.on_task_start(trainer, pl_module)
+            self._frozen = resumed_inside = None
+        else:
+            resumed_inside = resumed
+        for method in methods:
+            method.task = self.position
+            method.place(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            hook = _after_step_hook(self, trainer, pl_module)
+            self._handles.append(optimizer.register_step_post_hook(hook))
+        self._clock = time.monotonic()
+        if resumed is not None:
+            self._restore_progress(trainer, resumed, inside=resumed_inside is not None)
+
+    def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
+        """The loader's place and the random states, so that the next batch is the one that would have come."""
+        self._states_to_restore = resumed["random_states"]
+        loader = trainer.train_dataloader
+        if inside and isinstance(loader, TaskLoader) and resumed["loader"] is not None:
+            # Not through Lightning's own state of the loops: it is lost as soon as a module reads
+            # `trainer.estimated_stepping_batches` in `configure_optimizers`.
+            loader.load_state_dict(resumed["loader"], on_resumed=lambda: self._restore_random_state(trainer))
+        else:
+            self._restore_random_state(trainer)
+
+    def _restore_random_state(self, trainer: L.Trainer) -> None:
+        states, self._states_to_restore = self._states_to_restore, None
+        if states is not None and len(states) == trainer.world_size:
+            set_random_state(states[trainer.global_rank])
+
+    # ------------------------------------------------------------------ steps
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+        self._moved = False
+        # Where an exception leads to a checkpoint, the batch that it came in is trained on anew, with the same random
+        # numbers and the running statistics of before.
+        self._at_batch = _before_batch(pl_module) if saves_on_exception(trainer) else None
+        loader: Any = trainer.train_dataloader
+        self.kinds = trained = None
+        if isinstance(loader, StreamLoader):
+            self.kinds, trained = loader.begin()
+            self._begun_with = batches_ready(trainer)
+        elif isinstance(loader, TaskLoader) and loader.given:
+            self.kinds, trained = loader.given.popleft()
+        if trained is not None:
+            for method in self.methods(trainer):
+                method.on_batch(trainer, pl_module, trained)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        for method in self.methods(trainer):
+            extra = method.extra_loss(trainer, pl_module, self._batch)
+            if extra is not None:
+                # The loss already carries the accumulation's division and the loss scale.
+                factor = amp_scale(trainer) / trainer.accumulate_grad_batches
+                loss.add_(extra.to(loss.dtype) * factor)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        methods = self._in_edit_order(trainer)
+        scale = amp_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+        for method in methods:
+            method.observe_gradients(trainer, pl_module, optimizer, scale)
+        for method in methods:
+            method.edit_gradients(trainer, pl_module, optimizer, scale)
+
+    def _in_edit_order(self, trainer: L.Trainer) -> list[ContinualCallback]:
+        """The same order whatever the order in the Trainer's list, down to the rounding of sums."""
+        return sorted(self.methods(trainer), key=lambda method: (method.edit_order, type(method).__name__))
+
+    def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        methods = self._in_edit_order(trainer)
+        self._moved = True
+        self.applied.clear()
+        for method in methods:
+            method.edit_weights(trainer, pl_module, optimizer)
+        for method in methods:
+            method.after_step(trainer, pl_module, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = self._at_batch = None
+        for method, name in named(self.methods(trainer)):
+            for key, value in method.scalars.items():
+                pl_module.log(f"continual/{name}/{key}", value, on_step=True, on_epoch=False, batch_size=1)
+            method.scalars.clear()
+
+    # ------------------------------------------------------------------ end
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_task(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A checkpoint from the last step of a task, written before the task's end: Lightning sees nothing left to train
+        # and calls no other hook.
+        resumed, self._resumed = self._resumed, None
+        if self.started and not self.ended and resumed is not None:
+            pl_module.to(trainer.strategy.root_device)
+            for method in self.methods(trainer):
+                method.task = self.position
+                method.place(trainer, pl_module)
+            loader = trainer.train_dataloader
+            if isinstance(loader, TaskLoader) and resumed["loader"] is not None:
+                loader.load_state_dict(resumed["loader"])
+            self._states_to_restore = resumed["random_states"]
+            self._end_task(trainer, pl_module)
+            pl_module.cpu()
+        elif self.driven and self.started and resumed is not None:
+            # From a checkpoint that was written between the task's end and its boundary checkpoint.
+            self._states_to_restore = resumed["random_states"]
+            self._restore_random_state(trainer)
+        elif not self.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):
+            rank_zero_warn(
+                "trainer.fit has trained no step, and the methods have seen nothing: the Trainer's max_epochs or"
+                " max_steps had been reached before (they count all fits of a Trainer, and what a checkpoint has"
+                " trained). Raise them, or use lightning_cl.fit_tasks, where they are per task"
+            )
+
+    def _end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remove_handles()
+        # Resumed behind the last batch: none was fetched.
+        self._restore_random_state(trainer)
+        if self.ended:
+            return  # resumed from a checkpoint that was written between this and the boundary
+        trained = self._train_seconds()
+        self._clock = None
+        start = time.monotonic()
+        reshard(pl_module)
+        if self.load_best:
+            self._load_best(trainer, pl_module)
+        self._undo_end(trainer)
+        # All or nothing: a checkpoint that is written from here on, because of an exception, is one of before the end,
+        # and who resumes from it ends the task from its beginning. The loader, the buffers and the random states are
+        # then those that the methods' ends are made from.
+        self._seconds_before = trained
+        self._frozen = self._entry(trainer)
+        self._save_before_end(trainer)
+        for method in self.methods(trainer):
+            heed(trainer, all_ranks=True)
+            method.on_task_end(trainer, pl_module)
+            method.tasks_done += 1
+        self.ended, self._frozen = True, None
+        begun, self.begin_seconds = self.begin_seconds, 0.0
+        self.costs.append(
+            {
+                "steps": trainer.global_step - self.first_step,
+                "begin_seconds": begun,
+                "train_seconds": trained,
+                "end_seconds": time.monotonic() - start,
+                **self._sample_counts(trainer),
+            }
+        )
+
+    def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The weights of the task's best checkpoint take the place of the last ones."""
+        saver = best_of(trainer)
+        path = saver.best_model_path if saver is not None else ""
+        if not path or not Path(path).is_file():
+            rank_zero_warn(
+                f"load_best: no checkpoint of {self.position} has a best score; it ends with its last weights"
+            )
+            return
+        load_weights(trainer, read_checkpoint(path))
+
+    def _save_before_end(self, trainer: L.Trainer) -> None:
+        """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
+        if not self.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
+            return
+        if any(method.ends_long for method in self.methods(trainer)) and self.data is not None:
+            index = self.position.index
+            self.before_end = before_end_file(trainer, self.data.trained_tasks[index], index)
+            trainer.save_checkpoint(self.before_end, weights_only=False)
+
+    def _undo_end(self, trainer: L.Trainer) -> None:
+        """The end of a task has failed and nothing was loaded since: no method has done its end."""
+        frozen, self._frozen = self._frozen, None
+        if frozen is not None:
+            self._load_methods(trainer, frozen)
+
+    def _train_seconds(self) -> float:
+        return self._seconds_before + (time.monotonic() - self._clock if self._clock is not None else 0.0)
+
+    def _sample_counts(self, trainer: L.Trainer) -> dict[str, float]:
+        loader = trainer.train_dataloader
+        place = self._place(trainer, loader)
+        if place is None:
+            return {}
+        given = place["counts"]
+        counts = torch.tensor(list(given.values()), dtype=torch.int64, device=trainer.strategy.root_device)
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        return dict(zip(given, counts.tolist(), strict=True))
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._remove_handles()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._remove_handles()
+
+    def _remove_handles(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ------------------------------------------------------------------ state
+
+    def begin_sequence(self, trainer: L.Trainer, data: TaskDataModule, checkpoint_path: Path | None) -> None:
+        """A sequence starts, from its beginning or from a checkpoint (called by ``fit_tasks``)."""
+        self.checkpoint_path = checkpoint_path
+        self.driven, self.data = True, data
+        self.names = [task.name for task in data.trained_tasks]
+        self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
+        self._undo_end(trainer)
+        self.before_end = None
+        self._boundary_states, self._stop = None, False
+        self.position, self.first_step, self.costs = (
+            TaskPosition(0, self.names[0], len(self.names)),
+            trainer.global_step,
+            [],
+        )
+        self._resumed = None
+        for method in self.methods(trainer):
+            method.on_run_start(trainer)
+        if checkpoint_path is None:
+            for method in self.methods(trainer):
+                method.on_sequence_start()
+
+    def end_sequence(self) -> None:
+        """``fit_tasks`` returns, or failed: a plain fit is a task by itself again."""
+        self.driven, self.data, self.limits, self.lr, self.checkpoint_path = False, None, None, None, None
+        self.load_best = False
+
+    def begin_task(self, position: TaskPosition) -> None:
+        """A fresh task is about to be fitted (called by ``fit_tasks``)."""
+        self.position, self.started, self.ended, self.at_boundary = position, False, False, False
+
+    def reach_boundary(self, trainer: L.Trainer) -> None:
+        """The current task is done and evaluated: what is saved now starts the next one (called by ``fit_tasks``)."""
+        self.at_boundary = True
+        self.first_step = trainer.global_step
+        # Whoever resumes from here starts the next task from these states; so does the run that goes on.
+        self._resumed = {"loader": None, "random_states": from_all_ranks(get_random_state())}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Methods evaluate: training does not notice, nor does who resumes from a checkpoint that is written inside."""
+        self._boundary_states = from_all_ranks(get_random_state())
+        try:
+            with untouched_random_state():
+                yield
+        finally:
+            self._boundary_states = None
+
+    def _entry(self, trainer: L.Trainer, states: list[Any] | None = None) -> dict[str, Any]:
+        """What a checkpoint of this moment holds of the sequence and its methods; `states`: other random states."""
+        loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
+        begun = self._begun_batch(trainer)
+        if self.at_boundary and self._resumed is not None:
+            states = self._resumed["random_states"]
+        states = states or self._boundary_states
+        return {
+            "format": FORMAT,
+            "driven": bool(self.names),
+            "tasks": list(self.names),
+            "index": self.position.index + (1 if self.at_boundary else 0),
+            "name": self.position.name,
+            "started": self.started and not self.at_boundary,
+            "ended": self.ended and not self.at_boundary,
+            "first_step": self.first_step,
+            "begin_seconds": self.begin_seconds,
+            "train_seconds": self._train_seconds(),
+            "fingerprint": self.data.fingerprint() if self.data is not None else None,
+            "costs": [dict(cost) for cost in self.costs],
+            "loader": self._place(trainer, loader),
+            "random_states": states or from_all_ranks(begun["random"] if begun is not None else get_random_state()),
+            "methods": {
+                name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
+                for method, name in named(self.methods(trainer))
+            },
+            "stop": trainer.should_stop and not self.at_boundary,
+            "inexact": self._why_inexact(trainer) if loader is not None else None,
+        }
+
+    def _begun_batch(self, trainer: L.Trainer) -> dict[str, Any] | None:
+        """What a batch began with that an exception has cut off, if the weights are still those of before."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not self.at_boundary
+        return self._at_batch if fitting and batches_in_flight(trainer) and not self._moved else None
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        begun = self._begun_batch(trainer)
+        if begun is not None:
+            checkpoint["state_dict"] |= {
+                n: b for n, b in (begun["buffers"] or {}).items() if n in checkpoint["state_dict"]
+            }
+        checkpoint[CHECKPOINT_KEY] = self._frozen if self._frozen is not None else self._entry(trainer)
+        if self.at_boundary:
+            # The next task gets a fresh optimizer and schedule, and scores of its own.
+            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+            for pristine in self.pristine.values():
+                checkpoint["callbacks"].pop(pristine.callback.state_key, None)
+
+    def _why_inexact(self, trainer: L.Trainer) -> str | None:
+        """Why a run that resumes from a checkpoint of this moment is not the one that was stopped, bit for bit."""
+        if batches_in_flight(trainer):
+            if self._moved:
+                return "inside a step, when the weights had moved already"
+            if self._at_batch is None or self._at_batch["buffers"] is None:
+                return "inside a step, of which the beginning was not kept"
+        window = batches_of_open_window(trainer)
+        return f"inside an accumulation window: the gradients of {window} batches are lost" if window else None
+
+    def _place(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
+        """Where the loader stands, if it knows: behind the last batch that was trained on."""
+        if isinstance(loader, StreamLoader):
+            # An exception in another callback's hook can come before the stream was told of a batch.
+            begun = self._begun_with == batches_ready(trainer)
+            return loader.place(batches_in_flight(trainer) if begun else 0)
+        return loader.state_dict(batches_in_flight(trainer)) if isinstance(loader, TaskLoader) else None
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            if CHECKPOINT_KEY not in checkpoint:
+                raise MisconfigurationException(
+                    "ckpt_path: the checkpoint was written without continual-learning callbacks; load its weights into"
+                    " the module instead of resuming from it"
+                )
+            self.load(trainer, checkpoint[CHECKPOINT_KEY])
+
+    def load(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
+        """Restores itself and all methods from a checkpoint's entry, once.
+
+        Raises:
+            MisconfigurationException: if the callbacks of the run are not those of the checkpoint.
+        """
+        if self._loaded:
+            return
+        self._loaded = True
+        check_state(trainer, state)
+        self.names = list(state["tasks"])
+        self.position = TaskPosition(state["index"], state["name"], max(len(self.names), state["index"] + 1))
+        self.started, self.ended, self.first_step = state["started"], state["ended"], state["first_step"]
+        self._frozen = None
+        self._stop = bool(state.get("stop"))  # earlier checkpoints do not have it
+        if state.get("inexact"):
+            rank_zero_warn(
+                f"ckpt_path: the checkpoint was written {state['inexact']}. The run goes on from it, but not bit for"
+                " bit as if it had not been stopped"
+            )
+        self._seconds_before = state["train_seconds"] if self.started else 0.0
+        self.begin_seconds = state["begin_seconds"] if self.started else 0.0
+        self.costs = [dict(cost) for cost in state["costs"]]
+        self._resumed = {"loader": state["loader"], "random_states": state["random_states"]}
+        self._load_methods(trainer, state)
+
+    def _load_methods(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
+        for method, name in named(self.methods(trainer)):
+            method.tasks_done = state["methods"][name]["tasks_done"]
+            method.load_continual_state(state["methods"][name]["state"])
+
+
+def best_of(trainer: L.Trainer) -> ModelCheckpoint | None:
+    """The first ModelCheckpoint that looks for a best score."""
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return next((saver for saver in savers if saver.monitor is not None), None)
+
+
+def _before_batch(pl_module: L.LightningModule) -> dict[str, Any]:
+    """What a forward pass changes: random states, and running statistics where they are few."""
+    buffers = dict(pl_module.named_buffers())
+    are_few = sum(buffer.numel() for buffer in buffers.values()) <= _FEW
+    kept = {name: buffer.detach().clone() for name, buffer in buffers.items()} if are_few else None
+    return {"random": get_random_state(), "buffers": kept}
+
+
+def saves_on_exception(trainer: L.Trainer) -> bool:
+    """Tells if an exception leads to a checkpoint."""
+    return any(
+        isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
+        for callback in trainer.checkpoint_callbacks
+    )
+
+
+def reshard(pl_module: L.LightningModule) -> None:
+    """Under FSDP2 the outermost parameters stay gathered after a validation: back to the shards that training steps."""
+    for module in pl_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def amp_scale(trainer: L.Trainer) -> float:
+    """The factor of the loss scaler in fp16, else 1."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def scale_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[Any], lr: float) -> None:
+    """Scales an optimizer and its schedules so that the first parameter group's peak learning rate is `lr`."""
+    first = optimizer.param_groups[0]
+    factor = lr / float(first.get("max_lr", first.get("initial_lr", first["lr"])))
+    for group in optimizer.param_groups:
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if key in group:
+                group[key] = group[key] * factor
+    for scheduler in schedulers:
+        for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
+            if getattr(part, "optimizer", None) is optimizer and hasattr(part, "base_lrs"):
+                part.base_lrs = [base * factor for base in part.base_lrs]
+
+
+def _after_step_hook(coordinator: TaskCoordinator, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # After an overflow in fp16, the scaler skips the step; a fused optimizer is called, and skips it by itself.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf):
+            coordinator._after_step(trainer, pl_module, optimizer)
+
+    return hook

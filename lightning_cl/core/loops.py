@@ -1,0 +1,283 @@
+"""Lightning's loops: the only file that touches their internals, all of them measured on 2.6.6.
+
+* A repeated ``fit`` trains nothing, without an error: the epochs of the last fit count. So they are reset.
+* ``max_steps`` counts the steps of all fits. So it is raised for each task, after optimizers and schedules were made.
+* The training loader is asked for at one place. So what methods mix into it is added there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.plannable import why_not_plannable
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.random_state import untouched_random_state
+from lightning_cl.tasks import Task
+
+if TYPE_CHECKING:
+    from lightning_cl.core.method import ContinualCallback
+
+
+class _TasksSteps(int):
+    """The step at which a task ends, counted over all tasks; it is shown as the task's own number of steps."""
+
+    own: int
+
+    def __new__(cls, first_step: int, own: int) -> _TasksSteps:
+        steps = super().__new__(cls, first_step + own)
+        steps.own = own
+        return steps
+
+    def __repr__(self) -> str:
+        return str(self.own)
+
+
+@dataclass
+class Limits:
+    """What a fit is bounded by, in epochs and steps of its own."""
+
+    max_epochs: int | None
+    max_steps: int
+    min_steps: int | None
+    accumulated: int = 1
+    """Batches of an optimizer step; a ``GradientAccumulationScheduler`` changes it while a task is trained."""
+
+    def of_task(self, task: Task) -> tuple[int | None, int]:
+        """The epochs and steps of a task: one that sets a limit has no other."""
+        return _limits_of_task(task, self.max_epochs, self.max_steps)
+
+
+@contextmanager
+def restored_limits(trainer: L.Trainer) -> Iterator[Limits]:
+    """The Trainer's own limits; whatever happens inside, it has them again afterwards."""
+    accumulated = trainer.accumulate_grad_batches
+    limits = Limits(trainer.max_epochs, trainer.max_steps, trainer.fit_loop.min_steps, accumulated)
+    try:
+        yield limits
+    finally:
+        loop = trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = limits.max_epochs, limits.max_steps
+        loop.epoch_loop.min_steps = limits.min_steps
+        trainer.accumulate_grad_batches = limits.accumulated
+
+
+def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
+    """Makes ``max_epochs``, ``max_steps`` and ``min_steps`` of the coming fit those of this task.
+
+    Raises:
+        MisconfigurationException: if the task would never end.
+    """
+    epochs, steps = _limits_of_task(task, limits.max_epochs, limits.max_steps)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        epochs, steps = 1, int(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if steps == -1 and (epochs is None or epochs == -1) and not timed:
+        raise MisconfigurationException(
+            f"task {task.name!r} would never end: set Trainer(max_epochs=…) or max_steps, or the task's own"
+        )
+    loop, trainer.accumulate_grad_batches = trainer.fit_loop, limits.accumulated
+    loop.epoch_progress.current.reset()
+    loop.epoch_loop.batch_progress.current.reset()
+    loop.epoch_loop.batch_progress.is_last_batch = False
+    loop.max_epochs = epochs if epochs is not None else -1
+    loop.epoch_loop.max_steps = steps
+    return Limits(epochs, steps, limits.min_steps, limits.accumulated)
+
+
+def _limits_of_task(task: Task, max_epochs: int | None, max_steps: int) -> tuple[int | None, int]:
+    """A task that sets a limit has no other."""
+    if task.max_epochs is None and task.max_steps is None:
+        return max_epochs, max_steps
+    return task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
+
+
+def plan_limits(trainer: L.Trainer, max_epochs: int | None, max_steps: int) -> None:
+    """Gives a Trainer with ``fast_dev_run`` back the limits that it was made with: Lightning has overwritten them.
+
+    A preflight's own limits come from :func:`limit_to_task`; these are for :func:`planned_steps`.
+    """
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = max_epochs, max_steps
+
+
+def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | None:
+    """How many optimizer steps a task takes when it is no preflight; None if nobody can know.
+
+    Args:
+        trainer: with ``fast_dev_run``. Its own limits are known where :func:`plan_limits` told them.
+        task: the task.
+        batches: in an epoch; None for a stream.
+    """
+    known = (trainer.max_epochs, trainer.max_steps) != (1, int(trainer.fast_dev_run))  # type: ignore[attr-defined]
+    epochs, steps = _limits_of_task(task, *((trainer.max_epochs, trainer.max_steps) if known else (None, -1)))
+    return expected_steps(trainer, epochs, steps, batches)
+
+
+def expected_steps(trainer: L.Trainer, epochs: int | None, steps: int, batches: int | None) -> int | None:
+    """How many optimizer steps a fit takes; None if nobody can know.
+
+    Args:
+        trainer: says how many batches make a step.
+        epochs: at most; None or -1: no limit.
+        steps: at most; -1: no limit.
+        batches: in an epoch; None for a stream.
+    """
+    counts = [steps] if steps > 0 else []
+    if epochs is not None and epochs > 0 and batches is not None:
+        counts.append(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    return min(counts, default=None)
+
+
+def count_from(trainer: L.Trainer, limits: Limits, first_step: int) -> None:
+    """The loop counts the steps of all tasks: to be called when optimizers and schedules have read the task's own."""
+    loop = trainer.fit_loop.epoch_loop
+    if limits.max_steps != -1:
+        loop.max_steps = _TasksSteps(first_step, limits.max_steps)  # Lightning's closing line shows it
+    if limits.min_steps is not None:
+        loop.min_steps = first_step + limits.min_steps
+
+
+def forget_progress(trainer: L.Trainer) -> None:
+    """A checkpoint that is written now starts a fit from its first batch; only the number of steps is kept."""
+    loop = trainer.fit_loop
+    loop.epoch_progress.reset()
+    loop.epoch_loop.batch_progress.reset()
+    loop.epoch_loop.scheduler_progress.reset()
+    loop.epoch_loop.val_loop.batch_progress.reset()
+
+
+def forget_restart(trainer: L.Trainer) -> None:
+    """A fit that starts from a boundary is a fresh one: nothing of it was trained.
+
+    Lightning takes any checkpoint for one from inside a fit. With no progress in it, it takes the first epoch of a
+    short task for finished, and the batches come in the order of the second.
+    """
+    loop = trainer.fit_loop
+    # The fit loop's own `restarting` cannot be set to False where `max_steps` counts.
+    loop._restarting = loop.epoch_loop.restarting = False
+
+
+def load_weights(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Loads a checkpoint's weights into the module that is being trained, and nothing else of it."""
+    module = trainer.lightning_module
+    call._call_lightning_module_hook(trainer, "on_load_checkpoint", checkpoint)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+
+
+def batches_in_flight(trainer: L.Trainer) -> int:
+    """Batches that were begun with and not trained on: one, while an exception is handled."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.ready - progress.processed  # type: ignore[attr-defined]
+
+
+def batches_of_open_window(trainer: L.Trainer) -> int:
+    """Batches whose gradients wait for others before the optimizer steps (gradient accumulation)."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if progress.is_last_batch:
+        return 0  # the last window of an epoch may be shorter
+    return progress.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+
+def batches_ready(trainer: L.Trainer) -> int:
+    """Batches of this epoch that Lightning has begun with."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+class _MixingSource(_DataLoaderSource):
+    """Where the Trainer gets its training loader from, with what the methods mix into it."""
+
+    def __init__(self, source: _DataLoaderSource, trainer: L.Trainer, methods: list[ContinualCallback]) -> None:
+        super().__init__(source.instance, source.name)
+        self._trainer = trainer
+        self.methods, self.checks = methods, True
+        self.on_loader: Callable[[L.Trainer, Any], None] | None = None
+
+    @override
+    def dataloader(self) -> Any:
+        loader = super().dataloader()
+        if self.on_loader is not None:
+            self.on_loader(self._trainer, loader)
+        if self.checks:
+            with untouched_random_state():
+                for method in self.methods:
+                    method.check_loader(loader, "of trainer.fit")
+        methods = [method for method in self.methods if method.mixes]
+        if not methods:
+            return loader
+        if not isinstance(loader, (TaskLoader, StreamLoader)):
+            ranks = _shards_of_lightning(self._trainer)
+            if not ranks and self._trainer.world_size > 1:
+                raise MisconfigurationException(
+                    "Trainer(use_distributed_sampler=False): Replay would keep other samples on each rank; let"
+                    " Lightning shard the loader"
+                )
+            loader = TaskLoader.from_dataloader(
+                loader,
+                rank=ranks.get("rank", 0),
+                world_size=ranks.get("num_replicas", 1),
+                broadcast=self._trainer.strategy.broadcast,
+            )
+        for method in methods:
+            method.mix_into(self._trainer, loader)
+        return loader
+
+
+def let_methods_mix(
+    trainer: L.Trainer, methods: list[ContinualCallback], check: bool, on_loader: Callable[[L.Trainer, Any], None]
+) -> None:
+    """Lets the methods add to the training loader when Lightning asks for it.
+
+    Args:
+        trainer: about to fit.
+        methods: its methods.
+        check: whether they shall look at the loader first (``fit_tasks`` has done so for all tasks).
+        on_loader: gets the user's loader first.
+    """
+    source = trainer.fit_loop._data_source
+    if not isinstance(source, _MixingSource):
+        source = trainer.fit_loop._data_source = _MixingSource(source, trainer, methods)
+    source.methods, source.checks, source.on_loader = methods, check, on_loader
+
+
+def steps_of_task(trainer: L.Trainer) -> int | None:
+    """How many optimizer steps the coming fit takes, for schedules; None if nobody can know.
+
+    For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up,
+    which would lose the loader's place on a resume.
+    """
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    by_epochs = None
+    if epochs is not None and epochs > 0:
+        with untouched_random_state():
+            loader = trainer.fit_loop._data_source.dataloader()
+        try:
+            batches = len(loader)
+        except TypeError:
+            batches = None
+        ranks = _shards_of_lightning(trainer)
+        if batches is not None and why_not_plannable(loader) is None and ranks:
+            batches = math.ceil(batches / ranks["num_replicas"])  # Lightning will shard it
+        if batches is not None:
+            limit = trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    known = [count for count in (by_epochs, steps if steps > 0 else None) if count is not None]
+    return min(known) if known else None
+
+
+def _shards_of_lightning(trainer: L.Trainer) -> dict[str, int]:
+    """Rank and number of ranks over which Lightning shards a plain loader; empty where it does not."""
+    if not trainer._accelerator_connector.use_distributed_sampler:
+        return {}
+    return trainer.distributed_sampler_kwargs or {}

@@ -1,0 +1,195 @@
+"""Packing: documents side by side in blocks of fixed length, so that little of a batch is padding."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import chain, islice
+from typing import Any
+
+from lightning_cl.data.mixing.plan import Source, Span, interleave
+
+Block = tuple[int, ...]
+"""Samples that share a row of a batch, by index."""
+
+WINDOW = 256  # blocks of tokens that are packed together: beyond it the fill hardly grows
+
+
+def windows_of(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Cuts an order of samples into windows of about so many tokens."""
+    windows: list[list[int]] = []
+    held = tokens
+    for index in order:
+        if held >= tokens:
+            windows.append([])
+            held = 0
+        windows[-1].append(index)
+        held += lengths[index]
+    return windows
+
+
+def pack(windows: Iterable[Sequence[int]], lengths: Sequence[int], block_length: int) -> list[Block]:
+    """Packs each window of samples into blocks, by best-fit decreasing.
+
+    The longest sample comes first and goes where it leaves the least room (Johnson et al. 1974: at most 11/9 of the
+    fewest possible blocks, plus one). In a block, and from block to block, samples keep their order. Windows keep a
+    shuffled order random, and the time at O(n log n).
+
+    Args:
+        windows: samples by index; an index may come twice.
+        lengths: tokens of each sample.
+        block_length: the most tokens in a block; no sample may be longer.
+    """
+    return list(chain.from_iterable(_best_fit(window, lengths, block_length) for window in windows))
+
+
+def _best_fit(window: Sequence[int], lengths: Sequence[int], block_length: int) -> list[Block]:
+    blocks: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # room left in a block, and its number; sorted
+    for place in sorted(range(len(window)), key=lambda place: -lengths[window[place]]):
+        length = lengths[window[place]]
+        fitting = bisect_left(rooms, (length, 0))
+        if fitting == len(rooms):
+            room, number = block_length, len(blocks)
+            blocks.append([])
+        else:
+            room, number = rooms.pop(fitting)
+        blocks[number].append(place)
+        if room > length:
+            insort(rooms, (room - length, number))
+    return [tuple(window[place] for place in block) for block in sorted(sorted(block) for block in blocks)]
+
+
+def pack_mixed(
+    windows: Sequence[Sequence[int]],
+    sources: Sequence[Source],
+    weight: Callable[[int], int],
+    lengths: Sequence[int],
+    block_length: int,
+    span: Span = Span(),  # noqa: B008
+    least: int = 0,
+    most: int | None = None,
+) -> list[Block]:
+    """One epoch of blocks in which each source's samples carry its share of the total weight.
+
+    Replayed samples are interleaved with new ones by error diffusion
+    (:func:`~lightning_cl.data.mixing.plan.interleave`), and both are packed together.
+
+    Args:
+        windows: the new samples, by index, as :func:`windows_of` cuts them.
+        sources: of replayed samples.
+        weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
+        lengths: tokens of each sample.
+        block_length: the most tokens in a block.
+        span: which epoch it is.
+        least: at least so many blocks: where there are fewer, blocks are divided.
+        most: at most so many blocks (not fewer than the new samples need alone): where there are more, the last
+            replayed samples are left out.
+    """
+    stream = interleave(list(chain(*windows)), sources, weight, span)
+    groups = [list(islice(stream, len(window))) for window in windows]
+    while True:
+        blocks = pack([list(chain(*window)) for window in groups], lengths, block_length)
+        excess = 0 if most is None else (len(blocks) - most) * block_length
+        if excess <= 0 or not _leave_out(groups, lengths, excess):
+            return _divided(blocks, least, sources[0].draw)
+
+
+def _leave_out(groups: Sequence[Sequence[list[int]]], lengths: Sequence[int], tokens: int) -> bool:
+    """Takes away the last replayed samples, so many tokens of them; False if there are none left."""
+    found = False
+    for group in reversed(list(chain(*groups))):
+        while tokens > 0 and len(group) > 1:  # the first is the new sample
+            tokens -= lengths[group.pop()]
+            found = True
+    return found
+
+
+def _divided(blocks: list[Block], least: int, draw: Iterator[int]) -> list[Block]:
+    """Divides those of most samples until there are so many; single samples cannot be divided: more is replayed."""
+    if len(blocks) >= least:
+        return blocks
+    queue = [(-len(block), place, block) for place, block in enumerate(blocks)]
+    heapify(queue)
+    while len(queue) < least:
+        size, place, block = heappop(queue)
+        parts = [block[::2], block[1::2]] if size < -1 else [block, (next(draw),)]
+        for part, at in zip(parts, (place, len(queue) + 1 + len(blocks)), strict=True):
+            heappush(queue, (-len(part), at, part))
+    return [block for _, _, block in sorted(queue, key=lambda entry: entry[1])]
+
+
+def evenly(blocks: Sequence[Block], surplus: Callable[[Block], float], ahead: int = 16) -> list[Block]:
+    """An order of the same blocks in which `surplus` is spread evenly.
+
+    A block below the mean follows while the running sum is above it, and the other way round: so it never strays by
+    more than the largest surplus. Of the next few of a kind comes the one that fits best; else the order is kept.
+
+    Args:
+        blocks: in any order.
+        surplus: what is to be spread.
+        ahead: how many blocks of a kind are looked at.
+    """
+    values = [surplus(block) for block in blocks]
+    mean = sum(values) / max(len(values), 1)
+    queues: tuple[deque[tuple[float, Block]], ...] = (deque(), deque())
+    for value, block in zip(values, blocks, strict=True):
+        queues[value > mean].append((value - mean, block))
+    below, above = queues
+    result, total = [], 0.0
+    while below or above:
+        queue = above if above and (total <= 0 or not below) else below
+        best = min(range(min(ahead, len(queue))), key=lambda place: abs(total + queue[place][0]))
+        total += queue[best][0]
+        result.append(queue[best][1])
+        del queue[best]
+    return result
+
+
+def evenly_all(blocks: Sequence[Block], surplus: Callable[[Block], Sequence[float]], ahead: int = 64) -> list[Block]:
+    """As :func:`evenly`, for several things that are to be spread at once.
+
+    Of the next blocks that one follows with which the largest of the running sums is smallest.
+
+    Args:
+        blocks: in any order.
+        surplus: what is to be spread.
+        ahead: how many blocks are looked at.
+    """
+    values = [surplus(block) for block in blocks]
+    width = len(values[0]) if values else 0
+    means = [sum(value[i] for value in values) / len(values) for i in range(width)]
+    waiting = deque(
+        (block, [x - mean for x, mean in zip(value, means, strict=True)])
+        for block, value in zip(blocks, values, strict=True)
+    )
+    totals, result = [0.0] * width, []
+    while waiting:
+        looked_at = range(min(ahead, len(waiting)))
+        best = min(looked_at, key=lambda i: max(abs(t + x) for t, x in zip(totals, waiting[i][1], strict=True)))
+        block, value = waiting[best]
+        del waiting[best]
+        totals = [total + x for total, x in zip(totals, value, strict=True)]
+        result.append(block)
+    return result
+
+
+def fill(batches: Iterable[Sequence[Any]], lengths: Sequence[int], block_length: int | None = None) -> float:
+    """The share of the places in padded batches that hold a token; the rest is padding.
+
+    Args:
+        batches: rows of each batch: the index of a sample, or a tuple of indices that share the row.
+        lengths: tokens of each sample.
+        block_length: places in a row; by default, as many as the longest row of the batch needs.
+
+    Returns:
+        in ``(0, 1]``; 1 where there are no batches.
+    """
+    tokens = places = 0
+    for batch in batches:
+        rows = [sum(lengths[i] for i in row) if isinstance(row, tuple) else lengths[row] for row in batch]
+        tokens += sum(rows)
+        places += len(rows) * (max(rows) if block_length is None else block_length)
+    return tokens / places if places else 1.0

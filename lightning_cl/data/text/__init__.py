@@ -1,0 +1,1 @@
+"""The way from files to records to tokens."""

@@ -1,0 +1,42 @@
+"""Prompts for generation, cut out of token samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from lightning_cl.data.text.dataset import TokenDataset
+
+_BEGINNING = 32  # tokens of a text that has no prompt
+
+
+class PromptDataset(Dataset):
+    """For each token sample what is to be answered, and the answer: ``{"prompt": [ids], "reference": [ids]}``.
+
+    The answer is the last stretch of tokens that bear loss; all before it is the prompt. A sample without a prompt,
+    plain text, is cut after its first tokens (at most 32, and half of it).
+
+    Args:
+        samples: token samples.
+    """
+
+    def __init__(self, samples: TokenDataset) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        sample = self.samples[index]
+        ids, mask = sample["input_ids"].tolist(), sample["loss_mask"].tolist()
+        end = max((place + 1 for place, learnt in enumerate(mask) if learnt), default=len(ids))
+        start = next((place + 1 for place in reversed(range(end)) if not mask[place]), 0)
+        if start == 0:
+            start = min(_BEGINNING, max(1, end // 2))
+        return {"prompt": ids[:start], "reference": ids[start:end]}
+
+
+def join_prompts(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[list[int]]]:
+    """A batch of prompts: lists, since generation pads them on the left itself."""
+    return {key: [sample[key] for sample in samples] for key in ("prompt", "reference")}

@@ -1,0 +1,247 @@
+"""Sources: what a task's data is, where its splits are, and whether it changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_cl.data.text.containers import SUFFIXES
+from lightning_cl.data.text.decoding import suffix_of
+from lightning_cl.data.text.folders import (
+    DOCUMENT_SUFFIXES,
+    ROLES,
+    files_below,
+    glob_files,
+    is_data_file,
+    is_document_file,
+    is_glob,
+    is_record_file,
+    source_text,
+    split_files,
+)
+from lightning_cl.data.text.formats import has_known_format
+from lightning_cl.data.text.layout import Layout
+from lightning_cl.data.text.sample_texts import SAMPLES
+
+_HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
+_SIDE_FILES = ("readme", "license", "licence", "citation", "changelog", "dataset_infos")
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a path or a name stands for.
+
+    Args:
+        kind: ``sample``, ``file``, ``splits`` (a folder with a file for each split), ``records`` (several files of
+            records), ``documents`` (one document a file), ``hub``, ``nothing`` (a folder or glob without anything
+            usable) or ``missing``.
+        base: what the names of `files` are relative to.
+        files: in order.
+        splits: sources by role, of a folder of splits.
+        beside: files that may hold records and are not read as such, since the others are of another kind.
+        unread: files of data that are not read at all.
+    """
+
+    kind: str
+    base: Path = Path()
+    files: tuple[Path, ...] = ()
+    splits: tuple[tuple[str, str], ...] = ()
+    beside: tuple[Path, ...] = ()
+    unread: tuple[Path, ...] = ()
+
+
+def locate(source: str | Path) -> Location:
+    """What a path or a name stands for; looks at names only, and not on the hub.
+
+    Raises:
+        ValueError: if a folder has two files for one split.
+    """
+    name, path = str(source), Path(source)
+    if name.startswith("sample:"):
+        return Location("sample")
+    if path.is_file():
+        return Location("file", path.parent, (path,))
+    if path.is_dir():
+        return _folder(path)
+    if is_glob(name):
+        base, files = glob_files(name)
+        records = tuple(file for file in files if is_record_file(file))
+        if len(records) == len(files):
+            return Location("records" if files else "nothing", base, records)
+        return Location("documents", base, tuple(files), beside=records)
+    known = suffix_of(path) in DOCUMENT_SUFFIXES.union(SUFFIXES)
+    if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not known:
+        return Location("hub")
+    return Location("missing")
+
+
+def _folder(path: Path) -> Location:
+    location = _kind_of_folder(path)
+    read = {*location.files, *(file for _, source in location.splits for file in _files_of(source))}
+    unread = [file for file in files_below(path) if file not in read and is_data_file(file) and not _is_side_file(file)]
+    return replace(location, unread=tuple(unread))
+
+
+def _kind_of_folder(path: Path) -> Location:
+    splits, files = split_files(path), files_below(path)
+    documents, records = list(filter(is_document_file, files)), list(filter(is_record_file, files))
+    of_splits = {file for source in splits.values() for file in _files_of(source)}
+    own = [file for file in documents if not _is_side_file(file) and file not in of_splits]
+    if "train" in splits or (splits and not own):
+        beside = [file for file in records if not _is_side_file(file) and file not in of_splits]
+        return Location("splits", path, splits=tuple(splits.items()), beside=tuple(beside))
+    direct = [file for file in records if file.parent == path]
+    if own or (documents and not direct):
+        return Location("documents", path, tuple(documents), beside=tuple(records))
+    below = [file for file in records if file.parent != path]
+    return Location("records" if direct else "nothing", path, tuple(direct), beside=tuple(below))
+
+
+def _files_of(source: str) -> list[Path]:
+    return [Path(source)] if Path(source).is_file() else glob_files(source)[1]
+
+
+def _is_side_file(file: Path) -> bool:
+    return file.stem.lower() in _SIDE_FILES
+
+
+def load_hub(name: str) -> Any:
+    """A data set of the hub, by ``owner/name`` or ``owner/name:config``, with all of its splits.
+
+    Raises:
+        FileNotFoundError: if it cannot be loaded; the message says where it was looked for.
+    """
+    import datasets
+
+    match = _HUB_NAME.fullmatch(name)
+    assert match is not None
+    try:
+        return datasets.load_dataset(match["name"], match["config"])
+    except (OSError, ValueError) as error:  # not found, no connection, no such config
+        raise FileNotFoundError(
+            f"{name!r}: no such file or folder (looked in {Path().absolute()}), and no data set of that name could be"
+            f" loaded from the hub ({error})"
+        ) from error
+
+
+def splits_of(source: Any) -> dict[str, Any] | None:
+    """A source with splits as ``{role: source}``; None if it has none. A hub name is loaded."""
+    if isinstance(source, (str, Path)):
+        location = locate(source)
+        if location.kind == "splits":
+            return dict(location.splits)
+        source = load_hub(str(source)) if location.kind == "hub" else None
+    if not is_dataset_dict(source):
+        return None
+    return {role: source[name] for role, names in ROLES.items() for name in names if name in source}
+
+
+def resolve_splits(source: Any) -> dict[str, Any]:
+    """What a task's `train` supplies for each role.
+
+    A folder of train/valid/test files, a ``datasets.DatasetDict`` and a hub name (which is loaded) supply validation
+    and test data too; anything else is the training data alone.
+
+    Returns:
+        ``{"train", "val", "test"}``; None where there is nothing.
+
+    Raises:
+        FileNotFoundError: if a name is not on the hub.
+        ValueError: if there are splits, and none to train on.
+    """
+    splits = splits_of(source)
+    if splits is not None and "train" not in splits:
+        name = repr(str(source)) if isinstance(source, (str, Path)) else f"the splits {list(source)}"
+        raise ValueError(f"{name}: there is no split to train on, none is called {' or '.join(ROLES['train'])}")
+    return {role: (source if role == "train" else None) if splits is None else splits.get(role) for role in ROLES}
+
+
+def is_dataset_dict(source: Any) -> bool:
+    """Whether it is a ``datasets.DatasetDict`` (asked without importing ``datasets``)."""
+    # A plain dictionary of tables may be the arguments of a Task.
+    return isinstance(source, dict) and hasattr(source, "column_names") and bool(source)
+
+
+def is_table(source: Any) -> bool:
+    """Whether it is a ``datasets.Dataset``, an ``IterableDataset``, or the like, with columns of a known format."""
+    if isinstance(source, dict) or not hasattr(source, "column_names") or not hasattr(source, "__iter__"):
+        return False
+    # A stream may learn its columns only from its first record.
+    return source.column_names is None or has_known_format(Layout().meanings(source.column_names).values())
+
+
+def is_stream(source: Any) -> bool:
+    """Whether a source is a table without a length: read as it comes, perhaps endless, perhaps only once."""
+    return is_table(source) and not hasattr(source, "__len__")
+
+
+def content_key(source: Any, path_header: bool = False, role: str = "train") -> str | None:
+    """A hash of what a source holds, so that what was computed from it can be kept.
+
+    Files count with their bytes and relative names, lists as JSON, a ``datasets.Dataset`` with its own fingerprint.
+
+    Args:
+        source: as for :func:`~lightning_cl.data.text.records.read_documents`.
+        path_header: the same.
+        role: which split counts, where `source` has several.
+
+    Returns:
+        a sha256 in hexadecimal digits; None where nobody can say: streams, and lists that are not JSON.
+    """
+    splits = splits_of(source)
+    if splits is not None:
+        return None if role not in splits else content_key(splits[role], path_header, role)
+    digest = hashlib.sha256()
+    for part in _content(source, path_header):
+        if part is None:
+            return None
+        # With its length in front: no two lists of parts give the same bytes.
+        digest.update(f"{len(part)}:".encode())
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _content(source: Any, path_header: bool) -> Iterator[bytes | None]:
+    if isinstance(source, (str, Path)):
+        location = locate(source)
+        yield f"{location.kind} {path_header}".encode()
+        if location.kind == "sample":
+            yield json.dumps(SAMPLES[str(source)[len("sample:") :]]()).encode()
+        for file in location.files:
+            yield file.relative_to(location.base).as_posix().encode()
+            yield _file_digest(file)
+    elif isinstance(source, (list, tuple)):
+        try:
+            yield b"list" + json.dumps(source, sort_keys=True).encode()
+        except (TypeError, ValueError):
+            yield None
+    else:
+        fingerprint = getattr(source, "_fingerprint", None)
+        yield None if fingerprint is None or is_stream(source) else f"table {fingerprint}".encode()
+
+
+def _file_digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def documents_of(location: Location, path_header: bool) -> Iterator[tuple[Path, str, str]]:
+    """The documents of a location of kind ``documents``: path, header and text; binary files are left out.
+
+    Args:
+        location: where.
+        path_header: the header is ``# file: <path>``, relative to the folder or to the fixed part of the glob; else
+            there is none.
+    """
+    for file in location.files:
+        text = source_text(file)
+        if text is not None:
+            yield file, f"# file: {file.relative_to(location.base).as_posix()}\n" if path_header else "", text

@@ -1,0 +1,73 @@
+"""Tokenised data on disk: tokenising happens once, and again when anything that decides about it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lightning_cl.cache import cache_folder
+from lightning_cl.checksum import checksum_of
+from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.tally import Tally
+from lightning_cl.files import remove_old, replace_file
+
+FORMAT = 2
+"""Of the files; part of their names, so that old ones are not read by a version that tokenises otherwise."""
+
+
+def cached(key: dict[str, Any] | None, make: Callable[[], TokenDataset]) -> TokenDataset:
+    """A tokenised data set from the cache, or made and put there.
+
+    A file holds ``ids`` (int32), ``loss_mask`` (bool) and ``ends`` (int64) in safetensors' format, which is
+    mapped into memory, and a checksum over all of it; nothing is in a file that was not written to its end.
+
+    Args:
+        key: everything that decides about the result, as JSON can write it: content of the files, tokenizer, template,
+            length, mask rule, split. None: not cached.
+        make: tokenises.
+    """
+    if key is None:
+        return make()
+    text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
+    path = cache_folder() / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    found = _read(path, text)
+    if found is not None:
+        return found
+    made = make()
+    _write(path, made, text)
+    return made
+
+
+def _read(path: Path, key: str) -> TokenDataset | None:
+    try:
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("key") != key:  # its name is that key's
+                raise ValueError("it says that it is of other data")
+            tensors = {name: file.get_tensor(name) for name in ("ids", "loss_mask", "ends")}
+        if checksum_of(tensors.items(), key, meta["tally"]) != meta["checksum"]:
+            raise ValueError("its checksum does not fit")
+        return TokenDataset.from_tensors(**tensors, tally=Tally(**json.loads(meta["tally"])))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        rank_zero_warn(f"{path}: a damaged file in the cache of tokenised data ({error}); it is made again")
+        return None
+
+
+def _write(path: Path, data: TokenDataset, key: str) -> None:
+    metadata = {"key": key, "tally": json.dumps(asdict(data.tally))}
+    metadata["checksum"] = checksum_of(data.tensors.items(), metadata["key"], metadata["tally"])
+    try:
+        remove_old(path.parent, ".*.safetensors")  # of killed writers
+        replace_file(path, lambda temporary: save_file(data.tensors, temporary, metadata=metadata))
+    except (OSError, SafetensorError) as error:  # a full disk is the second
+        rank_zero_warn(f"{path}: tokenised data cannot be kept there ({error}); it is made anew in each run")

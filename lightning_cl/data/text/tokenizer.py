@@ -1,0 +1,158 @@
+"""Tokenizers: loaded from the hub or a folder, or a byte-level BPE vocabulary trained on the first task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_cl.cache import cache_folder
+from lightning_cl.data.text.model_files import find_damaged_file
+from lightning_cl.data.text.pretrained import resolve_source
+from lightning_cl.files import replace_file
+
+
+class TrainedBPE:
+    """A byte-level BPE vocabulary of fixed size, trained once and cached.
+
+    It is trained on the first task alone: nothing about the future is needed, and data that arrives later finds the
+    same vocabulary. Byte level means that any text can be written in it.
+
+    Args:
+        vocab_size: number of tokens, ``<|endoftext|>`` included.
+        cache_dir: where trained vocabularies are kept; default ``$LIGHTNING_CL_CACHE`` or ``~/.cache/lightning_cl``.
+
+    Raises:
+        ValueError: if the vocabulary is too small for the 256 bytes and the end token.
+    """
+
+    END = "<|endoftext|>"
+
+    def __init__(self, vocab_size: int, cache_dir: str | None = None) -> None:
+        if vocab_size < 257:
+            raise ValueError(f"vocab_size={vocab_size}: a byte-level vocabulary needs at least 257 tokens")
+        self.vocab_size = vocab_size
+        self.cache_dir = cache_dir
+
+    def train(self, texts: Sequence[str]) -> Any:
+        """Trains, or loads from the cache, and returns a ``transformers`` tokenizer."""
+        from transformers import PreTrainedTokenizerFast
+
+        folder = Path(self.cache_dir) if self.cache_dir else cache_folder()
+        digest = hashlib.sha256(json.dumps([1, self.vocab_size, list(texts)]).encode()).hexdigest()[:16]
+        path = folder / f"bpe-{self.vocab_size}-{digest}.json"
+        ends = {"eos_token": self.END, "pad_token": self.END}
+        if not os.path.exists(path):
+            trained = self._train(texts)
+            try:
+                replace_file(path, lambda temporary: trained.save(str(temporary)))
+            except Exception as error:  # a read-only or full disk; tokenizers has no class of its own for it
+                rank_zero_warn(f"{path}: the tokenizer cannot be kept there ({error}); it is trained in each run")
+                return PreTrainedTokenizerFast(tokenizer_object=trained, **ends)
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), **ends)
+
+    def _train(self, texts: Sequence[str]) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[self.END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer from the hub, a folder, a ``.gguf`` file, or ``sample:NAME``.
+
+    Raises:
+        ValueError: if there is none under that name, or a file of it is damaged; the message says what was tried.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_source(name, "tokenizer")
+    try:
+        if path.endswith(".gguf"):
+            file = Path(path)
+            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of any kind, from the reader of a damaged file
+        damaged = None if "pip install" in str(error) else find_damaged_file(path, error)
+        if damaged is not None:
+            raise ValueError(f"tokenizer={name!r}: {damaged}") from error
+        if not isinstance(error, (OSError, ValueError)):
+            raise
+        raise ValueError(
+            f"tokenizer={name!r}: no tokenizer folder of that name and none on the hub ({error})"
+        ) from error
+
+
+def read_template(chat_template: str | Path) -> str:
+    """A chat template: Jinja text, or the path of a file with it.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(chat_template, str) and "{" in chat_template:
+        return chat_template
+    path = Path(chat_template)
+    if not path.is_file():
+        raise ValueError(
+            f"chat_template={str(chat_template)!r}: expected a Jinja template or a file that holds one, and there is"
+            f" no such file (looked in {path.absolute().parent})"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does to text: vocabulary, merges, and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        settings = json.loads(backend.to_str())
+        for changed_by_calls in ("truncation", "padding"):
+            settings.pop(changed_by_calls, None)
+        content = json.dumps(settings, sort_keys=True)
+    else:
+        content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = [str(getattr(tokenizer, name, None)) for name in ("bos_token", "eos_token")]
+    return hashlib.sha256(json.dumps([content, special]).encode()).hexdigest()
+
+
+def plain_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each text, without start and end tokens."""
+    # verbose=False: documents longer than the model's context are cut later.
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """Tokens that the tokenizer itself puts in front of a text: a model has seen them there, and no others.
+
+    Having a start token is not enough: SmolLM2 names one and never puts it in front of plain text.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
+    return list(whole[: next(fits, 0)])
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """What a document ends with: the end token, if there is one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The token that a tokenizer pads with; its end token where it has none."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

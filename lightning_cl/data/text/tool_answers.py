@@ -1,0 +1,67 @@
+"""Answers of tools that a chat template writes inside the turn that called them: they bear no loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from lightning_cl.data.text.formats import Chat
+
+Span = tuple[int, int]
+Render = Callable[[Chat], str | None]
+_TOOLS = ("tool", "function")
+
+
+def without_answers(chat: Chat, turn: int, span: Span, text: str, render: Render, special: Sequence[str]) -> list[Span]:
+    """Takes what tools answered out of the turn that called them (Gemma 4 writes calls and answers as one turn).
+
+    The first character of an answer is found with another answer in its place, and all that belongs to it with the
+    answers left away.
+
+    Args:
+        chat: the conversation.
+        turn: index of the assistant's message.
+        span: where it stands in `text`, in characters.
+        text: the whole of the conversation, rendered.
+        render: renders a changed conversation; None where the template refuses it.
+        special: tokens that are never cut in the middle.
+
+    Returns:
+        the parts of the span that the assistant wrote.
+    """
+    start, end = span
+    after = turn + 1
+    while after < len(chat.messages) and chat.messages[after]["role"] in _TOOLS:
+        after += 1
+    if after == turn + 1:
+        return [span]
+    first, _ = _position(chat, turn + 1, text, render)
+    if first > end:
+        return [span]  # a turn of its own, as nearly always
+    alone = render(replace(chat, messages=(*chat.messages[: turn + 1], *chat.messages[after:]))) or ""
+    begin = min(first, _common(text, alone))
+    for token in special:
+        found = text.rfind(token, max(0, begin - len(token) + 1), begin + len(token) - 1)
+        begin = found if 0 <= found < begin < found + len(token) else begin
+    behind = len(text) - min(_common(text[::-1], alone[::-1]), max(0, len(alone) - begin))
+    words = (chat.messages[turn].get("content") or "").strip()
+    if words:  # written after the answers, and perhaps in another way without them
+        _, last = _position(chat, after - 1, text, render)
+        said = text.find(words, last, end)
+        behind = behind if said == -1 else min(behind, said)
+    return [(a, b) for a, b in ((start, min(begin, end)), (max(behind, begin), end)) if a < b]
+
+
+def _position(chat: Chat, index: int, text: str, render: Render) -> Span:
+    """The place of a message's content, found with a mark that begins and ends in another way than it."""
+    content = str(chat.messages[index].get("content")).strip()
+    mark = "".join(next(c for c in "MZ" if c != other) for other in (content[:1], content[-1:]))
+    marked = (*chat.messages[:index], chat.messages[index] | {"content": mark}, *chat.messages[index + 1 :])
+    other = render(replace(chat, messages=marked)) or text
+    return _common(text, other), len(text) - _common(text[::-1], other[::-1])
+
+
+def _common(one: str, other: str) -> int:
+    """The length of what both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,0 +1,1 @@
+"""Extra passes over data, with the mathematics' view of a model: samples, student, teacher, heads, generation."""

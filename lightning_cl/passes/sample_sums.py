@@ -1,0 +1,183 @@
+"""A pass over a task's samples that adds up what single gradients are: the Lightning side of the Fisher engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_cl.functional.layer_rules import Transform
+from lightning_cl.functional.sample_gradients import SampleGradients, UseSink, add_one_by_one_, only_trainable
+from lightning_cl.passes.passes import leaving_no_trace, non_reentrant_checkpoints
+from lightning_cl.passes.task_samples import TaskSamples, rows_of
+
+LossesOf = Callable[[Any, list[int]], tuple[Iterable[Tensor], int]]
+"""``losses_of(batch, numbers)``: scalars, each a sum over the batch's samples, and how many positions bear loss."""
+
+_PROBE = 3
+
+
+class SampleSums(NamedTuple):
+    """What a pass over a task's samples adds up to, over all ranks."""
+
+    total: dict[str, Tensor]
+    positions: int
+    loose: frozenset[str]
+    """Parameters that were measured one sample at a time."""
+    left_out: int
+    """Samples whose loss is NaN or infinite; they are in none of the sums."""
+
+
+def sum_over_samples(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    parameters: Mapping[str, Tensor],
+    samples: TaskSamples,
+    losses_of: LossesOf,
+    transform: Transform = Tensor.square_,
+    sink: UseSink | None = None,
+) -> SampleSums:
+    """``Σ_x transform(∂L_x/∂θ)`` over a task's samples and all ranks, and the number of positions that bear loss.
+
+    A batch at a time by :class:`~lightning_cl.functional.sample_gradients.SampleGradients`, after three samples have
+    been measured in both ways; parameters of which the two differ, or that no rule covers, one sample at a time in a
+    second pass, by plain autograd.
+
+    Args:
+        trainer: inside ``fit``.
+        pl_module: the module.
+        parameters: name to parameter.
+        samples: this rank's samples.
+        losses_of: the loss whose gradient is meant.
+        transform: in place, applied to each sample's gradient.
+        sink: see :class:`~lightning_cl.functional.sample_gradients.SampleGradients`.
+    """
+    positions = left_out = 0
+    with leaving_no_trace(pl_module), non_reentrant_checkpoints(), torch.enable_grad():
+        engine = SampleGradients(pl_module, parameters, transform)
+        probe = samples.probe(_PROBE)
+        if probe is not None:
+            numbers, batch, singles = probe
+            rows = [rows_of(batch, slice(row, row + 1)) for row in range(len(numbers))]
+            # Data that is augmented at random is another one at each look: then the batch's own rows decide.
+            for alone in (singles, rows):
+                engine.loose.intersection_update(engine.never)
+                bound = [_bound(losses_of, one, [number]) for number, one in zip(numbers, alone, strict=True)]
+                try:
+                    engine.check(len(numbers), lambda: losses_of(batch, numbers)[0], bound)
+                except (RuntimeError, ValueError, TypeError, IndexError):
+                    if alone is singles:
+                        raise
+                    engine.loose.update(parameters)  # a batch that has no rows to be looked at alone
+                if not engine.loose:
+                    break
+        engine.sink = sink
+        engine.loose = _of_all_ranks(trainer, engine.loose, list(parameters))
+        if len(engine.loose) < len(parameters):
+            for numbers, batch in samples.batches():
+                counts = [_add(engine, losses_of, batch, numbers)]
+                if counts == [None] and len(numbers) > 1:
+                    rows = [rows_of(batch, slice(row, row + 1)) for row in range(len(numbers))]
+                    counts = [_add(engine, losses_of, r, [number]) for r, number in zip(rows, numbers, strict=True)]
+                positions += sum(count for count in counts if count is not None)
+                left_out += counts.count(None)
+            engine.loose = _of_all_ranks(trainer, engine.loose, list(parameters))
+        loose = {name: parameters[name] for name in parameters if name in engine.loose}
+        if loose:
+            counted = spoilt = 0
+            for name in loose:
+                engine.total[name].zero_()
+            some = ", ".join(list(loose)[:3]) + (" …" if len(loose) > 3 else "")
+            rank_zero_info(f"{samples.label}: {len(loose)} of {len(parameters)} tensors one sample at a time: {some}")
+            with only_trainable(pl_module, loose.values()):
+                for number, single in samples.singles():
+                    terms, count = losses_of(single, [number])
+                    if add_one_by_one_(engine.total, terms, loose, transform):
+                        counted += count
+                    else:
+                        spoilt += 1
+            if len(loose) == len(parameters):
+                positions, left_out = counted, spoilt
+    return _over_ranks(trainer, samples, engine.total, positions, frozenset(engine.loose), left_out)
+
+
+def look_at_one(trainer: L.Trainer, pl_module: L.LightningModule, losses_of: LossesOf) -> None:
+    """Computes the loss of one sample: what cannot work is to be found before a task is trained, and not behind it."""
+    with leaving_no_trace(pl_module), torch.no_grad():
+        batch = TaskSamples(trainer, 1, 0, "").one()
+        if batch is not None:
+            losses_of(batch, [0])
+
+
+def squared_batch_gradients(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    parameters: Mapping[str, Tensor],
+    samples: TaskSamples,
+    losses_of: LossesOf,
+) -> SampleSums:
+    """``Σ_m (∂ Σ_{x in batch m} L_x / ∂θ)²``: what is not the Fisher, and often taken for it.
+
+    Args:
+        trainer: inside ``fit``.
+        pl_module: the module.
+        parameters: name to parameter.
+        samples: this rank's samples.
+        losses_of: the loss of a batch.
+    """
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    positions = left_out = 0
+    with leaving_no_trace(pl_module), non_reentrant_checkpoints(), torch.enable_grad():
+        for numbers, batch in samples.batches(like_length=False):
+            terms, count = losses_of(batch, numbers)
+            if add_one_by_one_(total, terms, parameters, Tensor.square_):
+                positions += count
+            else:
+                left_out += len(numbers)
+    return _over_ranks(trainer, samples, total, positions, frozenset(), left_out)
+
+
+def _add(engine: SampleGradients, losses_of: LossesOf, batch: Any, numbers: list[int]) -> int | None:
+    """Adds a batch; gives how many positions bear loss, or None if the loss is not finite and nothing was added."""
+    positions = 0
+
+    def losses() -> Iterable[Tensor]:
+        nonlocal positions
+        terms, positions = losses_of(batch, numbers)
+        return terms
+
+    return positions if engine.add(len(numbers), losses) else None
+
+
+def _over_ranks(
+    trainer: L.Trainer,
+    samples: TaskSamples,
+    total: Mapping[str, Tensor],
+    positions: int,
+    loose: frozenset[str],
+    left_out: int,
+) -> SampleSums:
+    """The sums of all ranks; warns of samples that were left out."""
+    summed = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in total.items()}
+    counts = torch.tensor([positions, left_out], dtype=torch.float64, device=trainer.strategy.root_device)
+    everywhere, spoilt = map(int, trainer.strategy.reduce(counts, reduce_op="sum").tolist())
+    if spoilt:
+        rank_zero_warn(f"{samples.label}: the loss of {spoilt} samples is NaN or infinite; they are left out")
+    return SampleSums(summed, everywhere, loose, spoilt)
+
+
+def _bound(losses_of: LossesOf, batch: Any, numbers: list[int]) -> Callable[[], Iterable[Tensor]]:
+    return lambda: losses_of(batch, numbers)[0]
+
+
+def _of_all_ranks(trainer: L.Trainer, loose: set[str], names: list[str]) -> set[str]:
+    """What is loose on one rank is loose on all."""
+    if trainer.world_size == 1:
+        return loose
+    flags = torch.tensor([float(name in loose) for name in names], device=trainer.strategy.root_device)
+    flags = trainer.strategy.reduce(flags, reduce_op="sum")
+    return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag > 0}

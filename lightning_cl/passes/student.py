@@ -1,0 +1,200 @@
+"""How a callback reaches what a module has just computed in ``training_step``, so that no forward pass is run twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
+
+from lightning_cl.passes.passes import LogitsReader, OutputsFunction, leaving_no_trace, training_loss
+
+Head = Callable[[Tensor], Tensor]
+
+
+class Call(NamedTuple):
+    """One call of a part of the module, and how logits come from what it returned."""
+
+    part: nn.Module
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    read: Callable[[Any], Tensor]
+    head: nn.Module | None = None
+    bend: Callable[[Tensor], Tensor] | None = None
+    classes: int | None = None
+
+    @property
+    def has_trained_inputs(self) -> bool:
+        """Whether something that is trained made the inputs: a projector, a soft prompt."""
+        found: list[Tensor] = []
+        apply_to_collection((self.args, self.kwargs), Tensor, found.append)
+        return any(tensor.requires_grad for tensor in found)
+
+    def head_with(self, tensors: Mapping[str, Tensor]) -> Head:
+        """The head with other tensors in the place of its own: hidden states to logits; the identity without a head."""
+
+        def logits(hidden: Tensor) -> Tensor:
+            if self.head is None or self.bend is None:
+                return hidden
+            there = hidden.to(next(iter(tensors.values())).device) if tensors else hidden
+            made = functional_call(self.head, dict(tensors), (there,)) if tensors else self.head(there)
+            return self.bend(made).to(hidden.device)
+
+        return logits
+
+
+class Student:
+    """Watches the part of a module that a training step's predictions come from.
+
+    In this order: a user's function, which runs the module once more; the decoder of a ``transformers`` causal language
+    model, whose head can be applied to the positions that are needed; a submodule whose output has ``.logits``.
+
+    Args:
+        trainer: the Trainer.
+        pl_module: the module.
+        outputs: a user's function, or None.
+        owner: the callback's name, for messages.
+
+    Attributes:
+        shifted: whether position t predicts token t + 1.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: OutputsFunction | None, owner: str
+    ) -> None:
+        self._trainer, self._module, self._outputs, self._owner = trainer, pl_module, outputs, owner
+        self._part: nn.Module | None = None
+        self._split: Any = None
+        self._last: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
+        self._handle: RemovableHandle | None = None
+        self._paused = False
+        self.shifted = True
+
+    def find(self, batch: Any) -> None:
+        """Looks for the part to watch, with one forward pass over a batch.
+
+        Raises:
+            MisconfigurationException: if there is none.
+        """
+        reader = LogitsReader(self._trainer, self._module, self._outputs)
+        if self._outputs is not None:
+            reader(batch)
+            self.shifted = reader.shifted
+            return
+        if self._find_decoder(batch):
+            return
+        logits = reader(batch)
+        if logits is None or reader.source is None:
+            raise MisconfigurationException(
+                f"{self._owner}: nothing that {type(self._module).__name__} calls returns an object with `.logits`;"
+                f" give {self._owner}(outputs=lambda module, batch: logits)"
+            )
+        self._part, self.shifted = reader.source, reader.shifted
+
+    def _find_decoder(self, batch: Any) -> bool:
+        from lightning_cl.passes.heads import SplitHead  # transformers is wherever such a model is
+
+        calls: list[Any] = []
+        for part in self._module.modules():
+            if part is self._module or not (hasattr(part, "get_decoder") and hasattr(part, "get_output_embeddings")):
+                continue
+            split = SplitHead(part, quiet=True)
+            if split.exact:
+                self._part, self._split = split.decoder, split
+                handle = split.decoder.register_forward_hook(lambda *call: calls.append(None))
+                try:
+                    training_loss(self._trainer, self._module, batch)
+                finally:
+                    handle.remove()
+                if calls:
+                    return True
+            break  # its own parts are no models by themselves
+        self._part = self._split = None
+        return False
+
+    def watch(self) -> None:
+        """From now on the last call is kept."""
+        if self._part is None or self._handle is not None:
+            return
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._paused and torch.is_grad_enabled():  # not what a validation computes
+                self._last = (args, kwargs, output)
+
+        self._handle = self._part.register_forward_hook(keep, with_kwargs=True)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Calls inside are not kept: they are the teacher's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def take(self, batch: Any) -> tuple[Tensor, Call]:
+        """What the last training step computed, with its graph, and the call to repeat with other weights.
+
+        Raises:
+            MisconfigurationException: if the part was not called.
+        """
+        if self._outputs is not None:
+            function = self._outputs
+            call = Call(self._module, lambda item: function(self._module, item), (batch,), {}, lambda logits: logits)
+            # Running statistics have seen this batch in `training_step`.
+            kept = {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
+            logits = function(self._module, batch)
+            for name, buffer in self._module.named_buffers():
+                buffer.data.copy_(kept[name])
+            return logits, call
+        if self._last is None or self._part is None:
+            raise MisconfigurationException(
+                f"{self._owner}: {type(self._module).__name__}.training_step did not call {type(self._part).__name__},"
+                f" as it did before training; give {self._owner}(outputs=lambda module, batch: logits)"
+            )
+        (args, kwargs, output), self._last = self._last, None
+        if self._split is not None:
+            call = Call(
+                self._part,
+                self._part,
+                args,
+                kwargs,
+                lambda result: result.last_hidden_state,
+                self._split.head,
+                self._split.bend,
+                self._split.vocabulary,
+            )
+        else:
+            call = Call(self._part, self._part, args, kwargs, _logits_of)
+        return call.read(output), call
+
+    def again(self, batch: Any) -> Any:
+        """What the part returns in one more ``training_step``, for inputs that trained parts in front of it make."""
+        outputs: list[Any] = []
+        assert self._part is not None
+        handle = self._part.register_forward_hook(lambda part, args, output: outputs.append(output))
+        try:
+            with self.unwatched(), leaving_no_trace(self._module):
+                training_loss(self._trainer, self._module, batch)
+        finally:
+            handle.remove()
+        return outputs[-1]
+
+    def release(self) -> None:
+        """Stops watching."""
+        self._last = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _logits_of(output: Any) -> Tensor:
+    return output["logits"] if isinstance(output, Mapping) else output.logits

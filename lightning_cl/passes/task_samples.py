@@ -1,0 +1,215 @@
+"""A choice of a task's samples for extra passes: one at a time, or in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.plannable import task_indices, why_not_plannable
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.passes.passes import progress, to_device
+
+_MOST_SAMPLES = 256
+
+
+class TaskSamples:
+    """This rank's share of `count` samples of a task, on the device.
+
+    The choice is made once for all ranks: together they visit the samples that one process would. A sample has a
+    number, which is the same whatever the number of ranks and the size of batches.
+
+    Args:
+        trainer: inside ``fit``, with its training data set up.
+        count: how many samples in all; all of them, if the task has fewer.
+        seed: seed of the choice.
+        label: what the progress display says.
+        loader: whose samples; default: the current task's training data.
+        batch_size: samples in a batch; default: that of the loader. Where the lengths of samples are known, a batch has
+            at most as many tokens as so many of the longest.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        count: int,
+        seed: int,
+        label: str,
+        loader: Any = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.trainer, self.count, self.label = trainer, count, label
+        self.loader: Any = trainer.train_dataloader if loader is None else loader
+        self.batch_size = batch_size
+        self.is_stream = not (isinstance(self.loader, TaskLoader) or why_not_plannable(self.loader) is None)
+        self._chosen: list[tuple[int, int]] = []
+        self._first: list[tuple[int, int]] = []
+        if not self.is_stream:
+            indices = task_indices(self.loader)
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
+            everywhere = [(number, indices[place]) for number, place in enumerate(order[:count])]
+            self._first = everywhere[:1]
+            self._chosen = everywhere[trainer.global_rank :: trainer.world_size]
+
+    def count_samples(self) -> int:
+        """How many samples there are, on this rank."""
+        return self.count if self.is_stream else len(self._chosen)
+
+    def count_batches(self) -> int:
+        """How many batches :meth:`batches` gives, on this rank; of a stream, at most."""
+        return -(-self.count // self._rows()) if self.is_stream else sum(1 for _ in self._groups(True))
+
+    def singles(self) -> Iterator[tuple[int, Any]]:
+        """Each sample's number, and the sample as a batch of one."""
+        if self.is_stream:
+            share = -(-self.count // self.trainer.world_size)
+            samples = ((numbers[0], batch) for numbers, batch in self._stream(share, 1))
+            for number, batch in progress(self.trainer, samples, self.label, share):
+                yield number, to_device(self.trainer, batch)
+            return
+        for number, index in progress(self.trainer, self._chosen, self.label, len(self._chosen)):
+            yield number, self._batch([index])
+
+    def batches(self, like_length: bool = True) -> Iterator[tuple[list[int], Any]]:
+        """The numbers of a batch's samples, and the batch.
+
+        Args:
+            like_length: whether samples are put together by length, where it is known, so that there is little padding.
+        """
+        if self.is_stream:
+            share = -(-self.count // self.trainer.world_size)
+            for numbers, batch in progress(self.trainer, self._stream(share, self._rows()), self.label):
+                yield numbers, to_device(self.trainer, batch)
+            return
+        groups = list(self._groups(like_length))
+        for group in progress(self.trainer, groups, self.label, len(groups)):
+            yield [number for number, _ in group], self._batch([index for _, index in group])
+
+    def one(self) -> Any:
+        """A batch of one sample, on every rank, whatever its share; None where there is none."""
+        if self.is_stream:
+            first = next(self._stream(1, 1), None)
+            return None if first is None else to_device(self.trainer, first[1])
+        return self._batch([self._first[0][1]]) if self._first else None
+
+    def probe(self, count: int) -> tuple[list[int], Any, list[Any]] | None:
+        """A few samples of different lengths, as a batch and one by one; None where there are none.
+
+        Returns:
+            their numbers, the batch, and the batches of one.
+        """
+        if self.is_stream:
+            first = next(self._stream(count, count), None)
+            if first is None:
+                return None
+            numbers, batch = first
+            batch = to_device(self.trainer, batch)
+            return numbers, batch, [rows_of(batch, slice(row, row + 1)) for row in range(len(numbers))]
+        ordered = [item for group in self._groups(True) for item in group]
+        if not ordered:
+            return None
+        places = sorted({round(i * (len(ordered) - 1) / max(count - 1, 1)) for i in range(count)})
+        picked = [ordered[place] for place in places]
+        indices = [index for _, index in picked]
+        return [number for number, _ in picked], self._batch(indices), [self._batch([index]) for index in indices]
+
+    def _rows(self) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        size = getattr(self.loader, "batch_size", None)
+        return size if isinstance(size, int) else 8
+
+    def _groups(self, like_length: bool) -> Iterator[list[tuple[int, int]]]:
+        length_of = getattr(self.loader.dataset, "length", None)
+        rows = self._rows()
+        if length_of is None or not like_length:
+            yield from (self._chosen[start : start + rows] for start in range(0, len(self._chosen), rows))
+            return
+        lengths = {index: length_of(index) for _, index in self._chosen}
+        longest = getattr(self.loader, "block_length", None)
+        # Equal lengths in the order of the numbers.
+        items = sorted(self._chosen)
+        for group in groups_of_like_length([lengths[index] for _, index in items], rows, longest):
+            yield [items[place] for place in group]
+
+    def _batch(self, indices: Sequence[int]) -> Any:
+        dataset, collate = self.loader.dataset, self.loader.collate_fn
+        return to_device(self.trainer, collate([dataset[index] for index in indices]))
+
+    def _stream(self, share: int, most: int) -> Iterator[tuple[list[int], Any]]:
+        """The first samples of each rank's own part. What is read here is not trained on."""
+        loader = self.loader.apart() if isinstance(self.loader, StreamLoader) else self.loader
+        number = 0
+        for batch in loader:
+            size = _batch_size(batch)
+            for start in range(0, size, most):
+                rows = min(most, size - start, share - number)
+                if rows <= 0:
+                    return
+                numbers = [(number + row) * self.trainer.world_size + self.trainer.global_rank for row in range(rows)]
+                yield numbers, rows_of(batch, slice(start, start + rows))
+                number += rows
+
+
+def groups_of_like_length(
+    lengths: Sequence[int], rows: int, longest: int | None = None, most: int = _MOST_SAMPLES
+) -> Iterator[list[int]]:
+    """Samples, by place, in batches with at most as many tokens as so many of the longest, from short to long.
+
+    Args:
+        lengths: tokens of each.
+        rows: of the longest, in a batch.
+        longest: tokens of a row; by default, of the longest sample.
+        most: samples in a batch.
+    """
+    longest = longest or max(lengths, default=1)
+    group: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if group and ((len(group) + 1) * lengths[place] > rows * longest or len(group) == most):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
+
+
+def check_samples(samples: int, batch_size: int | None) -> None:
+    """Whether a number of samples and a batch size can be measured.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if name == "batch_size" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive integer")
+
+
+def single_samples(
+    trainer: L.Trainer, count: int, seed: int, label: str, loader: Any = None
+) -> Iterator[tuple[int, Any]]:
+    """This rank's share of `count` samples, each as a batch of one (:class:`TaskSamples`)."""
+    return TaskSamples(trainer, count, seed, label, loader).singles()
+
+
+def _batch_size(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    return next(len(value) for value in values if isinstance(value, Tensor))
+
+
+def rows_of(batch: Any, rows: slice) -> Any:
+    """Some rows of all tensors of a batch."""
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, Mapping):
+        return {key: rows_of(value, rows) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(rows_of(value, rows) for value in batch)
+    return batch

@@ -1,0 +1,351 @@
+"""``fit_tasks``: one call takes a module through a sequence of tasks, with one Trainer, one logger and one run folder.
+
+How Lightning's loops are brought to do so is in :mod:`lightning_cl.core.loops`. Two more of its traps are dealt with
+here:
+
+* Callbacks carry scores and averages over. So they are put back to what they were before the first task
+  (:mod:`lightning_cl.sequence.foreign_callbacks`).
+* Lightning's own checkpoints are written before a task's end. So a boundary checkpoint is written after it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_cl.core.checkpoint_io import (
+    DurableCheckpointIO,
+    TorchCheckpointIO,
+    find_last_checkpoint,
+    read_checkpoint,
+    remove_killed_writes,
+    resolve_checkpoint,
+    run_folder,
+)
+from lightning_cl.core.checks import check_state, check_trainer, methods_of, named
+from lightning_cl.core.coordinator import CHECKPOINT_KEY, TaskCoordinator, best_of
+from lightning_cl.core.loops import Limits, forget_progress, limit_to_task, restored_limits
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.task_files import boundary_file
+from lightning_cl.data.module import TaskDataModule
+from lightning_cl.random_state import untouched_random_state
+from lightning_cl.sequence.evaluate import describe_plan, describe_replay
+from lightning_cl.sequence.foreign_callbacks import Pristine, check_foreign, starts_clean
+from lightning_cl.sequence.run_files import boundaries_to_keep, drop_checkpoints, only_run_in, set_aside
+from lightning_cl.stopping import heed, heeding_signals
+from lightning_cl.tasks import Task, TaskPosition
+
+
+def fit_tasks(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule | dict[str, Any] | list[Any],
+    ckpt_path: str | Path | None = None,
+    load_best: bool = False,
+    keep_checkpoints: str | int = "all",
+) -> dict[str, Any]:
+    """Trains a module on one task after another.
+
+    The Trainer's ``max_epochs`` and ``max_steps`` are per task. Optimizer and schedule are fresh for each task;
+    EarlyStopping, ModelCheckpoint and all other callbacks of Lightning's start each task anew, with a folder for each
+    task's checkpoints. After each task come, in this order: what the callbacks measure and keep (importance, buffer),
+    the row of the matrix, and a boundary checkpoint ``tasks/<index>-<name>.ckpt`` in the run's folder.
+
+    Args:
+        trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: the plan in words, then one
+            batch of every task; it measures nothing.
+        module: any LightningModule with automatic optimisation, unedited.
+        data: a :class:`~lightning_cl.TaskDataModule`, or what it takes as tasks: ``{name: DataModule or loader}``.
+        ckpt_path: a checkpoint of this sequence to go on from, inside a task or at a boundary, or ``"last"`` for the
+            newest whole one in the Trainer's ``default_root_dir``. Tasks may have been added at the end of the list:
+            then only those are trained.
+        load_best: each task ends with the weights of its best checkpoint, as the Trainer's ``ModelCheckpoint`` with a
+            ``monitor`` finds it: they are what the methods measure and keep, and what the next task starts from.
+        keep_checkpoints: ``all``, ``last``, ``none`` or a number: of how many tasks, the latest, the boundary
+            checkpoint stays, and with it what ``ModelCheckpoint`` wrote inside the task. The disk never holds more than
+            these and those of the present task. With ``none``, the last boundary is deleted when the run has ended.
+
+    Returns:
+        The retention summary of :class:`~lightning_cl.TaskMatrix`; without one, an empty dictionary.
+
+    Raises:
+        ValueError, FileNotFoundError, TypeError: for data that cannot be used, before any training.
+        MisconfigurationException: for a Trainer, module or checkpoint that does not fit, before any training.
+        SIGTERMException, KeyboardInterrupt: where SIGTERM or Ctrl-C has stopped the run; how to resume is said.
+    """
+    if not isinstance(data, TaskDataModule):
+        data = TaskDataModule(data)
+    keep = boundaries_to_keep(keep_checkpoints)
+    methods = {name for _, name in named(methods_of(trainer))}
+    checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
+    coordinator = _prepare(trainer, module, data, checkpoint_path, load_best)
+    try:
+        with heeding_signals(), _alone(trainer), restored_limits(trainer) as limits:
+            told = _train(trainer, module, data, coordinator, checkpoint_path, limits, keep)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            plan = [] if told else [describe_plan(trainer, data)]
+            rank_zero_info("\n".join([*plan, describe_replay(trainer, data)]))
+    except (SystemExit, KeyboardInterrupt):  # SIGTERM, and Ctrl-C
+        rank_zero_info(_how_to_resume(trainer, coordinator, methods))
+        raise
+    finally:
+        coordinator.end_sequence()
+        data.driven = False
+    return next((method.summary() for method in methods_of(trainer) if hasattr(method, "summary")), {})
+
+
+def _train(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule,
+    coordinator: TaskCoordinator,
+    checkpoint_path: Path | None,
+    limits: Limits,
+    keep: int | None,
+) -> bool:
+    """The loop over the tasks; says if it began with the plan."""
+    if checkpoint_path is not None:
+        _load(trainer, data, coordinator, checkpoint_path)
+    elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        set_aside(run_folder(trainer))
+    told, coordinator.run_limits = _tell_plan_first(trainer, data), limits
+    tasks = data.trained_tasks
+    start = coordinator.position.index if checkpoint_path is not None else 0
+    if checkpoint_path is None or not coordinator.started:
+        weights = str(checkpoint_path) if checkpoint_path is not None else None
+        data.index = min(start, len(tasks) - 1)
+        _boundary(trainer, module, data, trained=start, ckpt_path=weights)
+    for index in range(start, len(tasks)):
+        position = TaskPosition(index, tasks[index].name, len(tasks))
+        data.index = index
+        if not coordinator.started or index > start:
+            coordinator.begin_task(position)
+        else:
+            coordinator.position = position
+        coordinator.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
+        _reset_per_task(trainer, coordinator, tasks[index], index)
+        rank_zero_info(position.title)
+        resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+        heed(trainer, all_ranks=True)
+        _check_finished(coordinator, position)
+        coordinator.costs[-1] |= data.left_out(tasks[index])
+        rank_zero_info(f"{position.title}: {coordinator.costs[-1]['steps']} steps")
+        _boundary(trainer, module, data, trained=index + 1)
+        _save_boundary(trainer, coordinator, tasks, index, keep)
+        if index + 1 < len(tasks):
+            heed(trainer, all_ranks=True)
+    if start == len(tasks) and checkpoint_path is not None:
+        rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go behind them in the list")
+        _load_weights(trainer, module, data, checkpoint_path)
+    return told
+
+
+# ---------------------------------------------------------------------- before the first task
+
+
+def _prepare(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: TaskDataModule,
+    checkpoint_path: Path | None,
+    load_best: bool,
+) -> TaskCoordinator:
+    check_trainer(trainer, module)
+    check_foreign(trainer)
+    _check_settings(trainer, module)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    if load_best and best_of(trainer) is None:
+        raise MisconfigurationException(
+            "load_best=True: the Trainer has no ModelCheckpoint that looks for a best one: give"
+            " Trainer(callbacks=[ModelCheckpoint(monitor='val_loss')])"
+        )
+    if checkpoint_path is not None and trainer.is_global_zero:
+        remove_killed_writes(checkpoint_path)
+    coordinator = TaskCoordinator.of(trainer)
+    coordinator.load_best = load_best
+    coordinator.begin_sequence(trainer, data, checkpoint_path)
+    # Before the first evaluation, which makes ModelCheckpoint fix its folder.
+    _remember_foreign(trainer, coordinator)
+    data.driven = True
+    return coordinator
+
+
+def _check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuses settings of the Trainer that would silently mean something else in a sequence.
+
+    Raises:
+        MisconfigurationException: saying what to do instead.
+    """
+    overfit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit > 0:
+        raise MisconfigurationException(
+            f"Trainer(overfit_batches={overfit}): not with a sequence of tasks; use limit_train_batches"
+        )
+    if trainer._checkpoint_connector._hpc_resume_path is not None:
+        path = trainer._checkpoint_connector._hpc_resume_path
+        raise MisconfigurationException(
+            f"{path}: Lightning would resume every task from this file of a requeued job; move it away and give it to"
+            " fit_tasks as ckpt_path"
+        )
+    configured = module.configure_callbacks()
+    offered = configured if isinstance(configured, (list, tuple)) else [configured]
+    if any(isinstance(callback, ContinualCallback) for callback in offered):
+        raise MisconfigurationException(
+            f"{type(module).__name__}.configure_callbacks returns a continual-learning callback: Lightning makes a new"
+            " one for every task, which has learnt nothing; give it to Trainer(callbacks=[…])"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and "://" in str(callback.dirpath or ""):
+            raise MisconfigurationException(
+                f"ModelCheckpoint(dirpath={str(callback.dirpath)!r}): a sequence needs a local folder"
+            )
+
+
+def _tell_plan_first(trainer: L.Trainer, data: TaskDataModule) -> bool:
+    """Begins a preflight with the plan, before a model is built, and says if it could.
+
+    With several processes Lightning has to start them first, and somebody's DataModule may need more of the Trainer.
+    """
+    theirs = any(isinstance(task.train, L.LightningDataModule) for task in data.tasks)
+    if not trainer.fast_dev_run or trainer.world_size > 1 or theirs:  # type: ignore[attr-defined]
+        return False
+    data.trainer = trainer
+    with untouched_random_state():
+        data.prepare_data()
+        data.setup("fit")
+        rank_zero_info(describe_plan(trainer, data))
+    return True
+
+
+def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator, path: Path) -> None:
+    """Brings index, callbacks and data to where the checkpoint was written.
+
+    Raises:
+        MisconfigurationException: if its tasks, callbacks or vocabulary are not those of the run.
+    """
+    state = read_checkpoint(path).get(CHECKPOINT_KEY)
+    if state is None or not state["driven"]:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r}: it was not written by fit_tasks: it does not say which task it belongs to. Load"
+            " its weights into the module and start without ckpt_path"
+        )
+    ours, theirs = [task.name for task in data.trained_tasks], list(state["tasks"])
+    reached = state["index"] + (1 if state["started"] else 0)
+    if theirs[:reached] != ours[:reached]:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r}: it has been trained on the tasks {theirs[:reached]}, this run begins with"
+            f" {ours[:reached]}; give the same tasks in the same order, and new ones behind them"
+        )
+    check_state(trainer, state, path)
+    data.expected_fingerprint = state["fingerprint"]
+    coordinator.load(trainer, state)
+    coordinator.names = ours
+
+
+def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, path: Path) -> None:
+    """Nothing is left to train: the module still gets what the checkpoint's training ended with."""
+    data.driven, loggers = True, trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        if is_overridden("validation_step", module):
+            trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
+        else:
+            module.configure_model()
+            module.load_state_dict(read_checkpoint(path)["state_dict"])
+    finally:
+        trainer.loggers = loggers
+
+
+# ---------------------------------------------------------------------- each task
+
+
+def _remember_foreign(trainer: L.Trainer, coordinator: TaskCoordinator) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if starts_clean(callback) and id(callback) not in coordinator.pristine:
+            coordinator.pristine[id(callback)] = Pristine(callback)
+
+
+def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
+    """The user's own callbacks as when first seen, ModelCheckpoint with a folder per task."""
+    trainer.should_stop = False
+    folder = run_folder(trainer)
+    _remember_foreign(trainer, coordinator)  # what the module's configure_callbacks has made since
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not starts_clean(callback):
+            continue
+        coordinator.pristine[id(callback)].restore()
+        if isinstance(callback, ModelCheckpoint):
+            base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
+            callback.dirpath = str(base / f"{index}-{task.slug}")
+            # "Nothing has been trained since": else its first save falls into the middle of an accumulation window.
+            callback._last_global_step_saved = trainer.global_step
+
+
+def _boundary(
+    trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, trained: int, ckpt_path: str | None = None
+) -> None:
+    """Lets the methods evaluate and report; training does not notice."""
+    methods = TaskCoordinator.methods(trainer)
+    with TaskCoordinator.of(trainer).evaluating():
+        for method in sorted(methods, key=lambda m: m.boundary_order):
+            method.at_boundary(trainer, module, data, trained, ckpt_path)
+            heed(trainer, all_ranks=True)
+        for method in methods:
+            method.after_boundary(trainer, trained, final=trained == len(data.trained_tasks))
+
+
+def _check_finished(coordinator: TaskCoordinator, position: TaskPosition) -> None:
+    if not coordinator.ended:
+        raise RuntimeError(
+            f"{position}: the Trainer returned without having trained it (no batches, limit_train_batches=0, or stopped"
+            " from outside)"
+        )
+
+
+def _save_boundary(
+    trainer: L.Trainer, coordinator: TaskCoordinator, tasks: list[Task], index: int, keep: int | None
+) -> None:
+    """Writes ``tasks/<index>-<name>.ckpt``: the next task starts from here, with a fresh optimizer."""
+    forget_progress(trainer)
+    coordinator.reach_boundary(trainer)
+    # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
+    if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    path = boundary_file(trainer, tasks[index], index)
+    trainer.save_checkpoint(path, weights_only=False)
+    before_end, coordinator.before_end = coordinator.before_end, None
+    if before_end is not None and trainer.is_global_zero:
+        before_end.unlink(missing_ok=True)  # the boundary has all of it
+    if trainer.is_global_zero:
+        savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        inside = [Path(saver.dirpath).parent for saver in savers if saver.dirpath]
+        names = [f"{number}-{task.slug}" for number, task in enumerate(tasks[: index + 1])]
+        drop_checkpoints(keep, names, path.parent, inside, final=index + 1 == len(tasks))
+
+
+def _alone(trainer: L.Trainer) -> Any:
+    """A lock on the folder of a run that has none of its own."""
+    shared = not trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    return only_run_in(run_folder(trainer)) if shared else nullcontext()
+
+
+def _how_to_resume(trainer: L.Trainer, coordinator: TaskCoordinator, methods: set[str]) -> str:
+    """Says where a run was stopped, and how it goes on."""
+    try:
+        path = find_last_checkpoint(run_folder(trainer), methods)
+    except (OSError, ValueError):
+        return f"Stopped in {coordinator.position}; nothing was saved to resume from"
+    return (
+        f"Stopped in {coordinator.position}. To resume: fit_tasks(…, ckpt_path={str(path)!r}), or the same command with"
+        f" --ckpt_path {path}"
+    )
