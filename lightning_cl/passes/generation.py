@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_cl.callbacks.replay.rehearsal import Written
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.tokenizer import pad_token_id, start_tokens
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that a model wrote after a prompt.
+
+    Args:
+        ids: the new tokens, up to and with the one that ended it.
+        ended: True if the last one is an end token; else the text was cut off.
+        surprise: mean of −log p of these tokens under the model, at temperature 1, in nats.
+    """
+
+    ids: list[int]
+    ended: bool
+    surprise: float
 
 
 def generator_of(module: nn.Module) -> Any:

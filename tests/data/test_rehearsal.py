@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 from lightning_cl.callbacks.replay.rehearsal import (
     Prompt,
-    Written,
     as_sample,
     choose,
     is_repetitive,
@@ -26,6 +25,7 @@ from lightning_cl.data import TrainedBPE
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.sample_texts import SAMPLES
 from lightning_cl.data.text.tokens import encode, tokenize
+from lightning_cl.passes.generation import Written
 
 
 def text(ids, ended=False, surprise=1.0):

@@ -19,8 +19,7 @@ _PER_SAMPLE = 1.2  # a pass with single gradients takes so many training passes 
 
 
 class SampledImportance(QuadraticPenalty):
-    """A :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty` that measures on samples at a task's
-    end.
+    """A quadratic penalty whose importance is measured on samples at a task's end.
 
     Args:
         strength: the factor, or ``auto``.

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cl.passes.generation import Written
+
 LEAST_DISTINCT = {64: 0.35, 256: 0.2}
 """In any stretch of so many tokens at least this share of the 4-grams differs. Real text has more: of blocks of 256
 tokens of English, Python and C++ in a small vocabulary, one in some hundred has less."""
@@ -36,21 +38,6 @@ FAR = 3.5
 
 NEAR = 0.7
 """From this Jaccard similarity of 3-grams on a text is a near duplicate."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a model wrote behind a prompt.
-
-    Args:
-        ids: the new tokens, up to and with the one that ended it.
-        ended: whether the last one is an end token; else the text was cut off.
-        surprise: mean of −log p of these tokens under the model, at temperature 1, in nats.
-    """
-
-    ids: list[int]
-    ended: bool
-    surprise: float
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.callbacks.replay.rehearsal import Prompt, Written
+from lightning_cl.callbacks.replay.rehearsal import Prompt
 from lightning_cl.data.text.answer_ends import around, special_token
 from lightning_cl.data.text.containers import read_file, read_text
 from lightning_cl.data.text.prompts import PromptDataset
 from lightning_cl.data.text.tokenizer import end_tokens, start_tokens
+from lightning_cl.passes.generation import Written
 
 _KEYS = ("prompt", "instruction")
 

@@ -13,11 +13,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_cl.cache import cache_folder
-from lightning_cl.callbacks.replay.rehearsal import Written
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.files import replace_file
 from lightning_cl.models.frozen_base import checksum
-from lightning_cl.passes.generation import sample_tokens
+from lightning_cl.passes.generation import Written, sample_tokens
 from lightning_cl.passes.passes import forward_context, progress
 from lightning_cl.random_state import untouched_random_state
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.replay.base import MemoryCallback, check_plannable
-from lightning_cl.callbacks.replay.rehearsal import Prompt, Written, as_sample, choose
+from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
 from lightning_cl.callbacks.replay.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.callbacks.replay.replay import check_together, mix_into_loader
 from lightning_cl.callbacks.replay.sample_writer import SampleWriter, WritingSettings
@@ -32,7 +32,7 @@ from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.chat import has_template
 from lightning_cl.data.text.tokenizer import end_tokens, pad_token_id, start_tokens
-from lightning_cl.passes.generation import generator_of, prompt_tokens
+from lightning_cl.passes.generation import Written, generator_of, prompt_tokens
 
 
 class SelfReplay(MemoryCallback):
