@@ -12,7 +12,8 @@ from test_cli import Output
 from torch.utils.data import DataLoader, TensorDataset
 from toys import trainer
 
-from lightning_cl import TaskDataModule, cli_predict
+from lightning_cl import TaskDataModule
+from lightning_cl.sequence import predict as cli_predict
 from lightning_cl.sequence.predict import predict_tasks
 
 

@@ -12,7 +12,7 @@ import yaml
 from test_cli import Output
 from test_cli_seeds import configuration
 
-from lightning_cl import cli_search
+from lightning_cl.cli import strengths as cli_search
 from lightning_cl.cli.strengths import keep_first, parse_first, parse_strengths, set_strength
 
 ROOT = Path(__file__).parents[1]

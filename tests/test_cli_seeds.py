@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_cli import Output
 
-from lightning_cl import cli_seeds
+from lightning_cl.cli import seeds as cli_seeds
 from lightning_cl.cli.seeds import parse_seeds
 from lightning_cl.evaluation.seeds import interval, paired_rows, summarize, t_quantile
 

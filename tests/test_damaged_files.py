@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from toys import Classifier, classification, trainer
 
 from lightning_cl import TaskDataModule, fit_tasks
-from lightning_cl.buffers import DiskStore, ReplayBuffer, layout
+from lightning_cl.buffers import DiskStore, ReplayBuffer
+from lightning_cl.buffers.disk import layout
 from lightning_cl.core.checkpoint_io import DurableCheckpointIO, find_last_checkpoint, is_whole
 from lightning_cl.data.text.dataset import TokenDataset
 from lightning_cl.data.text.tally import Tally

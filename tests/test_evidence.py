@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toys import Classifier, classification, trainer
 
-from lightning_cl import EWC, SI, TaskDataModule, TaskMatrix, TrainedBPE, cli_search, fit_tasks
+from lightning_cl import EWC, SI, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
+from lightning_cl.cli import strengths as cli_search
 from lightning_cl.data.measured_on import content_hash, difference, measured_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(ModelCheckpoint|dirpath|exists and is not empty)")

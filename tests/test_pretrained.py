@@ -13,7 +13,8 @@ import torch
 from toys import TINY_LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lightning_cl import CausalLM, TrainedBPE, pretrained
+from lightning_cl import CausalLM, TrainedBPE
+from lightning_cl.data.text import pretrained
 from lightning_cl.data.text.pretrained import convert_gguf, resolve_source
 from lightning_cl.data.text.tokenizer import load_tokenizer
 from lightning_cl.models.loading import load_pretrained

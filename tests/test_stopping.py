@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from test_resume import Hard, differences, fingerprint
 from toys import Classifier, classification, trainer
 
-from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, cli, fit_tasks
+from lightning_cl import EWC, SI, Replay, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl.cli import command as cli
 from lightning_cl.core.checkpoint_io import find_last_checkpoint
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.sequence.evaluate import evaluate_tasks

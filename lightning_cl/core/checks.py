@@ -8,18 +8,18 @@ import lightning as L
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.questions import Questions
 
 FORMAT = 3
 """Of the ``lightning_cl`` entry of a checkpoint."""
 
 
-def methods_of(trainer: L.Trainer) -> list[ContinualCallback]:
+def methods_of(trainer: L.Trainer) -> list[Questions]:
     """The continual-learning callbacks of a Trainer, in its order."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if isinstance(callback, Questions)]  # type: ignore[attr-defined]
 
 
-def named(methods: list[ContinualCallback]) -> list[tuple[ContinualCallback, str]]:
+def named(methods: list[Questions]) -> list[tuple[Questions, str]]:
     """Each method with a name that is unique in its Trainer: the class, and a number from the second on."""
     seen: dict[str, int] = {}
     result = []

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -31,9 +31,10 @@ from lightning_cl.core.loops import (
     let_methods_mix,
     load_weights,
 )
-from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.questions import Questions
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.core.task_files import before_end_file
+from lightning_cl.data import TaskDataModule
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing.contents import Kinds
 from lightning_cl.data.stream import StreamLoader
@@ -41,15 +42,12 @@ from lightning_cl.random_state import get_random_state, set_random_state, untouc
 from lightning_cl.stopping import heed
 from lightning_cl.tasks import TaskPosition
 
-if TYPE_CHECKING:
-    from lightning_cl.data import TaskDataModule
-
 CHECKPOINT_KEY = "lightning_cl"
 _FEW = 1_000_000
 
 
 class TaskCoordinator(Callback):
-    """Asks the methods of one Trainer their questions (see :mod:`lightning_cl.core.method`).
+    """Asks the methods of one Trainer their questions (see :mod:`lightning_cl.core.questions`).
 
     It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. Under
     ``fit_tasks`` it is told which task it is; without it, each ``trainer.fit`` is one task.
@@ -102,7 +100,7 @@ class TaskCoordinator(Callback):
         return coordinator
 
     @staticmethod
-    def methods(trainer: L.Trainer) -> list[ContinualCallback]:
+    def methods(trainer: L.Trainer) -> list[Questions]:
         """The continual-learning callbacks of a Trainer, in its order."""
         return methods_of(trainer)
 
@@ -239,7 +237,7 @@ class TaskCoordinator(Callback):
         for method in methods:
             method.edit_gradients(trainer, pl_module, optimizer, scale)
 
-    def _in_edit_order(self, trainer: L.Trainer) -> list[ContinualCallback]:
+    def _in_edit_order(self, trainer: L.Trainer) -> list[Questions]:
         """The same order whatever the order in the Trainer's list, down to the rounding of sums."""
         return sorted(self.methods(trainer), key=lambda method: (method.edit_order, type(method).__name__))
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
@@ -20,14 +20,12 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSourc
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_cl.core.questions import Questions
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task
-
-if TYPE_CHECKING:
-    from lightning_cl.core.method import ContinualCallback
 
 
 class _TasksSteps(int):
@@ -197,7 +195,7 @@ def batches_ready(trainer: L.Trainer) -> int:
 class _MixingSource(_DataLoaderSource):
     """Where the Trainer gets its training loader from, with what the methods mix into it."""
 
-    def __init__(self, source: _DataLoaderSource, trainer: L.Trainer, methods: list[ContinualCallback]) -> None:
+    def __init__(self, source: _DataLoaderSource, trainer: L.Trainer, methods: list[Questions]) -> None:
         super().__init__(source.instance, source.name)
         self._trainer = trainer
         self.methods, self.checks = methods, True
@@ -234,7 +232,7 @@ class _MixingSource(_DataLoaderSource):
 
 
 def let_methods_mix(
-    trainer: L.Trainer, methods: list[ContinualCallback], check: bool, on_loader: Callable[[L.Trainer, Any], None]
+    trainer: L.Trainer, methods: list[Questions], check: bool, on_loader: Callable[[L.Trainer, Any], None]
 ) -> None:
     """Lets the methods add to the training loader when Lightning asks for it.
 

@@ -84,3 +84,23 @@ def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; an ordinary one as it is."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
+
+
+def trainable_parameters(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Name to trainable parameter; tied weights once, names without what ``torch.compile`` puts in front."""
+    return {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def all_parameters(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Name to parameter, frozen ones too; names as in :func:`trainable_parameters`."""
+    return {clean_name(name): p for name, p in module.named_parameters()}
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without ``_orig_mod.``."""
+    return name.replace("_orig_mod.", "")
+
+
+def tensor_bytes(*groups: dict[str, Tensor]) -> int:
+    """The bytes of dictionaries of tensors."""
+    return sum(t.numel() * t.element_size() for group in groups for t in group.values())

@@ -7,20 +7,27 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from lightning_cl.evaluation import figure
+from lightning_cl.evaluation.sentences import Method, sentence
 from lightning_cl.evaluation.sentences import row_names as row_names
-from lightning_cl.evaluation.sentences import sentence
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table
 from lightning_cl.files import replace_file
 
-if TYPE_CHECKING:
-    from lightning_cl.callbacks.monitoring.task_matrix import TaskMatrix
-    from lightning_cl.core.method import ContinualCallback
+
+class Matrix(Protocol):
+    """All that a report asks of the callback with the scores."""
+
+    seconds: float
+    """The time that evaluation took."""
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the matrix, the scores and their definitions."""
 
 
 def build_report(
-    matrix: TaskMatrix, costs: Sequence[dict[str, float]], methods: Sequence[tuple[ContinualCallback, str]]
+    matrix: Matrix, costs: Sequence[dict[str, float]], methods: Sequence[tuple[Method, str]]
 ) -> dict[str, Any]:
     """Everything that the table, the files and the picture show, as plain containers.
 
@@ -50,8 +57,6 @@ def build_report(
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Writes ``report.json``, ``matrix.csv`` and ``matrix.png``, each whole or not at all."""
-    from lightning_cl.evaluation.figure import draw_matrix
-
     replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(_plain(report), indent=2) + "\n"))
 
     def write_csv(path: Path) -> None:
@@ -65,7 +70,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
                 writer.writerow([_cell(name), *("" if math.isnan(value) else repr(value) for value in row)])
 
     replace_file(folder / "matrix.csv", write_csv)
-    replace_file(folder / "matrix.png", lambda path: draw_matrix(report, path))
+    replace_file(folder / "matrix.png", lambda path: figure.draw_matrix(report, path))
 
 
 def _cell(text: str) -> str:

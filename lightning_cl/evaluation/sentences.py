@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 from lightning_cl.evaluation.tables import format_number
 
-if TYPE_CHECKING:
-    from lightning_cl.core.method import ContinualCallback, Need
+Need = Literal["keep", "learn"]
+"""The aim that a report asks a method's advice for."""
+
 
 _LEARNT = 0.005  # the least gain, relative to the score before, that is called learning
 _KEPT = 0.9  # a larger share that was kept needs no advice
 _TO_BEGIN_WITH = "Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC or SelfReplay"
 _DIVERGED = "The run diverged: try a lower learning rate, or Trainer(gradient_clip_val=1.0)."
+
+
+class Method(Protocol):
+    """All that a report asks of a method."""
+
+    def advice(self, need: Need) -> str | None:
+        """Returns what could be changed of the method; None for nothing."""
+
+    def report(self) -> dict[str, Any]:
+        """Returns the numbers and texts of the method."""
+
+    def state_bytes(self) -> int:
+        """Returns the bytes of the state that the method keeps from task to task."""
 
 
 def row_names(report: dict[str, Any]) -> list[str]:
@@ -28,7 +42,7 @@ def since(summary: dict[str, Any], name: str) -> int:
     return max((change["row"] for change in summary["data_changes"] if change["task"] == name), default=0)
 
 
-def sentence(summary: dict[str, Any], name: str, methods: Sequence[ContinualCallback]) -> str:
+def sentence(summary: dict[str, Any], name: str, methods: Sequence[Method]) -> str:
     """What became of a task.
 
     Args:
@@ -56,7 +70,7 @@ def sentence(summary: dict[str, Any], name: str, methods: Sequence[ContinualCall
     return f"{start} {_history(summary, values, learnt, methods)}"
 
 
-def _history(summary: dict[str, Any], values: list[float], row: int, methods: Sequence[ContinualCallback]) -> str:
+def _history(summary: dict[str, Any], values: list[float], row: int, methods: Sequence[Method]) -> str:
     """How a trained task was learnt, in `row`, and how it was kept."""
     metric, last, learnt = summary["monitor"], values[-1], values[row]
     sign = 1 if summary["mode"] == "max" else -1
@@ -91,7 +105,7 @@ def _history(summary: dict[str, Any], values: list[float], row: int, methods: Se
     return told if kept >= _KEPT else f"{told} {advice('keep', methods)}"
 
 
-def advice(need: Need, methods: Sequence[ContinualCallback]) -> str:
+def advice(need: Need, methods: Sequence[Method]) -> str:
     """What a run could change, from the answers of its own methods.
 
     Args:

@@ -13,8 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from lightning_cl.core.method import clean_name, tensor_bytes
-from lightning_cl.core.placement import full_cpu
+from lightning_cl.core.placement import clean_name, full_cpu, tensor_bytes
 
 
 class Teacher:

@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_cl.buffers import DiskStore, ReplayBuffer, layout, read_folder, segment
+from lightning_cl.buffers import DiskStore, ReplayBuffer, read_folder
+from lightning_cl.buffers.disk import layout, segment
 
 FILES = ("records.bin", "tokens.bin", "mask.bin", "blobs.bin", "names.jsonl")
 

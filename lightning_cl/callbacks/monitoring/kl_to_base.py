@@ -14,7 +14,8 @@ from typing_extensions import override
 from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import ContinualCallback, tensor_bytes
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.placement import tensor_bytes
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.functional import kl_divergence

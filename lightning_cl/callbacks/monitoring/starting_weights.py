@@ -10,8 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_cl.core.method import clean_name, trainable_parameters
-from lightning_cl.core.placement import full_cpu
+from lightning_cl.core.placement import clean_name, full_cpu, trainable_parameters
 
 
 class StartingWeights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
+from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import named
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import ContinualCallback, check_choice
+from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.evaluation import build_report, format_report, write_report
+from lightning_cl.evaluation.figure import matrix_figure
+from lightning_cl.evaluation.importance_figure import write_importance
+from lightning_cl.evaluation.sentences import Method
+from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst
 from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
 from lightning_cl.passes.passes import progress
@@ -69,7 +76,7 @@ class TaskMatrix(ContinualCallback):
         self.measured_on: dict[str, dict[str, Any]] = {}
         self.changes: list[dict[str, Any]] = []
         self.seconds = 0.0
-        self._methods: list[tuple[ContinualCallback, str]] = []  # of the run, for the picture
+        self._methods: Sequence[tuple[Method, str]] = []  # of the run, for the picture
 
     boundary_order = -1  # its evaluation builds the model, which others need
 
@@ -260,10 +267,6 @@ class TaskMatrix(ContinualCallback):
     def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
         if trained == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # one batch is no result
-        from lightning_cl.evaluation import build_report, format_report, write_report
-        from lightning_cl.evaluation.importance_figure import write_importance
-        from lightning_cl.evaluation.to_loggers import log_evidence
-
         coordinator = TaskCoordinator.of(trainer)
         methods = self._methods = named(TaskCoordinator.methods(trainer))
         report = build_report(self, coordinator.costs, methods)
@@ -334,9 +337,6 @@ class TaskMatrix(ContinualCallback):
         Raises:
             RuntimeError: if nothing has been measured yet.
         """
-        from lightning_cl.evaluation import build_report
-        from lightning_cl.evaluation.figure import matrix_figure
-
         if not len(self.matrix):
             raise RuntimeError("TaskMatrix.plot(): nothing has been measured yet; it measures under fit_tasks")
         report = build_report(self, [], self._methods)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cl.core.method import Need
 from lightning_cl.core.placement import whole
+from lightning_cl.core.questions import Need
 
 _SAMPLED_VALUES = 1_000_000
 _NOTHING = 1e-5  # a penalty with a smaller share of the task's pull does nothing

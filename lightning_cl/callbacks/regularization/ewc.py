@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.quadratic import Apply, Strength
 from lightning_cl.callbacks.regularization.sampled_importance import SampledImportance
+from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.core.method import check_choice, trainable_parameters
+from lightning_cl.core.placement import trainable_parameters
 from lightning_cl.functional import merge_quadratics, normalize_importance
 from lightning_cl.passes.fisher_losses import ESTIMATORS, Estimator, FisherLosses
 from lightning_cl.passes.passes import OutputsFunction

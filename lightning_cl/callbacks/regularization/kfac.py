@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.ewc import EWC
 from lightning_cl.callbacks.regularization.quadratic import Apply, Strength
-from lightning_cl.core.method import clean_name, trainable_parameters
-from lightning_cl.core.placement import full_cpu
+from lightning_cl.core.placement import clean_name, full_cpu, trainable_parameters
 from lightning_cl.functional.kronecker import (
     FactorSums,
     Kronecker,

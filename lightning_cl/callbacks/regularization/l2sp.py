@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, Strength
-from lightning_cl.core.method import check_choice, tensor_bytes, trainable_parameters
-from lightning_cl.core.placement import full_cpu
+from lightning_cl.core.arguments import check_choice
+from lightning_cl.core.placement import full_cpu, tensor_bytes, trainable_parameters
 
 
 class L2SP(QuadraticPenalty):

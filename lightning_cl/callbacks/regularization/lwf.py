@@ -12,9 +12,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.core.arguments import check_choice, check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import ContinualCallback, Need, check_choice, check_strength
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.contents import rows_mask
 from lightning_cl.functional.distillation import head_kl_divergence
 from lightning_cl.passes.passes import OutputsFunction, aligned, leaving_no_trace, loss_positions

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.regularization.quadratic import Apply, Strength
 from lightning_cl.callbacks.regularization.sampled_importance import SampledImportance
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.core.method import trainable_parameters
+from lightning_cl.core.placement import trainable_parameters
 from lightning_cl.functional import normalize_importance
 from lightning_cl.functional.cross_entropy import CHUNK_BYTES
 from lightning_cl.passes.fisher_losses import select

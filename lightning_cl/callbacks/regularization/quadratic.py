@@ -21,17 +21,20 @@ from lightning_cl.callbacks.regularization.diagnosis import (
     sentences_of,
     warning_of,
 )
+from lightning_cl.core.arguments import check_choice, check_strength
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import (
-    ContinualCallback,
-    Need,
-    check_choice,
-    check_strength,
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.placement import (
+    Streamed,
     clean_name,
+    fit_to,
+    full_cpu,
+    pinned,
     tensor_bytes,
     trainable_parameters,
+    whole,
 )
-from lightning_cl.core.placement import Streamed, fit_to, full_cpu, pinned, whole
+from lightning_cl.core.questions import Need
 from lightning_cl.functional import add_penalty_gradient_, proximal_step_, zero_non_finite_
 
 Apply = Literal["gradient", "proximal"]

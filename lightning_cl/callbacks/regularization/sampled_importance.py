@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, Strength
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import EndCost
+from lightning_cl.core.questions import EndCost
 from lightning_cl.passes.task_samples import TaskSamples, check_samples
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import TaskPosition

@@ -11,8 +11,7 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, Strength, check_damping
 from lightning_cl.callbacks.regularization.step_watch import StepWatch
-from lightning_cl.core.method import tensor_bytes, trainable_parameters
-from lightning_cl.core.placement import fit_to, full_cpu
+from lightning_cl.core.placement import fit_to, full_cpu, tensor_bytes, trainable_parameters
 from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_, relative_damping
 
 

@@ -20,9 +20,11 @@ from lightning_cl.buffers.disk.encoding import encode
 from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.filling import Extras, cost_of, offer_batch, offer_task
+from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import named, refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import ContinualCallback, EndCost, check_choice
+from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.questions import EndCost
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing.plan import seed_of
 from lightning_cl.data.plannable import task_indices, why_not_plannable

@@ -17,9 +17,10 @@ from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, Storage
 from lightning_cl.callbacks.replay.dark_logits import DarkLogits, Replayed, bytes_of_position
 from lightning_cl.callbacks.replay.replay import Replay
+from lightning_cl.core.arguments import check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import Need, check_strength
+from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.drawing import Draw
 from lightning_cl.data.mixing.plan import MixMode
 from lightning_cl.passes.passes import OutputsFunction

@@ -14,7 +14,7 @@ from lightning_cl.callbacks.replay.base import Storage
 from lightning_cl.callbacks.replay.filling import cost_of, keep
 from lightning_cl.callbacks.replay.replay import Replay
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import Need
+from lightning_cl.core.questions import Need
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing.plan import MixMode
 from lightning_cl.data.mixing.ratio import PER_TASK

@@ -14,9 +14,10 @@ from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage, check_plannable
 from lightning_cl.callbacks.replay.interference import Interference
+from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import Need, check_choice
+from lightning_cl.core.questions import Need
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing.drawing import DRAWS, Draw
 from lightning_cl.data.mixing.plan import MixMode

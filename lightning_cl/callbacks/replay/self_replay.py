@@ -21,9 +21,10 @@ from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
 from lightning_cl.callbacks.replay.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.callbacks.replay.replay import check_together, mix_into_loader
 from lightning_cl.callbacks.replay.sample_writer import SampleWriter, WritingSettings
+from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import Need, check_choice
+from lightning_cl.core.questions import Need
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing.plan import MixMode, seed_of
 from lightning_cl.data.mixing.ratio import check_ratio, curve_of, replays_anything

@@ -1,0 +1,203 @@
+"""The questions that a continual-learning method answers: all that coordinator, checks and loops know of it.
+
+A method never overrides Lightning's hooks for these moments itself. One
+:class:`~lightning_cl.core.coordinator.TaskCoordinator` per Trainer asks all methods in the right order, whatever
+their order in ``Trainer(callbacks=[…])``:
+
+==================  ====================================================================================
+question            when
+==================  ====================================================================================
+on_run_start        a run starts or resumes, before a checkpoint is read
+on_sequence_start   ``fit_tasks`` starts a sequence anew, without a checkpoint
+check_loader        before any training, for the loader of every task
+mix_into            the loader of a task is built
+on_task_start       once per task, never on a resume inside it
+place               whenever training starts or resumes: bring tensors to the model's device
+on_batch            a batch is about to be trained on
+extra_loss          after the module's own loss, before the backward pass
+observe_gradients   gradients are complete, unscaled, reduced over ranks, not clipped; nobody has edited them
+edit_gradients      after all observers, before clipping; in the order of ``edit_order``
+edit_weights        right after a real optimizer step
+after_step          after all weight edits
+on_task_end         once per task, after all other callbacks' ``on_train_end``
+at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``; in the order of
+                    ``boundary_order``
+after_boundary      when all have answered ``at_boundary``: time to report
+end_cost            the plan is told: what the end of a task will take
+advice              the report is written: what of the method could be changed
+==================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_cl.data import TaskDataModule, TaskLoader
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.data.trained import Trained
+from lightning_cl.evaluation.sentences import Need
+from lightning_cl.tasks import TaskPosition
+
+
+class EndCost(NamedTuple):
+    """What a method does with a task's own data at its end, for the plan."""
+
+    what: str
+    """In a word, as ``Fisher``."""
+    samples: int
+    batches: int
+    per_sample: float
+    """The time for a sample, relative to training on it once."""
+
+
+class Questions(Callback):
+    """The questions of a method, each answered by nothing; see the module's docstring for their order.
+
+    State goes into ``checkpoint["lightning_cl"]`` and not through Lightning's ``state_dict``: Lightning checks for two
+    states of one key when the Trainer is made, before two callbacks of one class can be told apart.
+
+    Attributes:
+        task: where in the sequence the run is; None before the first task.
+        tasks_done: how many tasks this callback has seen to their end.
+    """
+
+    owns: str | None = None
+    """A thing that only one callback of a Trainer may have, in words (``"the replayed part of the batches"``)."""
+
+    edit_order: int = 0
+    """Lower edits gradients first: penalties 0, projections 1."""
+
+    ends_long: bool = False
+    """True if its part of a task's end can take long: a checkpoint is written before, so that no training is lost."""
+
+    boundary_order: int = 0
+    """Lower evaluates first between tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task: TaskPosition | None = None
+        self.tasks_done = 0
+        self.scalars: dict[str, float | Tensor] = {}
+
+    # ------------------------------------------------------------------ questions
+
+    def on_run_start(self, trainer: L.Trainer) -> None:
+        """A run starts or resumes; nothing is read from a checkpoint yet."""
+
+    def on_sequence_start(self) -> None:
+        """A new sequence starts; what the method learnt before, it may keep."""
+
+    @property
+    def mixes(self) -> bool:
+        """True if there is something to mix into the next task's loader."""
+        return False
+
+    @property
+    def replays(self) -> bool:
+        """True if samples that are not the task's own come into the batches, now or later."""
+        return False
+
+    def check_loader(self, loader: Any, task: str) -> None:
+        """Raises an error if the method cannot work with a task's training loader."""
+
+    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+        """The loader of a task is built: add to it."""
+
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task starts: anchors, snapshots, fresh sums."""
+
+    def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training starts or resumes: bring tensors to where the parameters are."""
+
+    def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
+        """The new samples, of all ranks, that are about to be trained on; not for loaders that do not know them."""
+
+    def extra_loss(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
+        """A term to add to the loss of this batch, with a graph; its scale is that of the module's own loss."""
+        return None
+
+    def observe_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        """Look at ``p.grad``, which carries the factor `scale` (1 except with a fused optimizer in fp16)."""
+
+    def edit_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        """Change ``p.grad``, which carries the factor `scale`."""
+
+    def edit_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Change parameters after the optimizer's step."""
+
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the parameters that this step ended with."""
+
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task ends: importances, buffers, teachers."""
+
+    def at_boundary(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        data: TaskDataModule,
+        trained: int,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Between tasks, `trained` of them done: evaluate. The Trainer is free, the module on any device.
+
+        With `ckpt_path` the run resumes from a boundary, and the module's weights are still in that file.
+        """
+
+    def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
+        """All evaluations of this boundary are there; `final`: no task is left."""
+
+    # ------------------------------------------------------------------ state
+
+    def continual_state(self) -> dict[str, Any]:
+        """Returns the state that must survive a crash: tensors and plain containers only."""
+        return {}
+
+    def load_continual_state(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`continual_state`."""
+
+    def end_cost(self, trainer: L.Trainer, loader: Any, task: TaskPosition) -> EndCost | None:
+        """Returns what the end of a task takes, over all ranks; None for next to nothing.
+
+        Args:
+            trainer: the Trainer.
+            loader: the task's own training loader.
+            task: which of how many it is.
+        """
+        return None
+
+    def state_bytes(self) -> int:
+        """Returns the bytes of the state that the method keeps from task to task."""
+        return 0
+
+    def report(self) -> dict[str, Any]:
+        """Returns the numbers and texts of this method for the run's report."""
+        return {}
+
+    def advice(self, need: Need) -> str | None:
+        """Names what could be changed of this method, by what it saw in the run; None for nothing.
+
+        Args:
+            need: ``keep`` more of earlier tasks, or ``learn`` more of a new one.
+        """
+        return None
+
+    # ------------------------------------------------------------------ for methods
+
+    def log_scalar(self, name: str, value: float | Tensor) -> None:
+        """Logs ``continual/<class>/<name>`` with this step's other metrics; can be called in any question."""
+        self.scalars[name] = value
+
+    def is_log_step(self, trainer: L.Trainer) -> bool:
+        """True if this optimizer step's metrics go to the logger; what costs time is measured only then."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (trainer.global_step + 1) % every == 0
