@@ -114,3 +114,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what is computed once: ``$LIGHTNING_CL_CACHE``, or ``~/.cache/lightning_cl``."""
+    return Path(os.environ.get("LIGHTNING_CL_CACHE") or Path.home() / ".cache" / "lightning_cl")

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+import lightning_cl
 from lightning_cl.cli.overlays import contents, owners, paths_to
 
 
@@ -167,8 +168,6 @@ def _closest(given: str, names: list[str]) -> str:
 
 def _classes() -> dict[str, list[str]]:
     """Classes that a configuration may name, with their arguments."""
-    import lightning_cl
-
     classes = {name: getattr(lightning_cl, name) for name in lightning_cl.__all__}
     pending = [Callback]
     while pending:

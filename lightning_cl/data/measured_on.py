@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +12,10 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from lightning_cl.data.module import TaskDataModule
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.dataset import TokenDataset
 from lightning_cl.tasks import Task
-
-if TYPE_CHECKING:
-    from lightning_cl.data.module import TaskDataModule
 
 _LOOKED_AT = 8  # samples of a data set of somebody else's making
 _SETTINGS = {

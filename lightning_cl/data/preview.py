@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning_cl.data.text.dataset import TokenDataset
 from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.text_tasks import TokenStream
 from lightning_cl.tasks import Task
-
-if TYPE_CHECKING:
-    from lightning_cl.data.module import TaskDataModule
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
 _HEAD, _TAIL = 700, 200  # characters that are shown of a part
@@ -21,7 +18,33 @@ _PARTS = 16  # of a sample, with and without loss in turn
 LEGEND = "⟦…⟧ bears loss (a sample's first token never does: nothing predicts it)"
 
 
-def preview(data: TaskDataModule, colour: bool = False) -> str:
+class Described(Protocol):
+    """All that a preview asks of a DataModule with tasks."""
+
+    tasks: list[Task]
+    tokenizer: Any
+
+    @property
+    def is_set_up(self) -> bool:
+        """True if the data sets are made."""
+
+    def prepare_data(self) -> None:
+        """Reads the texts."""
+
+    def setup(self) -> None:
+        """Makes the data sets."""
+
+    def describe(self, task: Task) -> list[str]:
+        """Returns the counts of a task's training data, a line each."""
+
+    def training_data(self, task: Task) -> Any:
+        """Returns the data set that a task is trained on."""
+
+    def text_data(self, task: Task) -> dict[str, Any]:
+        """Returns the data sets that were made from text, by role."""
+
+
+def preview(data: Described, colour: bool = False) -> str:
     """Shows each task's first training sample as text, and how many samples and records were left out.
 
     Args:
@@ -40,7 +63,7 @@ def preview(data: TaskDataModule, colour: bool = False) -> str:
     return "\n".join(lines)
 
 
-def sample_lines(data: TaskDataModule, task: Task, colour: bool = False) -> list[str]:
+def sample_lines(data: Described, task: Task, colour: bool = False) -> list[str]:
     """A task's first training sample (of a watched task, validation sample) as lines of text.
 
     Where it is no text, they say what it is.
@@ -100,7 +123,7 @@ def marked(ids: list[int], learnt: list[bool], tokenizer: Any, colour: bool = Fa
     return "".join(texts) + (f" … and {rest} more parts" if rest > 0 else "")
 
 
-def _shown(data: TaskDataModule, sample: Mapping[str, Any], count: int, colour: bool) -> list[str]:
+def _shown(data: Described, sample: Mapping[str, Any], count: int, colour: bool) -> list[str]:
     ids = [int(token) for token in sample["input_ids"]]
     if "loss_mask" in sample:
         learnt = [bool(bears) for bears in sample["loss_mask"]]
@@ -153,7 +176,7 @@ def _visible(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def _other_roles(data: TaskDataModule, task: Task) -> list[str]:
+def _other_roles(data: Described, task: Task) -> list[str]:
     """The counts of validation and test data."""
     return [
         f"{role}: {len(made):,} samples, {len(made.ids):,} tokens; {_counts(made.tally)}"

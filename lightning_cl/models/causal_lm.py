@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from lightning_cl.core.loops import steps_of_task
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.models.frozen_base import (
     changed_settings,
@@ -269,8 +270,6 @@ class CausalLM(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        from lightning_cl.core.loops import steps_of_task
-
         optimizer = self.optimizer(_parameter_groups(self))
         if self.schedule is None:
             return optimizer

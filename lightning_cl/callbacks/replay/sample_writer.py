@@ -12,9 +12,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_cl.cache import cache_folder
 from lightning_cl.core.ranks import from_all_ranks
-from lightning_cl.files import replace_file
+from lightning_cl.files import cache_folder, replace_file
 from lightning_cl.models.frozen_base import checksum
 from lightning_cl.passes.generation import Written, sample_tokens
 from lightning_cl.passes.passes import forward_context, progress

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_cl.buffers import ReplayBuffer
-    from lightning_cl.data.mixing.replayed import Samples
+from lightning_cl.buffers import ReplayBuffer
+from lightning_cl.data.mixing.replayed import Samples
 
 
 class Part(NamedTuple):

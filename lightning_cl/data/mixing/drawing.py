@@ -11,14 +11,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
+from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.data.mixing.plan import balanced_order, seed_of
-
-if TYPE_CHECKING:
-    from lightning_cl.buffers import ReplayBuffer
 
 Draw = Literal["uniform", "task", "proportional", "recency", "interfered"]
 DRAWS: tuple[str, ...] = ("uniform", "task", "proportional", "recency", "interfered")

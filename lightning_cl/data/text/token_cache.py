@@ -13,11 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lightning_cl.cache import cache_folder
 from lightning_cl.checksum import checksum_of
 from lightning_cl.data.text.dataset import TokenDataset
 from lightning_cl.data.text.tally import Tally
-from lightning_cl.files import remove_old, replace_file
+from lightning_cl.files import cache_folder, remove_old, replace_file
 
 FORMAT = 2
 """Of the files; part of their names, so that old ones are not read by a version that tokenises otherwise."""

@@ -11,10 +11,9 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_cl.cache import cache_folder
 from lightning_cl.data.text.model_files import find_damaged_file
 from lightning_cl.data.text.pretrained import resolve_source
-from lightning_cl.files import replace_file
+from lightning_cl.files import cache_folder, replace_file
 
 
 class TrainedBPE:
