@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+from test_layers import LAYERS
+
 import lightning_cl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "configs/README.md", "notebooks/README.md", "tests/benchmarks/README.md"]
 
 
 def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
@@ -22,14 +26,29 @@ def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert namespace["summary"]["forgetting"] == forgetting
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("file", PAGES)
+def test_linked_files_exist(file):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / file).read_text())
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not ((ROOT / file).parent / link).exists()] == []
 
 
-def test_every_config_that_is_named_exists():
-    configs = re.findall(r"configs/[\w/{},]+\.yaml", README)
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+def test_the_readme_shows_the_layers_that_the_code_is_held_against():
+    table = README.split("holds the code against it:")[1].split("**Add a method")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.count("|") == 3][2:]
+    shown = re.findall("[a-z]+", " ".join(rows))
+    rooms = [room.split("/")[0] for layer in LAYERS for room in layer if not room.startswith("__")]
+    assert shown == list(dict.fromkeys(rooms))[: len(shown)]
+    assert set(rooms) - set(shown) == {"tasks", "files", "random_state", "checksum", "stopping"}
+
+
+@pytest.mark.parametrize("file", ["README.md", "tests/benchmarks/README.md"])
+def test_every_config_that_is_named_exists(file):
+    configs = re.findall(r"configs/[\w/{},]+\.yaml", (ROOT / file).read_text())
     assert configs
     assert [config for config in configs if not (ROOT / config).exists()] == []
 
