@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.ewc import EWC
-from lightning_cl.callbacks.regularization.quadratic import Apply, Strength
+from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
 from lightning_cl.core.placement import clean_name, full_cpu, trainable_parameters
 from lightning_cl.functional.kronecker import (
     FactorSums,
@@ -62,8 +62,12 @@ class KFACEWC(EWC):
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
         last_task: whether the last task of a sequence is measured too, as in :class:`~lightning_cl.EWC`.
-        settings: ``share`` and ``state_device`` of
-            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
+            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
+        state_dtype: type of the importance of all parameters without factors, as in :class:`~lightning_cl.EWC`.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
+            memory of the machine, and each step brings them to the parameters one tensor at a time.
+        mode: ``online`` or ``separate``; without effect on the penalty, as one pair of factors is kept for all tasks.
 
     Attributes:
         factors: parameter name to its :class:`~lightning_cl.functional.kronecker.Kronecker`; all others are in
@@ -85,7 +89,10 @@ class KFACEWC(EWC):
         batch_size: int | None = None,
         apply: Apply = "gradient",
         last_task: bool = True,
-        **settings: Any,
+        share: float = 0.1,
+        state_dtype: StateDtype = "float32",
+        state_device: StateDevice = "model",
+        mode: Literal["online", "separate"] = "online",
     ) -> None:
         if estimator == "batched":
             raise ValueError("estimator='batched': the factors are moments over single positions; use 'empirical'")
@@ -101,7 +108,10 @@ class KFACEWC(EWC):
             batch_size=batch_size,
             apply=apply,
             last_task=last_task,
-            **settings,
+            mode=mode,
+            share=share,
+            state_dtype=state_dtype,
+            state_device=state_device,
         )
         self.largest = largest
         self.factors: dict[str, Kronecker] = {}

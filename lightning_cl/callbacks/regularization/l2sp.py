@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, Strength
+from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, StateDevice, StateDtype, Strength
 from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.placement import full_cpu, tensor_bytes, trainable_parameters
 
@@ -30,8 +30,11 @@ class L2SP(QuadraticPenalty):
             that the sequence started from (a pretrained model's), also during the first task.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        settings: ``share`` and ``state_device`` of
-            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
+            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
+        state_dtype: type of the importance, which is one number for all weights of a tensor.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
+            memory of the machine, and each step brings them to the parameters one tensor at a time.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -42,9 +45,11 @@ class L2SP(QuadraticPenalty):
         strength: Strength = "auto",
         anchor: Literal["previous", "start"] = "previous",
         apply: Apply = "gradient",
-        **settings: Any,
+        share: float = 0.1,
+        state_dtype: StateDtype = "float32",
+        state_device: StateDevice = "model",
     ) -> None:
-        super().__init__(strength, apply, **settings)
+        super().__init__(strength, apply, share, state_dtype, state_device)
         self.anchored_to = check_choice("anchor", anchor, ("previous", "start"))
 
     @override

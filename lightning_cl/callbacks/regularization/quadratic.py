@@ -39,6 +39,8 @@ from lightning_cl.functional import add_penalty_gradient_, proximal_step_, zero_
 
 Apply = Literal["gradient", "proximal"]
 Strength = float | Literal["auto"]
+StateDtype = Literal["float32", "bfloat16"]
+StateDevice = Literal["model", "cpu"]
 _MEASURED_STEPS = (4, 16, 64, 256)
 
 
@@ -83,8 +85,8 @@ class QuadraticPenalty(ContinualCallback):
         strength: Strength = "auto",
         apply: Apply = "gradient",
         share: float = 0.1,
-        state_dtype: Literal["float32", "bfloat16"] = "float32",
-        state_device: Literal["model", "cpu"] = "model",
+        state_dtype: StateDtype = "float32",
+        state_device: StateDevice = "model",
     ) -> None:
         super().__init__()
         if isinstance(strength, str) and strength != "auto":

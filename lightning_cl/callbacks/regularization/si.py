@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, Strength, check_damping
+from lightning_cl.callbacks.regularization.quadratic import (
+    Apply,
+    QuadraticPenalty,
+    StateDevice,
+    StateDtype,
+    Strength,
+    check_damping,
+)
 from lightning_cl.callbacks.regularization.step_watch import StepWatch
 from lightning_cl.core.placement import fit_to, full_cpu, tensor_bytes, trainable_parameters
 from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_, relative_damping
@@ -42,8 +49,11 @@ class SI(QuadraticPenalty):
             magnitude for different models and learning rates; False keeps the units of the paper.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        settings: ``share``, ``state_dtype`` and ``state_device`` of
-            :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
+        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
+            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
+        state_dtype: type of the importance; ``bfloat16`` halves its memory, to a relative rounding of 0.4 %.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
+            memory of the machine, and each step brings them to the parameters one tensor at a time.
 
     Attributes:
         omega: parameter name to the path integral ω of the current task.
@@ -58,9 +68,11 @@ class SI(QuadraticPenalty):
         damping: float | Literal["auto"] = "auto",
         normalize: bool = True,
         apply: Apply = "gradient",
-        **settings: Any,
+        share: float = 0.1,
+        state_dtype: StateDtype = "float32",
+        state_device: StateDevice = "model",
     ) -> None:
-        super().__init__(strength, apply, **settings)
+        super().__init__(strength, apply, share, state_dtype, state_device)
         self.damping, self.normalize = check_damping(damping), normalize
         self.omega: dict[str, Tensor] = {}
         self._watch = StepWatch()
