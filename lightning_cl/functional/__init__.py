@@ -4,15 +4,15 @@ Nothing in this folder imports Lightning: these functions can be used in any loo
 against closed forms and independent references.
 """
 
-from lightning_cl.functional.dark_experience import dark_loss, top_logits
-from lightning_cl.functional.distillation import kl_divergence
-from lightning_cl.functional.fisher import (
+from lightning_cl.functional.agem import Projection, project_
+from lightning_cl.functional.derpp import dark_loss, top_logits
+from lightning_cl.functional.ewc import (
     expected_label_losses,
     fisher_diagonal,
     sampled_label_loss,
     squared_gradients,
 )
-from lightning_cl.functional.path_integral import path_importance, path_integral_step_, relative_damping
+from lightning_cl.functional.lwf import kl_divergence
 from lightning_cl.functional.penalty import (
     add_penalty_gradient_,
     merge_quadratics,
@@ -21,7 +21,6 @@ from lightning_cl.functional.penalty import (
     quadratic_penalty,
     zero_non_finite_,
 )
-from lightning_cl.functional.projection import Projection, project_
 from lightning_cl.functional.retention import (
     average_score,
     backward_transfer,
@@ -32,6 +31,7 @@ from lightning_cl.functional.retention import (
 )
 from lightning_cl.functional.sample_gradients import SampleGradients
 from lightning_cl.functional.selection import herding, k_center
+from lightning_cl.functional.si import path_importance, path_integral_step_, relative_damping
 
 __all__ = [
     "Projection",

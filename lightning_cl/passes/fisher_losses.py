@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl.functional.fisher import expected_label_losses_of_batch, label_loss, sampled_label_loss
+from lightning_cl.functional.ewc import expected_label_losses_of_batch, label_loss, sampled_label_loss
 from lightning_cl.passes.passes import LogitsReader, OutputsFunction, aligned, loss_positions, training_loss
 
 Estimator = Literal["auto", "sample", "empirical", "exact", "batched"]
@@ -26,7 +26,7 @@ class FisherLosses:
     Args:
         trainer: inside ``fit``.
         pl_module: the module.
-        estimator: where the labels come from (:mod:`lightning_cl.functional.fisher`).
+        estimator: where the labels come from (:mod:`lightning_cl.functional.ewc`).
         outputs: a user's function that gives logits, or None.
         seed: of the sampled labels; every sample has a generator of its own, so that they do not depend on batches and
             ranks.

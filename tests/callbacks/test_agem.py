@@ -36,7 +36,7 @@ from toys import Classifier, classification, trainer
 from lightning_cl import EWC, Replay, TaskDataModule, fit_tasks
 from lightning_cl.callbacks.replay import agem as module_of_agem
 from lightning_cl.callbacks.replay.agem import AGEM
-from lightning_cl.functional.projection import Projection
+from lightning_cl.functional.agem import Projection
 
 
 def opposed(seed):

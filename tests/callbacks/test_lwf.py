@@ -476,11 +476,11 @@ def test_lm_a_batch_without_any_loss_adds_nothing(tmp_path):
 
 def test_lm_chunks_change_nothing(tmp_path, monkeypatch):
     # One position at a time, in the backward pass too.
-    from lightning_cl.functional import distillation
+    from lightning_cl.functional import lwf
 
     found = [weights(lm_run(tmp_path, [LwF(2.0)], causal_lm())[0])]
-    for function in (distillation.head_kl_divergence, distillation.kl_divergence):
-        values = [1 if value == distillation.CHUNK_BYTES else value for value in function.__defaults__]
+    for function in (lwf.head_kl_divergence, lwf.kl_divergence):
+        values = [1 if value == lwf.CHUNK_BYTES else value for value in function.__defaults__]
         assert 1 in values
         monkeypatch.setattr(function, "__defaults__", tuple(values))
     found.append(weights(lm_run(tmp_path, [LwF(2.0)], causal_lm())[0]))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_cl.functional.dark_experience import (
+from lightning_cl.functional.derpp import (
     UNKNOWN,
     dark_loss,
     head_dark_loss,

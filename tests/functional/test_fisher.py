@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_cl.functional import expected_label_losses, fisher_diagonal, sampled_label_loss, squared_gradients
-from lightning_cl.functional.fisher import add_squared_gradients_
+from lightning_cl.functional.ewc import add_squared_gradients_
 
 
 def rng(seed=0):

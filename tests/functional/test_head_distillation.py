@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_cl.functional import kl_divergence
-from lightning_cl.functional.distillation import head_kl_divergence
+from lightning_cl.functional.lwf import head_kl_divergence
 
 
 def randn(*shape, seed=0):

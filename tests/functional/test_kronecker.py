@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_cl.functional import SampleGradients
-from lightning_cl.functional.kronecker import (
+from lightning_cl.functional.kfac import (
     FactorSums,
     Kronecker,
     kronecker_proximal_,

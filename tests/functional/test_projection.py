@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from lightning_cl.functional.projection import project_
+from lightning_cl.functional.agem import project_
 
 SHAPES = {"weight": (3, 4), "bias": (5,), "scale": ()}
 

@@ -28,7 +28,7 @@ class EWC(SampledImportance):
         L(θ) + strength / 2 · Σ_i F_i (θ_i − θ*_i)²
 
     with the diagonal Fisher information ``F`` of earlier tasks, from gradients of single samples at the end of each
-    task, on its own data, in evaluation mode (:mod:`lightning_cl.functional.fisher` has the definition). For language
+    task, on its own data, in evaluation mode (:mod:`lightning_cl.functional.ewc` has the definition). For language
     models a sequence is a sample and ``F = Σ_seq (∇ Σ_t log p)² / number of loss tokens``, so that with
     ``normalize=False`` the strength is the λ of a Laplace approximation for a loss that is a mean over tokens. Modules
     without token counts: the mean over samples. ``empirical`` takes the loss of ``training_step`` for a mean over the

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.regularization.ewc import EWC
 from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
 from lightning_cl.core.placement import clean_name, full_cpu, trainable_parameters
-from lightning_cl.functional.kronecker import (
+from lightning_cl.functional.kfac import (
     FactorSums,
     Kronecker,
     Spectrum,
@@ -36,7 +36,7 @@ class KFACEWC(EWC):
 
     The diagonal of EWC knows how far each weight may move by itself. ``A ⊗ G`` also knows which weights may move
     together without a change of the output. ``A`` and ``G`` are the second moments of a layer's inputs and of the
-    gradients at its outputs (:mod:`lightning_cl.functional.kronecker`); the Fisher is scaled as EWC's, so that a
+    gradients at its outputs (:mod:`lightning_cl.functional.kfac`); the Fisher is scaled as EWC's, so that a
     strength means the same. Embeddings, norms, biases, tied weights, layers wider than `largest` and
     GPT-2's ``Conv1D`` have EWC's diagonal.
 
@@ -70,7 +70,7 @@ class KFACEWC(EWC):
         mode: ``online`` or ``separate``; without effect on the penalty, as one pair of factors is kept for all tasks.
 
     Attributes:
-        factors: parameter name to its :class:`~lightning_cl.functional.kronecker.Kronecker`; all others are in
+        factors: parameter name to its :class:`~lightning_cl.functional.kfac.Kronecker`; all others are in
             ``importance``.
 
     Raises:

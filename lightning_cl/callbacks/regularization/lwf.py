@@ -18,7 +18,7 @@ from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.contents import rows_mask
-from lightning_cl.functional.distillation import head_kl_divergence
+from lightning_cl.functional.lwf import head_kl_divergence
 from lightning_cl.passes.passes import OutputsFunction, aligned, leaving_no_trace, loss_positions
 from lightning_cl.passes.student import Call, Student
 from lightning_cl.passes.task_samples import TaskSamples

@@ -21,7 +21,7 @@ from lightning_cl.callbacks.regularization.step_watch import StepWatch
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.placement import all_parameters, fit_to, full_cpu, tensor_bytes, trainable_parameters
 from lightning_cl.functional import normalize_importance, path_integral_step_, relative_damping
-from lightning_cl.functional.riemannian_walk import (
+from lightning_cl.functional.rwalk import (
     add_square_,
     path_length,
     path_score_,

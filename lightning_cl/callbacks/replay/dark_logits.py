@@ -14,7 +14,7 @@ from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.buffers.disk.segment import RemovedError
 from lightning_cl.data.mixing.contents import Kinds, Part
 from lightning_cl.functional.cross_entropy import head_cross_entropy
-from lightning_cl.functional.dark_experience import UNKNOWN, head_dark_loss, head_top_logits, index_type
+from lightning_cl.functional.derpp import UNKNOWN, head_dark_loss, head_top_logits, index_type
 from lightning_cl.passes.passes import (
     OutputsFunction,
     aligned,
@@ -54,7 +54,7 @@ class Replayed(NamedTuple):
     bearing: int
 
     def distance(self) -> Tensor:
-        """The sum of :func:`~lightning_cl.functional.dark_experience.dark_loss` over the positions."""
+        """The sum of :func:`~lightning_cl.functional.derpp.dark_loss` over the positions."""
         return head_dark_loss(self.hidden, self.values, self.indices, self.call.head_with({}), self.classes)
 
     def cross_entropy(self) -> Tensor:

@@ -39,7 +39,7 @@ class DERpp(Replay):
 
     with the model's logits z and the stored ones v of those n = k + 1 classes (all others in one; n = k if there are
     none), each side mean-centred: a softmax does not see what is added to the logits of all classes, so neither does
-    this (:func:`~lightning_cl.functional.dark_experience.dark_loss`). The k alone would not do: a new task that raises
+    this (:func:`~lightning_cl.functional.derpp.dark_loss`). The k alone would not do: a new task that raises
     all other classes leaves them as they were among themselves. Classes that a head gets later are among all others,
     where there are any. The sum over a batch's replayed positions is divided by all of its positions that bear loss, as
     the mean of the module's own loss is. So accumulated batches are one batch, and several ranks one process, as far as
