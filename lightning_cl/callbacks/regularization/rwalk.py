@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import lightning as L
@@ -9,15 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.regularization.quadratic import (
-    Apply,
-    QuadraticPenalty,
-    StateDevice,
-    StateDtype,
-    Strength,
-    check_damping,
-)
-from lightning_cl.callbacks.regularization.step_watch import StepWatch
+from lightning_cl.callbacks.regularization.path_importance import PathImportance
+from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.placement import all_parameters, fit_to, full_cpu, tensor_bytes, trainable_parameters
 from lightning_cl.functional import normalize_importance, path_integral_step_, relative_damping
@@ -32,7 +26,7 @@ from lightning_cl.functional.rwalk import (
 _SUMS = ("fisher", "score", "_window_squares", "_window_drop", "_window_start", "_task_score")
 
 
-class RWalk(QuadraticPenalty):
+class RWalk(PathImportance):
     """Riemannian Walk (Chaudhry et al. 2018, ECCV, arXiv:1801.10112, eqs. 6 to 8), a joining of EWC++ and SI.
 
     While a task is trained, every `every` steps::
@@ -89,12 +83,12 @@ class RWalk(QuadraticPenalty):
         state_dtype: StateDtype = "float32",
         state_device: StateDevice = "model",
     ) -> None:
-        super().__init__(strength, apply, share, state_dtype, state_device)
+        super().__init__(strength, damping, normalize, apply, share, state_dtype, state_device)
         if not 0 < rate <= 1:
             raise ValueError(f"rate={rate!r}: expected a number above 0 and at most 1")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: expected a positive number of steps")
-        self.rate, self.every, self.damping, self.normalize = float(rate), every, check_damping(damping), normalize
+        self.rate, self.every = float(rate), every
         self.fisher: dict[str, Tensor] = {}
         self.score: dict[str, Tensor] = {}
         self._task_score: dict[str, Tensor] = {}
@@ -104,7 +98,6 @@ class RWalk(QuadraticPenalty):
         self._window_steps = 0
         self._window_spoilt: dict[str, Tensor | int] = {}  # how many of these steps had no finite gradient
         self._started: set[str] = set()  # whose F there is
-        self._watch = StepWatch()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -135,12 +128,8 @@ class RWalk(QuadraticPenalty):
             setattr(self, name, placed)
 
     @override
-    @torch.no_grad()
-    def observe_gradients(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
-    ) -> None:
-        super().observe_gradients(trainer, pl_module, optimizer, scale)
-        self._watch.before(trainable_parameters(pl_module), self._window_drop, scale)
+    def followed(self) -> Collection[str]:
+        return self._window_drop
 
     @override
     @torch.no_grad()
@@ -202,7 +191,6 @@ class RWalk(QuadraticPenalty):
             "window_steps": self._window_steps,
             "window_spoilt": {name: int(count) for name, count in self._window_spoilt.items()},
             "started": sorted(self._started),
-            "spoilt_steps": int(self._watch.spoilt),
         }
 
     @override
@@ -213,7 +201,6 @@ class RWalk(QuadraticPenalty):
         # Earlier checkpoints do not know of spoilt steps.
         self._window_steps, self._started = state["window_steps"], set(state.get("started", state["sums"]["fisher"]))
         self._window_spoilt = dict(state.get("window_spoilt", {}))
-        self._watch.spoilt = torch.tensor(state.get("spoilt_steps", 0))
 
     @override
     def state_bytes(self) -> int:
@@ -221,9 +208,4 @@ class RWalk(QuadraticPenalty):
 
     @override
     def report(self) -> dict[str, Any]:
-        return super().report() | {
-            "rate": self.rate,
-            "every": self.every,
-            "damping": self.damping,
-            "normalize": self.normalize,
-        }
+        return super().report() | {"rate": self.rate, "every": self.every}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import lightning as L
@@ -9,20 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.regularization.quadratic import (
-    Apply,
-    QuadraticPenalty,
-    StateDevice,
-    StateDtype,
-    Strength,
-    check_damping,
-)
-from lightning_cl.callbacks.regularization.step_watch import StepWatch
+from lightning_cl.callbacks.regularization.path_importance import PathImportance
+from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
 from lightning_cl.core.placement import fit_to, full_cpu, tensor_bytes, trainable_parameters
 from lightning_cl.functional import normalize_importance, path_importance, path_integral_step_, relative_damping
 
 
-class SI(QuadraticPenalty):
+class SI(PathImportance):
     """Synaptic Intelligence (Zenke, Poole & Ganguli 2017, eqs. 3 to 5).
 
     During a task, ``ω_i += −g_i Δθ_i`` over the optimizer's real steps, with ``g`` the gradient of everything that went
@@ -72,10 +66,8 @@ class SI(QuadraticPenalty):
         state_dtype: StateDtype = "float32",
         state_device: StateDevice = "model",
     ) -> None:
-        super().__init__(strength, apply, share, state_dtype, state_device)
-        self.damping, self.normalize = check_damping(damping), normalize
+        super().__init__(strength, damping, normalize, apply, share, state_dtype, state_device)
         self.omega: dict[str, Tensor] = {}
-        self._watch = StepWatch()
 
     @override
     @torch.no_grad()
@@ -104,12 +96,8 @@ class SI(QuadraticPenalty):
         return super().is_active and self.tasks_done > 0
 
     @override
-    @torch.no_grad()
-    def observe_gradients(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
-    ) -> None:
-        super().observe_gradients(trainer, pl_module, optimizer, scale)
-        self._watch.before(trainable_parameters(pl_module), self.omega, scale)
+    def followed(self) -> Collection[str]:
+        return self.omega
 
     @override
     @torch.no_grad()
@@ -140,18 +128,13 @@ class SI(QuadraticPenalty):
     @override
     def continual_state(self) -> dict[str, Any]:
         omega = {name: full_cpu(t) for name, t in self.omega.items()}
-        return super().continual_state() | {"omega": omega, "spoilt_steps": int(self._watch.spoilt)}
+        return super().continual_state() | {"omega": omega}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
         self.omega = dict(state["omega"])
-        self._watch.spoilt = torch.tensor(state.get("spoilt_steps", 0))  # earlier checkpoints do not have it
 
     @override
     def state_bytes(self) -> int:
         return super().state_bytes() + tensor_bytes(self.omega)
-
-    @override
-    def report(self) -> dict[str, Any]:
-        return super().report() | {"damping": self.damping, "normalize": self.normalize}
