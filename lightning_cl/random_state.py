@@ -35,7 +35,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def untouched_random_state() -> Iterator[None]:
-    """What happens inside does not move the random states outside."""
+    """Keeps the random states outside unmoved by what happens inside."""
     state = get_random_state()
     try:
         yield

@@ -75,7 +75,7 @@ def heed(trainer: L.Trainer, all_ranks: bool = False) -> None:
 
     Args:
         trainer: the Trainer.
-        all_ranks: whether all processes call this at once; without it several processes go on, since one that stops
+        all_ranks: whether all processes call this at once; without it several processes continue, since one that stops
             alone would leave the others waiting.
 
     Raises:

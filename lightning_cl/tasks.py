@@ -71,7 +71,7 @@ class Task:
 
     @property
     def watched(self) -> bool:
-        """Whether the task is only evaluated, never trained on."""
+        """True if the task is only evaluated, never trained on."""
         return self.train is None
 
     @property
@@ -82,7 +82,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskPosition:
-    """Where in the sequence a run is: what callbacks read as ``self.task``.
+    """Position of a run in its sequence: callbacks read it as ``self.task``.
 
     Args:
         index: how many tasks were trained before this one.

@@ -311,7 +311,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _has_own_folder(trainer: L.Trainer) -> bool:
-    """Whether the logger chooses a folder that no run has yet; to be asked before it has chosen."""
+    """Returns True if the logger chooses a folder that no run has yet; to be asked before it has chosen."""
     return isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)) and trainer.logger._version is None
 
 

@@ -1,4 +1,4 @@
-"""``--run RUN`` and ``--add name=path``: a command that goes on from an earlier run.
+"""``--run RUN`` and ``--add name=path``: a command that resumes from an earlier run.
 
 What the two options mean is written as the options that they stand for, before the parser sees the command line: the
 run's saved configuration, with the new tasks behind the old ones, as the first ``--config``, and its checkpoint as
@@ -27,7 +27,7 @@ _RUN, _ADD = "--run runs/quickstart/version_0", "--add mails=data/mails.jsonl"
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """The run that a command goes on from.
+    """The run that a command resumes from.
 
     Args:
         folder: its folder; `fit` writes nothing there.
@@ -40,7 +40,7 @@ class EarlierRun:
     added: tuple[str, ...]
 
     def check(self, folder: Path, tasks: Sequence[str]) -> None:
-        """Whether the settings that came behind ``--run`` leave the old run, and the new tasks, as they are.
+        """Checks that the settings after ``--run`` leave the old run, and the new tasks, as they are.
 
         Args:
             folder: where the new run will write.

@@ -93,7 +93,7 @@ def owners(configs: Sequence[dict[str, Any]], option: str) -> Iterator[str]:
 
 
 def paths_to(configs: Sequence[dict[str, Any]], group: str, option: str) -> Iterator[str]:
-    """Where below a group of settings an option of that name stands, as the command line writes it."""
+    """Finds an option of that name below a group of settings, as the command line writes it."""
     for config in configs:
         for path in _paths(config.get(group), option):
             short = [part for part in path if part not in ("init_args", "dict_kwargs")]

@@ -1,6 +1,6 @@
 """``lightning-cl runs``: what the runs below a folder hold, which runs need files of others, and how one is forgotten.
 
-A run that goes on from another one's checkpoint (``--add``, or a resume with a folder of its own) has its own weights
+A run that resumes from another one's checkpoint (``--add``, or a resume with a folder of its own) has its own weights
 and importances. The samples of a buffer on disk stay where they were written: they are needed there.
 """
 

@@ -91,7 +91,7 @@ def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
     Args:
         folder: the run's folder.
         own: whether no other run writes there.
-        ckpt_path: what the run goes on from.
+        ckpt_path: what the run resumes from.
 
     Raises:
         ValueError: if the run is none that can be one of several.
@@ -236,7 +236,7 @@ def _start(arguments: Sequence[str], environment: dict[str, str]) -> int:
 
 
 def report_of(folder: Path | None, option: str, run: str) -> dict[str, Any]:
-    """What a finished run's report says.
+    """Returns a finished run's report.
 
     Raises:
         ValueError: if it left none.

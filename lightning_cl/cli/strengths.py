@@ -160,7 +160,7 @@ def _table(trials: Sequence[dict[str, Any]], first: int, best: float, monitor: s
 
 
 def asked_trial() -> dict[str, Any] | None:
-    """What the command that started this run asks of it, if a search did."""
+    """Returns what a search that started this run asks of it; None if none did."""
     text = os.environ.get(_TRIAL)
     return json.loads(text) if text else None
 

@@ -1,4 +1,4 @@
-"""How many threads a small model trains with on a CPU."""
+"""The number of threads that a small model trains with on a CPU."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def ask_for_trust(folder: Path, config: Any, trusted: bool) -> None:
 
 
 def foreign_code(value: Any, key: str = "") -> Iterator[str]:
-    """What a configuration would run or import from outside of this package, torch, lightning and transformers.
+    """Lists what a configuration would run or import from outside of this package, torch, lightning and transformers.
 
     A parser imports what a string names where a class or function is expected. Which strings these are, it knows only
     after it has imported their owners. So every string that names something importable counts.

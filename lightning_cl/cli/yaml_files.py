@@ -57,7 +57,7 @@ def check_files(arguments: Sequence[str]) -> None:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], inside: set[int]) -> int:
-    """How many entries there are when each alias is written out."""
+    """Counts the entries when each alias is written out."""
     if id(node) in sizes:
         return sizes[id(node)]
     if id(node) in inside:

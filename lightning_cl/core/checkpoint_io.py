@@ -66,7 +66,7 @@ def remove_killed_writes(checkpoint: Path) -> None:
 def resolve_checkpoint(
     ckpt_path: str | Path | None, folder: str | Path, methods: set[str] | None = None
 ) -> Path | None:
-    """A checkpoint's path; ``"last"`` is the newest one below `folder` that a sequence can go on from.
+    """A checkpoint's path; ``"last"`` is the newest one below `folder` that a sequence can resume from.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -118,7 +118,7 @@ def find_last_checkpoint(folder: str | Path, methods: set[str] | None = None) ->
 
     Args:
         folder: where to look.
-        methods: the names of the callbacks of the run that wants to go on, if they matter: other runs are passed over.
+        methods: the callbacks (names) of the run that wants to resume, if they matter: other runs are passed over.
 
     Raises:
         FileNotFoundError: if there is none.

@@ -1,4 +1,4 @@
-"""Whether methods, Trainer, module and checkpoint fit each other; found out before anything is trained."""
+"""Checks that methods, Trainer, module and checkpoint fit each other, before anything is trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def named(methods: list[Questions]) -> list[tuple[Questions, str]]:
 
 
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Whether these methods can work with this Trainer and module at all.
+    """Checks that these methods can work with this Trainer and module at all.
 
     Raises:
         MisconfigurationException: saying what to do instead.
@@ -82,7 +82,7 @@ def refuse_several_loaders(loader: Any, task: str, method: str) -> None:
 
 
 def check_state(trainer: L.Trainer, state: dict[str, Any], path: Any = "the checkpoint") -> None:
-    """Whether the callbacks of the run are those that wrote the checkpoint.
+    """Checks that the callbacks of the run are those that wrote the checkpoint.
 
     Raises:
         MisconfigurationException: naming what is missing or too many.

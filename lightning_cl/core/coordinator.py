@@ -81,7 +81,7 @@ class TaskCoordinator(Callback):
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
-        self.checkpoint_path: Path | None = None  # that a sequence goes on from
+        self.checkpoint_path: Path | None = None  # that a sequence resumes from
         self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._moved = False  # whether the weights have moved since the batch began
@@ -127,7 +127,7 @@ class TaskCoordinator(Callback):
             let_methods_mix(trainer, self.methods(trainer), check=not self.driven, on_loader=self._before_first_batch)
 
     def _before_first_batch(self, trainer: L.Trainer, loader: Any) -> None:
-        """The last moment before Lightning looks where to go on, and fetches the first batch of a stream."""
+        """The last moment before Lightning looks where to continue, and fetches the first batch of a stream."""
         if self._resumed is None:
             return
         if not self.started:
@@ -416,7 +416,7 @@ class TaskCoordinator(Callback):
         """The current task is done and evaluated: what is saved now starts the next one (called by ``fit_tasks``)."""
         self.at_boundary = True
         self.first_step = trainer.global_step
-        # Whoever resumes from here starts the next task from these states; so does the run that goes on.
+        # Whoever resumes from here starts the next task from these states; so does the run that resumes.
         self._resumed = {"loader": None, "random_states": from_all_ranks(get_random_state())}
 
     @contextmanager
@@ -430,7 +430,7 @@ class TaskCoordinator(Callback):
             self._boundary_states = None
 
     def _entry(self, trainer: L.Trainer, states: list[Any] | None = None) -> dict[str, Any]:
-        """What a checkpoint of this moment holds of the sequence and its methods; `states`: other random states."""
+        """Returns the part of a checkpoint that is the sequence's and its methods'; `states`: other random states."""
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
         begun = self._begun_batch(trainer)
         if self.at_boundary and self._resumed is not None:
@@ -460,7 +460,7 @@ class TaskCoordinator(Callback):
         }
 
     def _begun_batch(self, trainer: L.Trainer) -> dict[str, Any] | None:
-        """What a batch began with that an exception has cut off, if the weights are still those of before."""
+        """Returns the state at the start of a batch that an exception cut off, if the weights have not changed."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not self.at_boundary
         return self._at_batch if fitting and batches_in_flight(trainer) and not self._moved else None
 
@@ -489,7 +489,7 @@ class TaskCoordinator(Callback):
         return f"inside an accumulation window: the gradients of {window} batches are lost" if window else None
 
     def _place(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
-        """Where the loader stands, if it knows: behind the last batch that was trained on."""
+        """Returns the loader's position, if it knows it: after the last batch that was trained on."""
         if isinstance(loader, StreamLoader):
             # An exception in another callback's hook can come before the stream was told of a batch.
             begun = self._begun_with == batches_ready(trainer)
@@ -545,7 +545,7 @@ def best_of(trainer: L.Trainer) -> ModelCheckpoint | None:
 
 
 def _before_batch(pl_module: L.LightningModule) -> dict[str, Any]:
-    """What a forward pass changes: random states, and running statistics where they are few."""
+    """Returns all that a forward pass changes: random states, and running statistics where they are few."""
     buffers = dict(pl_module.named_buffers())
     are_few = sum(buffer.numel() for buffer in buffers.values()) <= _FEW
     kept = {name: buffer.detach().clone() for name, buffer in buffers.items()} if are_few else None

@@ -44,7 +44,7 @@ class _TasksSteps(int):
 
 @dataclass
 class Limits:
-    """What a fit is bounded by, in epochs and steps of its own."""
+    """Bounds of a fit, in epochs and steps of its own."""
 
     max_epochs: int | None
     max_steps: int
@@ -110,7 +110,7 @@ def plan_limits(trainer: L.Trainer, max_epochs: int | None, max_steps: int) -> N
 
 
 def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | None:
-    """How many optimizer steps a task takes when it is no preflight; None if nobody can know.
+    """Returns the optimizer steps of a task when it is no preflight; None if nobody can know.
 
     Args:
         trainer: with ``fast_dev_run``. Its own limits are known where :func:`plan_limits` told them.
@@ -123,7 +123,7 @@ def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | 
 
 
 def expected_steps(trainer: L.Trainer, epochs: int | None, steps: int, batches: int | None) -> int | None:
-    """How many optimizer steps a fit takes; None if nobody can know.
+    """Returns the optimizer steps of a fit; None if nobody can know.
 
     Args:
         trainer: says how many batches make a step.
@@ -193,7 +193,7 @@ def batches_ready(trainer: L.Trainer) -> int:
 
 
 class _MixingSource(_DataLoaderSource):
-    """Where the Trainer gets its training loader from, with what the methods mix into it."""
+    """Source of the Trainer's training loader, with what the methods mix into it."""
 
     def __init__(self, source: _DataLoaderSource, trainer: L.Trainer, methods: list[Questions]) -> None:
         super().__init__(source.instance, source.name)
@@ -249,7 +249,7 @@ def let_methods_mix(
 
 
 def steps_of_task(trainer: L.Trainer) -> int | None:
-    """How many optimizer steps the coming fit takes, for schedules; None if nobody can know.
+    """Returns the optimizer steps of the coming fit, for schedules; None if nobody can know.
 
     For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up,
     which would lose the loader's place on a resume.

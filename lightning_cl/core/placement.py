@@ -1,4 +1,4 @@
-"""Where the tensors of a method are: whole in checkpoints, beside their parameters in training, or on the CPU."""
+"""Location of a method's tensors: whole in checkpoints, with their parameters in training, or on the CPU."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ from lightning_cl.tasks import TaskPosition
 
 
 class EndCost(NamedTuple):
-    """What a method does with a task's own data at its end, for the plan."""
+    """Cost of what a method does with a task's own data at its end, for the plan."""
 
     what: str
     """In a word, as ``Fisher``."""

@@ -1,4 +1,4 @@
-"""What all processes of a run know."""
+"""Values that all processes of a run gather from each other."""
 
 from __future__ import annotations
 

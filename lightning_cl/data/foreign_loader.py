@@ -1,4 +1,4 @@
-"""What of a user's ``DataLoader`` a :class:`~lightning_cl.data.loader.TaskLoader` takes over."""
+"""Settings of a user's ``DataLoader`` that a :class:`~lightning_cl.data.loader.TaskLoader` takes over."""
 
 from __future__ import annotations
 

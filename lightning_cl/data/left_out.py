@@ -1,4 +1,4 @@
-"""What became of a task's records on the way to samples, for warnings, plan and report."""
+"""Counts of a task's records that did not become samples, for warnings, plan and report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def left_out(texts: Mapping[str, Any]) -> dict[str, int]:
-    """How many samples were dropped and cut off, and how many records were malformed, as ``train_dropped`` and so on.
+    """Returns the counts of dropped and cut-off samples and of malformed records, as ``train_dropped`` and so on.
 
     Args:
         texts: a task's data by role: token data sets, and streams (as far as they were read in their last pass).

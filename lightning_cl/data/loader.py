@@ -244,7 +244,7 @@ class TaskLoader:
         return Trained(self._epoch, self._position, new, self.dataset.__getitem__)
 
     def state_dict(self, in_flight: int = 0) -> dict[str, Any]:
-        """Where the loader stands, and what it has given out in this task.
+        """Returns the loader's position, and what it has given out in this task.
 
         Args:
             in_flight: how many of the batches that were given out last have not been trained on.
@@ -257,7 +257,7 @@ class TaskLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any], on_resumed: Callable[[], None] | None = None) -> None:
-        """The next iterator goes on from :meth:`state_dict`.
+        """The next iterator resumes from :meth:`state_dict`.
 
         Args:
             state: of :meth:`state_dict`.

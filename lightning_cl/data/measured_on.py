@@ -97,7 +97,7 @@ def _length(dataset: Any) -> int | None:
 
 
 def _batches(loader: Any, limit: int | float) -> int | None:
-    """How many batches are looked at; the limit itself where nobody knows how many there are."""
+    """Returns the number of batches to look at; the limit itself where nobody knows how many there are."""
     length = _length(loader)
     if isinstance(limit, int):
         return limit if length is None else min(length, limit)

@@ -176,12 +176,12 @@ class TaskDataModule(L.LightningDataModule):
         return self.tokenizer is not None and isinstance(columns, list) and "input_ids" not in columns
 
     def fingerprint(self) -> str | None:
-        """A hash of the tokenizer: a model must not go on with another vocabulary than it was trained with."""
+        """A hash of the tokenizer: a model must not continue with another vocabulary than it was trained with."""
         return fingerprint(self.tokenizer) if hasattr(self.tokenizer, "get_vocab") else None
 
     @property
     def is_set_up(self) -> bool:
-        """Whether the data has been read: ``tokenizer`` is then a tokenizer."""
+        """True if the data has been read: ``tokenizer`` is then a tokenizer."""
         return self._prepared is not None
 
     @property
@@ -297,7 +297,7 @@ class TaskDataModule(L.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def has_test_data(self, task: Task) -> bool:
-        """Whether there is something to test a task on."""
+        """Returns True if there is something to test a task on."""
         module = task.train
         own = isinstance(module, L.LightningDataModule) and is_overridden(
             "test_dataloader", module, L.LightningDataModule
@@ -323,7 +323,7 @@ class TaskDataModule(L.LightningDataModule):
         return self._loader_of(source, task, shuffle=False)
 
     def samples_of(self, name: str, source: Any) -> Any:
-        """What a task's training set would be if it were this data, all of it: token samples, where it is text.
+        """Returns the training set that a task would have if it were all of this data: token samples, where it is text.
 
         Args:
             name: for messages.
@@ -339,11 +339,11 @@ class TaskDataModule(L.LightningDataModule):
         return prepare_texts(task, sources, self.tokenizer, self._text_settings(task))["train"]
 
     def validated_on_training_data(self, task: Task) -> bool:
-        """Whether a task's column of the matrix is measured on what it was trained on."""
+        """Returns True if a task's column of the matrix is measured on the data that it was trained on."""
         return self._data(task).val is None and not isinstance(task.train, L.LightningDataModule)
 
     def describe(self, task: Task) -> list[str]:
-        """What is known of a task's training data, in words."""
+        """Describes a task's training data in words."""
         train = self._data(task).train
         if not isinstance(train, TokenDataset):
             return []
@@ -372,7 +372,7 @@ class TaskDataModule(L.LightningDataModule):
         return self._data(task).train
 
     def text_data(self, task: Task) -> dict[str, Any]:
-        """What of a task's data was text, by role: token data sets, and streams of token samples."""
+        """Returns the part of a task's data that was text, by role: token data sets, and streams of token samples."""
         return self._data(task).texts
 
     def preview(self, colour: bool = False) -> str:
@@ -384,7 +384,7 @@ class TaskDataModule(L.LightningDataModule):
         return preview(self, colour)
 
     def left_out(self, task: Task) -> dict[str, int]:
-        """How many of a task's samples were dropped and cut off, how many records malformed, by role (``train_…``)."""
+        """Returns the counts of a task's dropped and cut-off samples and malformed records, by role (``train_…``)."""
         return left_out(self._data(task).texts)
 
     # ------------------------------------------------------------------ inside

@@ -16,7 +16,7 @@ _BEGINNING = 1_000_000  # bytes of a file that are looked at
 
 
 def holds_records(path: Path) -> bool:
-    """Whether a file with the suffix of a file of records begins with a record of a known format.
+    """Returns True if a file with the suffix of a file of records begins with a record of a known format.
 
     A source tree has configurations and tables that are nothing to learn. A ``.jsonl`` file whose first line is broken
     counts as records.

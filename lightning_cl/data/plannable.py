@@ -1,4 +1,4 @@
-"""Whether a user's loader can be planned by index, and which samples it can give."""
+"""A user's loader: can it be planned by index, and which samples can it give?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_cl.random_state import untouched_random_state
 
 
 def task_indices(loader: Any) -> Sequence[int]:
-    """Which samples of its data set a loader can give: a sampler may leave some to other tasks, or to validation.
+    """Returns the samples of its data set that a loader can give: a sampler may leave some to other tasks.
 
     Args:
         loader: a :class:`TaskLoader` or a ``DataLoader`` whose batches can be planned by index.

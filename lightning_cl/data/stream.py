@@ -144,7 +144,7 @@ class StreamLoader:
         return (given.kinds if self._mix.mixes else None), Trained(self._mix.epoch, given.number, new)
 
     def place(self, in_flight: int = 0) -> dict[str, Any]:
-        """Where the loader stands, and what was trained on in this task.
+        """Returns the loader's position, and what was trained on in this task.
 
         Batches that were put together and not trained on are a part of it: what is replayed in them was drawn from the
         buffer as it was then.
@@ -165,7 +165,7 @@ class StreamLoader:
         return {"epoch": self._mix.epoch, "counts": counts, "position": position, "pending": pending, **self._here()}
 
     def go_to(self, place: dict[str, Any]) -> None:
-        """The next iterator goes on from a :meth:`place`."""
+        """The next iterator resumes from a :meth:`place`."""
         self._goal = place
         self._mix.epoch, self._position = place["epoch"], place["position"]
         self.counts = dict(place["counts"])
@@ -187,7 +187,7 @@ class StreamLoader:
         return [block for block in there if block]
 
     def _here(self) -> dict[str, Any]:
-        """Where one stands behind the last batch that was put together."""
+        """Returns the position after the last batch that was put together."""
         opened, closed = (
             [[self._mix.remember(item) for item in block] for block in blocks] for blocks in (self._open, self._closed)
         )

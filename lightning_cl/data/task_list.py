@@ -65,7 +65,7 @@ def _is_source(item: Any) -> bool:
 
 
 def is_data(source: Any) -> bool:
-    """Whether a task's data, if it is no text, is something that gives samples or batches."""
+    """Returns True if a task's data, where it is no text, gives samples or batches."""
     if isinstance(source, (list, tuple)):
         return bool(source) and not isinstance(source[0], (int, float))
     if isinstance(source, (str, Path, dict, set)) or hasattr(source, "iloc"):  # pandas: rows are not its items
@@ -74,7 +74,7 @@ def is_data(source: Any) -> bool:
 
 
 def describe_source(source: Any) -> str:
-    """What somebody gave as data, for messages."""
+    """Describes what somebody gave as data, for messages."""
     if isinstance(source, (list, tuple)) and not source:
         return "an empty list"
     if hasattr(source, "iloc"):

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: table, sentences, files and picture."""
+"""The evidence of a run, for people: table, sentences, files and picture."""
 
 from lightning_cl.evaluation.report import build_report, format_report, write_report
 

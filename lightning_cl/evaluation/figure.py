@@ -78,9 +78,9 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
 
 
 def _changes(report: dict[str, Any]) -> list[list[float]]:
-    """How much better each entry is than when its task was learnt; NaN before that.
+    """Returns the gain of each entry over when its task was learnt; NaN before that.
 
-    A watched task is compared with the row before training. Where a column goes on with other data, its first row on
+    A watched task is compared with the row before training. Where a column continues with other data, its first row on
     them is what the later ones are compared with.
     """
     trained = [name for name in report["tasks"] if name not in report["watched"]]

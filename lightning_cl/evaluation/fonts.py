@@ -92,7 +92,7 @@ def _families(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[st
 
 
 def _has(entry: Any, characters: frozenset[str]) -> frozenset[str]:
-    """Which characters an installed font has as outlines; a font of coloured bitmaps cannot be drawn."""
+    """Returns the characters that an installed font has as outlines; a font of coloured bitmaps cannot be drawn."""
     from matplotlib.font_manager import get_font
 
     try:

@@ -1,4 +1,4 @@
-"""Where in a model the importance is: a picture over layers."""
+"""A picture of the importance over a model's layers."""
 
 from __future__ import annotations
 

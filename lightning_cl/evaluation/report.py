@@ -110,7 +110,7 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
 
 
 def _kept_on_disk(report: dict[str, Any]) -> list[str]:
-    """Where buffers lie: a checkpoint alone does not hold them."""
+    """Names the folders of buffers: a checkpoint alone does not hold them."""
     methods = {name: method for name, method in report["methods"].items() if method.get("folders")}
     return [
         f"  {', '.join(method['folders'])}: the {sum(method['stored'].values()):,} samples that {name} keeps; its"
@@ -156,7 +156,7 @@ def _cost_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def _left_out(cost: dict[str, Any]) -> str:
-    """What of a task's data was not trained on, or measured on, in words."""
+    """Describes the part of a task's data that was not trained on, or measured on."""
     whats = {"dropped": "samples dropped", "cut_off": "samples cut off", "malformed": "malformed records"}
     counts = [
         f"{cost[f'{role}_{what}']:,.0f} {words} ({name})"

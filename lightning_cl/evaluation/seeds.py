@@ -1,4 +1,4 @@
-"""What may be said of a method over several seeds: spread, intervals, and differences of pairs.
+"""Statistics of a method over several seeds: spread, intervals, and differences of pairs.
 
 The interval is Student's t: ``mean ± t(0.975, n − 1) * sd / √n`` with the sample's standard deviation (n − 1). It is
 about seeds only: about other data it says nothing. Two methods with the same seeds are compared by the differences of

@@ -1,4 +1,4 @@
-"""What became of each task, in one plain sentence, and what this run could change."""
+"""One plain sentence for each task: what became of it, and what this run could change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def since(summary: dict[str, Any], name: str) -> int:
 
 
 def sentence(summary: dict[str, Any], name: str, methods: Sequence[Method]) -> str:
-    """What became of a task.
+    """Returns one sentence on what became of a task.
 
     Args:
         summary: of :meth:`~lightning_cl.TaskMatrix.summary`.
@@ -71,7 +71,7 @@ def sentence(summary: dict[str, Any], name: str, methods: Sequence[Method]) -> s
 
 
 def _history(summary: dict[str, Any], values: list[float], row: int, methods: Sequence[Method]) -> str:
-    """How a trained task was learnt, in `row`, and how it was kept."""
+    """Describes how well a trained task was learnt, in `row`, and kept."""
     metric, last, learnt = summary["monitor"], values[-1], values[row]
     sign = 1 if summary["mode"] == "max" else -1
     is_last = row == len(values) - 1
@@ -106,7 +106,7 @@ def _history(summary: dict[str, Any], values: list[float], row: int, methods: Se
 
 
 def advice(need: Need, methods: Sequence[Method]) -> str:
-    """What a run could change, from the answers of its own methods.
+    """Returns what a run could change, from the answers of its own methods.
 
     Args:
         need: ``keep`` more of earlier tasks, or ``learn`` more of a new one.
@@ -119,7 +119,7 @@ def advice(need: Need, methods: Sequence[Method]) -> str:
 
 
 def _change(metric: str, values: list[float], rows: list[str], first: int, mode: str) -> str:
-    """How a score changed since row `first`."""
+    """Describes the change of a score since row `first`."""
     then, last, when = values[first], values[-1], _after(rows[first])
     if math.isnan(then) or math.isnan(last) or math.isinf(then):
         return f"{metric} {format_number(then)} {when}, {format_number(last)} now"

@@ -19,7 +19,7 @@ _OF_NO_MATTER = re.compile(
 
 
 def frozen_names(module: nn.Module) -> frozenset[str]:
-    """Which entries of ``state_dict()`` are frozen parameters, or belong to quantised ones."""
+    """Returns the entries of ``state_dict()`` that are frozen parameters, or belong to quantised ones."""
     trainable = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     quantised = [
@@ -108,7 +108,7 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _belongs_to_quantised(module: nn.Module, name: str) -> bool:
-    """Whether the innermost submodule that owns an entry of ``state_dict()`` is quantised."""
+    """Returns True if the innermost submodule that has an entry of ``state_dict()`` is quantised."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:

@@ -1,4 +1,4 @@
-"""How many positions a model has, and whether the samples fit."""
+"""A model's number of positions: do the samples fit?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 def check_positions(model: Any, needed: int, max_length: int) -> None:
     """Finds samples that are longer than what a model was made for.
 
-    Learned positions end where their table ends. Others (rotary ones, ALiBi) go on, but what comes behind
+    Learned positions end where their table ends. Others (rotary ones, ALiBi) continue, but what comes behind
     ``max_position_embeddings`` the model has not learnt.
 
     Args:
@@ -39,7 +39,7 @@ def check_positions(model: Any, needed: int, max_length: int) -> None:
 
 
 def _has_table(model: Any, limit: int) -> bool:
-    """Whether there is an embedding with a row for each position, beside that of the tokens."""
+    """Returns True if there is an embedding with a row for each position, apart from that of the tokens."""
     tokens = model.get_input_embeddings().weight
     # OPT's and BART's have two rows more.
     return any(

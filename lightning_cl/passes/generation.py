@@ -39,7 +39,7 @@ def generator_of(module: nn.Module) -> Any:
 def continue_tokens(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int, end_ids: Sequence[int] = ()
 ) -> list[list[int]]:
-    """What a ``transformers`` model writes after each prompt, the most probable token at each place.
+    """Lets a ``transformers`` model write after each prompt, the most probable token at each position.
 
     The model is in evaluation mode meanwhile. Prompts are padded on the left, so that all of them end at one place.
 
@@ -68,7 +68,7 @@ def sample_tokens(
     top_p: float = 1.0,
     end_ids: Sequence[int] = (),
 ) -> list[Written]:
-    """What a ``transformers`` model writes after each prompt, drawn from its distribution.
+    """Lets a ``transformers`` model write after each prompt, drawn from its distribution.
 
     Each prompt has random numbers of its own, one for each place: what is written behind it depends neither on the
     prompts beside it nor on the global random states, and moves none of them.
@@ -134,7 +134,7 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_p: float
 
 
 def _most_probable(p: Tensor, top_p: float) -> Tensor:
-    """Which tokens are the fewest that have the probability `top_p` together: bool ``[rows, vocabulary]``."""
+    """Marks the fewest tokens that have the probability `top_p` together: bool ``[rows, vocabulary]``."""
     for count in (1024, p.shape[-1]):  # a thousand are mostly enough, and found in a tenth of the time
         largest, order = p.topk(min(count, p.shape[-1]))
         reached = largest.cumsum(-1)
@@ -213,6 +213,6 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """What a model writes after each prompt (:func:`continue_tokens`), as text."""
+    """Returns the text that a model writes after each prompt (:func:`continue_tokens`)."""
     written = continue_tokens(model, prompts, max_new_tokens, pad_token_id(tokenizer), ends_of_answers(tokenizer))
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]

@@ -45,12 +45,12 @@ class SplitHead:
 
     @property
     def decoder(self) -> Any:
-        """What gives hidden states."""
+        """The part of the model that gives hidden states."""
         return self._causal.get_decoder()
 
     @property
     def head(self) -> Any:
-        """What gives logits of hidden states, up to :meth:`bend`."""
+        """The part of the model that gives logits of hidden states, up to :meth:`bend`."""
         return self._causal.get_output_embeddings()
 
     def bend(self, logits: Tensor) -> Tensor:

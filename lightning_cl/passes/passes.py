@@ -87,7 +87,7 @@ def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
 
 
 def _is_users(name: str, value: Any) -> bool:
-    """Whether an attribute is a plain container of the module's author, not of torch or Lightning."""
+    """Returns True if an attribute is a plain container of the module's author, not of torch or Lightning."""
     return type(value) in (list, dict) and not name.startswith("_")
 
 
@@ -211,7 +211,7 @@ class LogitsReader:
 
     @property
     def shifted(self) -> bool:
-        """Whether position t predicts token t + 1: not so in masked, token-classifying and encoder-decoder models."""
+        """Returns True if position t predicts token t + 1: not in masked, token-classifying, encoder-decoder models."""
         name = type(self.source).__name__
         unshifted = name.endswith(("ForMaskedLM", "ForTokenClassification", "ForPreTraining"))
         return not unshifted and not getattr(getattr(self.source, "config", None), "is_encoder_decoder", False)
@@ -231,7 +231,7 @@ def aligned(batch: Any, outputs: Tensor, shifted: bool = True) -> Tensor:
 
 
 def loss_positions(batch: Any, logits: Tensor | None = None, shifted: bool = True) -> Tensor | None:
-    """Which positions of a batch of token sequences predict a token that bears loss.
+    """Marks the positions of a batch of token sequences that predict a token that bears loss.
 
     Args:
         batch: with ``input_ids`` and, as Hugging Face has it, ``labels`` (−100: no loss), or ``loss_mask``, or

@@ -22,7 +22,7 @@ _PROBE = 3
 
 
 class SampleSums(NamedTuple):
-    """What a pass over a task's samples adds up to, over all ranks."""
+    """Sums of a pass over a task's samples, over all ranks."""
 
     total: dict[str, Tensor]
     positions: int
@@ -175,7 +175,7 @@ def _bound(losses_of: LossesOf, batch: Any, numbers: list[int]) -> Callable[[], 
 
 
 def _of_all_ranks(trainer: L.Trainer, loose: set[str], names: list[str]) -> set[str]:
-    """What is loose on one rank is loose on all."""
+    """Agrees over ranks: a parameter that is loose on one rank is loose on all."""
     if trainer.world_size == 1:
         return loose
     flags = torch.tensor([float(name in loose) for name in names], device=trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""How a callback reaches what a module has just computed in ``training_step``, so that no forward pass is run twice."""
+"""The student: a callback reaches what a module has just computed, so that no forward pass is run twice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     @property
     def has_trained_inputs(self) -> bool:
-        """Whether something that is trained made the inputs: a projector, a soft prompt."""
+        """True if something that is trained made the inputs: a projector, a soft prompt."""
         found: list[Tensor] = []
         apply_to_collection((self.args, self.kwargs), Tensor, found.append)
         return any(tensor.requires_grad for tensor in found)
@@ -141,7 +141,7 @@ class Student:
             self._paused = False
 
     def take(self, batch: Any) -> tuple[Tensor, Call]:
-        """What the last training step computed, with its graph, and the call to repeat with other weights.
+        """Outputs of the last training step, with their graph, and the call to repeat with other weights.
 
         Raises:
             MisconfigurationException: if the part was not called.
@@ -177,7 +177,7 @@ class Student:
         return call.read(output), call
 
     def again(self, batch: Any) -> Any:
-        """What the part returns in one more ``training_step``, for inputs that trained parts in front of it make."""
+        """Returns the part's output in one more ``training_step``, for inputs that trained parts before it make."""
         outputs: list[Any] = []
         assert self._part is not None
         handle = self._part.register_forward_hook(lambda part, args, output: outputs.append(output))

@@ -56,11 +56,11 @@ class TaskSamples:
             self._chosen = everywhere[trainer.global_rank :: trainer.world_size]
 
     def count_samples(self) -> int:
-        """How many samples there are, on this rank."""
+        """Returns the number of samples on this rank."""
         return self.count if self.is_stream else len(self._chosen)
 
     def count_batches(self) -> int:
-        """How many batches :meth:`batches` gives, on this rank; of a stream, at most."""
+        """Returns the number of batches that :meth:`batches` gives on this rank; of a stream, at most."""
         return -(-self.count // self._rows()) if self.is_stream else sum(1 for _ in self._groups(True))
 
     def singles(self) -> Iterator[tuple[int, Any]]:
@@ -178,7 +178,7 @@ def groups_of_like_length(
 
 
 def check_samples(samples: int, batch_size: int | None) -> None:
-    """Whether a number of samples and a batch size can be measured.
+    """Checks that a number of samples and a batch size can be measured.
 
     Raises:
         ValueError: naming the argument.

@@ -44,7 +44,7 @@ class Teacher:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all tensors are copied, not only those that training changes."""
+        """True if all tensors are copied, not only those that training changes."""
         return self.dtype is not None or self.device is not None
 
     def _to_copy(self, module: nn.Module) -> dict[str, Tensor]:

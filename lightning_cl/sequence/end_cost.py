@@ -39,7 +39,7 @@ def describe_end(trainer: L.Trainer, loader: Any, task: TaskPosition, steps: int
 
 
 def _trained_samples(trainer: L.Trainer, loader: Any, steps: int | None) -> float | None:
-    """How many samples of its own a task is trained on, all passes counted; None where nobody knows."""
+    """Returns the samples of its own that a task is trained on, all passes counted; None where nobody knows."""
     if steps is None or not (isinstance(loader, TaskLoader) or why_not_plannable(loader) is None):
         return None
     batches = len(loader)

@@ -70,7 +70,7 @@ def evaluate_tasks(
 
 
 def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
-    """What a full run would do, in words, with one sample of each task: what a preflight begins with."""
+    """Describes what a full run would do, with one sample of each task: a preflight begins with it."""
     lines = ["Preflight: one batch of every task goes through. The full run:"]
     if any(data.text_data(task) for task in data.trained_tasks):
         lines.append(f"  {LEGEND}")
@@ -90,7 +90,7 @@ def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
 
 
 def describe_replay(trainer: L.Trainer, data: TaskDataModule) -> str:
-    """What replay adds to the plan, known when something is there to replay: what a preflight ends with."""
+    """Describes what replay adds to the plan, known when something is there to replay: a preflight ends with it."""
     lines = ["One batch of every task went through."]
     mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
     for index, task in enumerate(data.trained_tasks):

@@ -64,7 +64,7 @@ def fit_tasks(
             batch of every task; it measures nothing.
         module: any LightningModule with automatic optimisation, unedited.
         data: a :class:`~lightning_cl.TaskDataModule`, or what it takes as tasks: ``{name: DataModule or loader}``.
-        ckpt_path: a checkpoint of this sequence to go on from, inside a task or at a boundary, or ``"last"`` for the
+        ckpt_path: a checkpoint of this sequence to resume from, inside a task or at a boundary, or ``"last"`` for the
             newest whole one in the Trainer's ``default_root_dir``. Tasks may have been added at the end of the list:
             then only those are trained.
         load_best: each task ends with the weights of its best checkpoint, as the Trainer's ``ModelCheckpoint`` with a
@@ -340,7 +340,7 @@ def _alone(trainer: L.Trainer) -> Any:
 
 
 def _how_to_resume(trainer: L.Trainer, coordinator: TaskCoordinator, methods: set[str]) -> str:
-    """Says where a run was stopped, and how it goes on."""
+    """Says where a run was stopped, and how it continues."""
     try:
         path = find_last_checkpoint(run_folder(trainer), methods)
     except (OSError, ValueError):

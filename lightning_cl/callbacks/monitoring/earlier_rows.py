@@ -14,12 +14,12 @@ from lightning_cl.core.checkpoint_io import read_checkpoint
 def earlier_boundary(
     checkpoint: Path, row: int, tasks: Sequence[str], columns: Sequence[str], rows: Tensor
 ) -> str | None:
-    """Finds the checkpoint that a row of the matrix was measured on, next to the one that a run goes on from.
+    """Finds the checkpoint that a row of the matrix was measured on, next to the one that a run resumes from.
 
     It is taken only if its own matrix is the beginning of this one: a folder may hold the files of several runs.
 
     Args:
-        checkpoint: that the run goes on from, ``tasks/<index>-<name>.ckpt``.
+        checkpoint: that the run resumes from, ``tasks/<index>-<name>.ckpt``.
         row: after how many tasks.
         tasks: the names of the trained tasks, in order.
         columns: the names of the matrix's columns.

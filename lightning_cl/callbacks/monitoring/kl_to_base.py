@@ -1,4 +1,4 @@
-"""How far training has moved the model from where it started, on the data of each new task."""
+"""The distance of the model from where it started, on the data of each new task."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class TaskProgress(TQDMProgressBar):
     @property
     @override
     def is_disabled(self) -> bool:
-        """Whether no bar is drawn; where there is no terminal, lines take its place."""
+        """True if no bar is drawn; where there is no terminal, lines are printed instead."""
         return super().is_disabled or not is_terminal()
 
     # ------------------------------------------------------------------ what is to come
@@ -138,7 +138,7 @@ class TaskProgress(TQDMProgressBar):
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What the module logs for bars; in a preflight nothing, for one batch is no result."""
+        """Returns what the module logs for bars; in a preflight nothing, for one batch is no result."""
         return {} if trainer.fast_dev_run else super().get_metrics(trainer, pl_module)  # type: ignore[attr-defined]
 
     @override

@@ -14,7 +14,7 @@ from lightning_cl.core.placement import clean_name, full_cpu, trainable_paramete
 
 
 class StartingWeights:
-    """What a module was before it was trained.
+    """Weights of a module before it was trained.
 
     LoRA adapters of a peft model that change nothing at the start need no copy: the start is the model with its
     adapters switched off. All other trainable parameters, and the running statistics of norms, are copied to the CPU in
@@ -127,7 +127,7 @@ def _matrices(layer: Any) -> list[Tensor]:
 
 
 def _adapters_change_nothing(module: nn.Module) -> bool:
-    """Whether there are LoRA adapters, and all that are active add nothing: the factor that starts as zero is zero."""
+    """Returns True if there are LoRA adapters, and the active ones add nothing: one factor of each is zero."""
     layers = _lora_layers(module)
     factors = [
         tensor

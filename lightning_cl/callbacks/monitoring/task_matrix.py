@@ -38,8 +38,8 @@ class TaskMatrix(ContinualCallback):
     """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
 
     Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. Where a
-    run goes on with other validation data (or other batches of it), the rows whose weights are there are measured
-    again: that of the checkpoint that it goes on from, and of those next to it. A line separates the rows before, and
+    run continues with other validation data (or other batches of it), the rows whose weights are there are measured
+    again: that of the checkpoint that it resumes from, and of those next to it. A line separates the rows before, and
     no score is made across it. A score that comes out NaN or infinite
     counts as the worst and is named. After every task the run's folder gets ``report.json``, ``matrix.csv`` and
     ``matrix.png``; at the end the table is printed.
@@ -281,7 +281,7 @@ class TaskMatrix(ContinualCallback):
     # ------------------------------------------------------------------ what others read
 
     def trained_matrix(self) -> Tensor:
-        """What scores are made of: no watched tasks, and NaN where a row was measured on other data than the last."""
+        """Returns the matrix for scores: no watched tasks, NaN where a row was measured on other data than the last."""
         comparable = self.matrix.clone()
         for change in self.changes:
             if change["task"] in self.tasks:

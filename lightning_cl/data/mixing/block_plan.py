@@ -16,7 +16,7 @@ SPARE = 2  # blocks that an epoch may need more than the first
 
 
 class BlockPlan:
-    """Which blocks stand in which batch, on all ranks together.
+    """The plan of packed blocks: which block stands in which batch, on all ranks together.
 
     New samples are laid out in one random order per task and packed window by window; each epoch has the blocks in
     another random order. So the number of batches, which learning-rate schedules are made for, is the same in each.

@@ -1,4 +1,4 @@
-"""Which part of a batch is replayed: kept beside the batch, since a key in it would reach the user's model."""
+"""The replayed part of a batch: kept apart from the batch, since a key in it would reach the user's model."""
 
 from __future__ import annotations
 

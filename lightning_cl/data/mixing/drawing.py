@@ -1,4 +1,4 @@
-"""Which samples of a buffer are drawn, and how often.
+"""The draw from a buffer: which samples, and how often.
 
 * ``uniform``: every sample as often as any other.
 * ``task``: every task has the same share of the replayed tokens, however many samples of it are stored.

@@ -1,4 +1,4 @@
-"""Which samples stand in which batch: the plan that joins new and replayed samples at a given ratio."""
+"""The plan of an epoch: it joins new and replayed samples to batches at a given ratio."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plan_batches(order: Sequence[T], batch_size: int, drop_last: bool = False) -
 
 
 class Source(NamedTuple):
-    """Where replayed samples come from.
+    """Source of replayed samples.
 
     Attributes:
         draw: an endless stream of samples, by index (any number that the weight function knows), best one in which
@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Which part of a task an epoch is.
+    """The part of a task that an epoch is.
 
     Attributes:
         epoch: how many epochs of this task came before: what they owe is carried over, so that a ratio below one
@@ -130,7 +130,7 @@ def _added(
 
 
 class Debt:
-    """What is owed of one source, in weight, and the sample that comes next.
+    """Debt to one source, in weight, and the sample that comes next.
 
     Args:
         source: of replayed samples.
@@ -145,7 +145,7 @@ class Debt:
 
     @property
     def is_due(self) -> bool:
-        """Whether the running share is nearer to its goal with the next sample than without."""
+        """Returns True if the running share is nearer to its goal with the next sample than without."""
         return self.owed >= self.next_weight / 2
 
     def pay(self) -> int:
@@ -203,7 +203,7 @@ def _owed(new_weight: float, sources: Sequence[Source], span: Span) -> list[floa
 
 
 def cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Where an epoch of so many samples is cut into `length` batches.
+    """Returns the cuts of an epoch of so many samples into `length` batches.
 
     All are full but the last. Where that would be small, the last two share what is left: replayed samples must not
     leave a batch with a single sample, which batch norm cannot train on.

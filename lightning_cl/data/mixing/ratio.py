@@ -1,4 +1,4 @@
-"""How large the replayed share of the batches is, and how it changes over a task."""
+"""The replayed share of the batches, and its change over a task."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        """Whether it never changes."""
+        """Returns True if the share never changes."""
         return all(ratio == self.points[0][1] for _, ratio in self.points)
 
     @property
@@ -81,7 +81,7 @@ def curve_of(ratio: RatioLike, task_number: int) -> Curve:
 
 
 def replays_anything(ratio: RatioLike) -> bool:
-    """Whether there is a task and a place in it with a share above 0."""
+    """Returns True if the share is above 0 at some moment of some task."""
     return ratio == PER_TASK or curve_of(ratio, 1).largest > 0
 
 
@@ -102,7 +102,7 @@ def mean_odds(curves: Sequence[Curve], start: float, end: float) -> list[float]:
 
 
 def check_sum(curves: Sequence[Curve]) -> None:
-    """Whether all sources together leave room for new samples.
+    """Checks that all sources together leave room for new samples.
 
     Raises:
         ValueError: if not.

@@ -21,7 +21,7 @@ from lightning_cl.data.mixing.ratio import Curve, check_sum
 
 
 class Chooser(Protocol):
-    """What :class:`~lightning_cl.callbacks.replay.interference.Interference` is to a loader."""
+    """The part of :class:`~lightning_cl.callbacks.replay.interference.Interference` that a loader uses."""
 
     def attach(self, samples: Samples, place: int) -> None:
         """Says where a loader has the buffer's samples."""
@@ -32,7 +32,7 @@ class Chooser(Protocol):
 
 @dataclass
 class Mix:
-    """What is mixed into a task's batches.
+    """Samples that are mixed into a task's batches.
 
     Args:
         buffer: the samples of earlier tasks.
@@ -174,7 +174,7 @@ class Samples:
 
     @property
     def chooses(self) -> bool:
-        """Whether a mix chooses at the last moment."""
+        """Returns True if a mix chooses at the last moment."""
         return any(mix.chooser is not None for mix in self.mixes)
 
     def chosen(self, row: Any) -> Any:
@@ -198,7 +198,7 @@ class Samples:
 
     @property
     def is_constant(self) -> bool:
-        """Whether no share changes over the task."""
+        """Returns True if no share changes over the task."""
         return all(mix.curve.is_constant for mix in self.mixes)
 
     def span(self, epoch: int) -> Span:
@@ -207,12 +207,12 @@ class Samples:
 
     @property
     def replays(self) -> bool:
-        """Whether anything is mixed in."""
+        """Returns True if anything is mixed in."""
         return bool(self.mixes)
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether the loss-bearing tokens of the new samples are known."""
+        """Returns True if the loss-bearing tokens of the new samples are known."""
         return hasattr(self.new, "loss_tokens") or self.weights is not None
 
     def weight(self, index: int) -> int:
@@ -277,7 +277,7 @@ class Samples:
         return found
 
     def _groups(self, place: int) -> list[Group]:
-        """What is drawn from, at which share of the weight."""
+        """Returns the sources that are drawn from, each with its share of the weight."""
         mix, start = self.mixes[place], self._ends[place]
         tasks = self._columns[place]["task"]
         return groups_of(mix.draw, mix.buffer, tasks, start, lambda members: self.mean_weight(members) * len(members))

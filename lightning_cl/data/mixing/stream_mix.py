@@ -51,7 +51,7 @@ class StreamMix:
         self._behind: list[dict[str, float]] = [{} for _ in self.mixes]
 
     def place(self) -> dict[str, Any]:
-        """Where it stands."""
+        """Returns the position of the mix."""
         behind = [dict(tasks) for tasks in self._behind]
         return {
             "taken": self._taken,
@@ -93,7 +93,7 @@ class StreamMix:
             yield Item(sample, Part(False, _length(sample)))
 
     def surplus(self, block: Sequence[Item], batches_done: int) -> list[float]:
-        """How much more of each buffer there is in a block than its share, in weight."""
+        """Returns the surplus of each buffer in a block over its share, in weight."""
         shares: dict[int, float] = {}
         for mix in self.mixes:  # two may replay one buffer
             share = mix.curve.at(self._progress(batches_done))
@@ -165,7 +165,7 @@ class StreamMix:
 
 
 def shares_of_tasks(mix: Mix) -> dict[str, float]:
-    """What each task has of the replayed weight (``proportional``: samples); empty where samples are drawn alike."""
+    """Returns each task's share of the replayed weight (``proportional``: samples); empty for equal draws."""
     if mix.draw == "uniform":
         return {}
     buffer = mix.buffer
