@@ -119,6 +119,13 @@ def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Litera
 
     Raises:
         ValueError: if the shapes do not fit each other or the reduction is unknown.
+
+    Example:
+        >>> import torch
+        >>> from lightning_cl.functional import dark_loss, top_logits
+        >>> values, indices = top_logits(torch.tensor([[2.0, 0.0, -2.0]]), k=3)
+        >>> dark_loss(torch.tensor([[3.0, 1.0, -1.0]]), values, indices).item()
+        0.0
     """
     positions, k = logits.shape[:-1], indices.shape[-1]
     if not positions == values.shape[:-1] == indices.shape[:-1] or values.shape[-1] not in (k, k + 1):

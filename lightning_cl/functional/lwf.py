@@ -44,6 +44,13 @@ def kl_divergence(
 
     Raises:
         ValueError: if the shapes differ or the reduction is unknown.
+
+    Example:
+        >>> import torch
+        >>> from lightning_cl.functional import kl_divergence
+        >>> teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> kl_divergence(teacher, teacher + 3.0).item()
+        0.0
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(

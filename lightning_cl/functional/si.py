@@ -20,6 +20,14 @@ def path_integral_step_(omega: Tensor, gradient: Tensor, step: Tensor) -> None:
         step: ``Δθ``, the step that was really taken. In fp32 it is overwritten, so that no copy is needed.
 
     A step that is not finite adds nothing, so one overflow cannot spoil the sum for ever.
+
+    Example:
+        >>> import torch
+        >>> from lightning_cl.functional import path_integral_step_
+        >>> omega = torch.zeros(2)
+        >>> path_integral_step_(omega, gradient=torch.tensor([1.0, 2.0]), step=torch.tensor([-0.5, 0.25]))
+        >>> omega
+        tensor([ 0.5000, -0.5000])
     """
     product = step.float().mul_(gradient).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     omega.sub_(product)

@@ -70,6 +70,14 @@ class EWC(SampledImportance):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import EWC
+        >>> penalty = EWC(strength=0.01, samples=64, mode="separate")
+        >>> trainer = L.Trainer(callbacks=[penalty], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> penalty.report()["mode"]
+        'separate'
     """
 
     measures = "Fisher"

@@ -75,6 +75,14 @@ class KFACEWC(EWC):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import KFACEWC
+        >>> penalty = KFACEWC(strength=0.01, samples=64, largest=1024)
+        >>> trainer = L.Trainer(callbacks=[penalty], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> penalty.report()["samples"]
+        64
     """
 
     def __init__(

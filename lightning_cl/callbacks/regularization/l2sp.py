@@ -38,6 +38,14 @@ class L2SP(QuadraticPenalty):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import L2SP
+        >>> penalty = L2SP(strength=0.01, anchor="start")
+        >>> trainer = L.Trainer(callbacks=[penalty], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> penalty.report()["anchor"]
+        'start'
     """
 
     def __init__(

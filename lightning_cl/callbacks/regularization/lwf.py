@@ -60,6 +60,14 @@ class LwF(ContinualCallback):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import LwF
+        >>> method = LwF(strength=1.0, temperature=2.0)
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.temperature
+        2.0
     """
 
     def __init__(

@@ -59,6 +59,14 @@ class MAS(SampledImportance):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import MAS
+        >>> penalty = MAS(strength=0.01, samples=64)
+        >>> trainer = L.Trainer(callbacks=[penalty], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> penalty.report()["samples"]
+        64
     """
 
     def __init__(

@@ -69,6 +69,14 @@ class RWalk(PathImportance):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import RWalk
+        >>> penalty = RWalk(strength=0.01, every=5)
+        >>> trainer = L.Trainer(callbacks=[penalty], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> penalty.report()["every"]
+        5
     """
 
     def __init__(

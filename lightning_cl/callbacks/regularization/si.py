@@ -54,6 +54,14 @@ class SI(PathImportance):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import SI
+        >>> penalty = SI(strength=0.01, damping=0.1)
+        >>> trainer = L.Trainer(callbacks=[penalty], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> penalty.report()["damping"]
+        0.1
     """
 
     def __init__(
