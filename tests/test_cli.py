@@ -94,7 +94,7 @@ def test_fit_help_has_the_docstrings_of_data_and_trainer():
 
 def test_help_of_a_class_shows_its_arguments():
     text = " ".join(Output("fit", "--trainer.callbacks.help=EWC").out.split())
-    assert "how many samples of a task the Fisher is measured on" in text
+    assert "number of samples of a task that the Fisher is measured on" in text
 
 
 @pytest.mark.parametrize("option", ["optimizer", "lr_scheduler"])

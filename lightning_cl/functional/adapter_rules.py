@@ -1,4 +1,4 @@
-"""How the gradient of each single sample falls out of one backward pass, for peft's adapters on embeddings.
+"""Gradients of single samples from one backward pass, for peft's adapters on embeddings.
 
 LoRA on linear layers needs no rule of its own: its matrices are linear layers. On embeddings they are bare parameters,
 and so are single trainable tokens. With ids ``x_bt``, the gradient ``g_bt`` at the output and peft's scale ``s``:

@@ -22,7 +22,7 @@ Gradients = Mapping[str, Tensor | None] | Sequence[Tensor | None]
 
 
 class Projection(NamedTuple):
-    """What :func:`project_` found, and whether it changed anything."""
+    """Result of :func:`project_`: the products it found, and a mark of a change."""
 
     dot: float
     """``g · g_ref``, before the projection."""
@@ -31,7 +31,7 @@ class Projection(NamedTuple):
     reference_square: float
     """``g_ref · g_ref``."""
     projected: bool
-    """Whether the gradients were changed."""
+    """True if the gradients were changed."""
 
     @property
     def cosine(self) -> float:

@@ -36,7 +36,7 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: ``[…, classes]`` in any floating-point type.
-        k: how many; with at least `classes`, all of them in their own order.
+        k: number of logits; with at least `classes`, all of them in their own order.
 
     Returns:
         values, fp16 ``[…, k + 1]``, that of all others last, and the classes of the first k, ``[…, k]`` in the type of
@@ -71,7 +71,7 @@ def head_top_logits(
         hidden: ``[positions, width]``.
         head: gives logits ``[m, classes]`` of ``[m, width]``.
         classes: the number of logits of a position.
-        k: how many to keep.
+        k: number of logits to keep.
         chunk_bytes: size of a chunk's fp32 logits; at least one position.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How the gradient of each single sample falls out of one backward pass over a batch, layer by layer.
+"""Gradients of single samples from one backward pass over a batch, layer by layer.
 
 A layer sees its input ``a`` and the gradient ``g`` at its output for all samples of a batch at once. The gradient of
 one sample's loss with respect to the layer's parameters is a sum over that sample's positions alone:
@@ -135,7 +135,7 @@ class LeafUse(Use):
     """A parameter of any other leaf: its own backward pass for each sample.
 
     Args:
-        samples: how many.
+        samples: number of samples.
         gradient_of: gives one sample's gradient.
     """
 
@@ -166,7 +166,7 @@ class Rule:
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
-        """Whether the rule is for this kind of layer."""
+        """True if the rule is for this kind of layer."""
         raise NotImplementedError
 
     def parameter(self, name: str) -> Tensor | None:
@@ -174,7 +174,7 @@ class Rule:
         return self.layer._parameters[name]
 
     def is_shared(self, inputs: Tensor) -> bool:
-        """Whether all samples share one input, as positions that are looked up once for the batch."""
+        """True if all samples share one input, as positions that are looked up once for the batch."""
         return False
 
     def forward(self, inputs: Tensor) -> Any:

@@ -37,7 +37,7 @@ def kl_divergence(
         reduction: ``mean`` over the positions (all axes but the last; 0 if there are none) or their ``sum``.
         chunk_bytes: size of one side's fp32 logits of a chunk; at least one position.
         temperature: divides both sides' logits. The factor ``temperature²`` of distillation losses is not in.
-        top_k: how many classes are told apart; None: all.
+        top_k: number of classes that are told apart; None: all.
 
     Returns:
         An fp32 scalar, with a graph to the student's logits.
@@ -84,7 +84,7 @@ def head_kl_divergence(
         student_head: the same for the student.
         classes: the number of logits of a position.
         temperature: divides both sides' logits.
-        top_k: how many classes are told apart; None: all.
+        top_k: number of classes that are told apart; None: all.
         chunk_bytes: size of one side's fp32 logits of a chunk; at least one position.
 
     Returns:

@@ -151,7 +151,7 @@ def zero_non_finite_(importance: Mapping[str, Tensor]) -> int:
     """Sets what is NaN or infinite to 0 in place: one such weight would make the whole model NaN in the next task.
 
     Returns:
-        how many weights that were.
+        The number of such weights.
     """
     count = 0
     for f in importance.values():

@@ -84,7 +84,7 @@ class SampleGradients:
         """Adds a batch, if its loss is finite: NaN of one sample would stay in every sum.
 
         Args:
-            samples: how many samples the batch has.
+            samples: number of samples in the batch.
             losses: runs the forward pass and gives scalars, each the sum over the batch of every sample's loss (with
                 several, their graphs may be shared).
 
@@ -106,7 +106,7 @@ class SampleGradients:
         """Compares a batch with its samples one by one; what differs is :attr:`loose` from then on.
 
         Args:
-            samples: how many samples the batch has.
+            samples: number of samples in the batch.
             losses: as in :meth:`add`.
             singles: the same for each sample of the batch alone.
         """

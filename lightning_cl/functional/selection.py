@@ -15,7 +15,7 @@ def herding(features: Tensor, count: int) -> list[int]:
 
     Args:
         features: ``[samples, width]``.
-        count: how many to choose; all, if there are fewer.
+        count: number of samples to choose; all, if there are fewer.
 
     Returns:
         their places, the best first.
@@ -46,7 +46,7 @@ def k_center(features: Tensor, count: int) -> list[int]:
 
     Args:
         features: ``[samples, width]``.
-        count: how many to choose; all, if there are fewer.
+        count: number of samples to choose; all, if there are fewer.
 
     Returns:
         their places, in the order in which they were chosen.

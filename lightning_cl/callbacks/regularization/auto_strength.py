@@ -53,7 +53,7 @@ class AutoStrength:
             wanted: norm of what the task wants: its gradient, or the optimizer's step per learning rate.
             pull: norm of what the penalty wants at strength 1, in the same unit.
             task: the task's name.
-            steps: how many steps it has taken.
+            steps: number of steps it has taken.
         """
         self.next = steps + 1  # after an overflow the next step is as good
         if not (math.isfinite(wanted) and wanted > 0 and pull > 0):

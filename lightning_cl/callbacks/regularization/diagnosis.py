@@ -1,4 +1,4 @@
-"""What an importance is like, in numbers: the means to see that a penalty is not silently dead."""
+"""Numbers that describe an importance: the means to see that a penalty is not silently dead."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def compare_with_earlier(mean: float | None, earlier: Sequence[Mapping[str, Any]
 
 
 def warning_of(entry: Mapping[str, Any], apply: str, auto: bool) -> str | None:
-    """What to warn of when a task ends: a penalty that did nothing, or pulled harder than the task.
+    """The warning when a task ends: a penalty that did nothing, or pulled harder than the task.
 
     Args:
         entry: ``strength``, ``largest_share`` and ``too_strong`` of the task.
@@ -114,7 +114,7 @@ def warning_of(entry: Mapping[str, Any], apply: str, auto: bool) -> str | None:
 
 
 def sentences_of(name: str, entry: Mapping[str, Any], apply: str) -> list[str]:
-    """How a penalty held during a task, and what is odd about what was measured at its end."""
+    """Sentences on the effect of a penalty during a task, and on what is odd in the measurement at its end."""
     said = []
     if "strength" in entry:
         share = entry["largest_share"]
@@ -131,7 +131,7 @@ def sentences_of(name: str, entry: Mapping[str, Any], apply: str) -> list[str]:
 
 
 def advice_of(name: str, need: Need, diagnoses: Sequence[Mapping[str, Any]], what: str, value: float) -> str | None:
-    """What could be changed of a penalty, by how it held.
+    """Advice on the arguments of a penalty, from its effect during a task.
 
     Args:
         name: of the method.

@@ -47,7 +47,7 @@ class EWC(SampledImportance):
             softmax. ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``:
             where the logits can be reached, ``exact`` for outputs that are not those of tokens with at most 32
             positions times classes (one backward pass each), and ``sample`` for all others; else ``empirical``.
-        samples: how many samples of a task the Fisher is measured on; all, if there are fewer.
+        samples: number of samples of a task that the Fisher is measured on; all, if there are fewer.
         mode: ``online``: ``F ← decay · (F + F_new)``, the anchor is the latest task's weights. ``separate``: one
             penalty per task, which add up to one quadratic with importance ``Σ F_t`` and anchor ``Σ F_t θ_t / Σ F_t``.
         decay: γ of the online mode; ``importance`` is what the penalty multiplies, γ included.
@@ -152,7 +152,7 @@ class EWC(SampledImportance):
         self.constant += constant
 
     def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str, int]:
-        """This task's Fisher diagonal, the estimator that was used, and how many samples were left out."""
+        """This task's Fisher diagonal, the estimator that was used, and the number of samples left out."""
         assert self.task is not None
         parameters = trainable_parameters(pl_module)
         samples = self.task_samples(trainer, f"{type(self).__name__}: Fisher of {self.task}")

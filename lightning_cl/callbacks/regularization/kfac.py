@@ -52,7 +52,7 @@ class KFACEWC(EWC):
         strength: the factor λ, or ``auto``.
         estimator: where the labels come from: ``sample``, ``empirical``, ``exact`` or ``auto``, as in
             :class:`~lightning_cl.EWC`.
-        samples: how many samples of a task to measure on.
+        samples: number of samples of a task to measure on.
         decay: γ.
         normalize: divide each task's Fisher by the mean of its diagonal before it is added.
         largest: layers with more inputs or outputs have the diagonal.

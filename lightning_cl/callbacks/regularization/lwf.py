@@ -37,7 +37,7 @@ class LwF(ContinualCallback):
     over the positions that bear loss (over samples, for a classifier). The gradient is that of the paper's
     cross-entropy; ``T²`` keeps its size when T changes (Hinton et al. 2015). The teacher is frozen, in evaluation mode,
     and no part of the optimizer or of DDP. For a language model both sides' logits exist for one chunk of tokens at a
-    time. Nothing of earlier data is needed; beside ``Replay`` the teacher can also answer the replayed samples alone.
+    time. Nothing of earlier data is needed; next to ``Replay`` the teacher can also answer the replayed samples alone.
 
     Memory: a copy of the trainable parameters, also in checkpoints (under LoRA that of the adapter); with
     ``teacher_dtype`` or ``teacher_device`` a copy of all parameters. Compute per step: one forward pass of the teacher
@@ -105,7 +105,7 @@ class LwF(ContinualCallback):
 
     @property
     def is_active(self) -> bool:
-        """Whether there is anything to apply."""
+        """True if there is anything to apply."""
         return self.strength > 0 and self.teacher is not None
 
     @override
@@ -205,7 +205,7 @@ class LwF(ContinualCallback):
         return self.strength * self.temperature**2 * divergence
 
     def _teachers(self, call: Call, pl_module: L.LightningModule, batch: Any) -> Tensor:
-        """What the teacher computes in the place of the student."""
+        """The teacher's result of the call, instead of the student's."""
         assert self.teacher is not None
         assert self._student is not None
         if call.has_trained_inputs:

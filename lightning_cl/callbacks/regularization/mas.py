@@ -41,7 +41,7 @@ class MAS(SampledImportance):
 
     Args:
         strength: the factor, or ``auto``.
-        samples: how many samples of a task to measure on; all, if there are fewer.
+        samples: number of samples of a task to measure on; all, if there are fewer.
         normalize: divide each task's Ω by its mean before it is added, so that strengths are of one order of magnitude
             for different models; False keeps the units of the paper.
         outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with

@@ -68,7 +68,7 @@ class QuadraticPenalty(ContinualCallback):
             rises where a task saturates.
         state_dtype: of the importance; ``bfloat16`` halves it, to a relative rounding of 0.4 %. The anchor has the
             parameters' own type, so that it is exact.
-        state_device: ``model``: importance and anchor are beside the parameters. ``cpu``: in the memory of the machine,
+        state_device: ``model``: importance and anchor are next to the parameters. ``cpu``: in the memory of the host,
             and brought to the parameters one tensor at a time in each step.
 
     Attributes:
@@ -116,7 +116,7 @@ class QuadraticPenalty(ContinualCallback):
 
     @property
     def is_active(self) -> bool:
-        """Whether there is anything to apply."""
+        """True if there is anything to apply."""
         return (self.auto is not None or self.factor > 0) and bool(self.anchor)
 
     # ------------------------------------------------------------------ answers
@@ -336,7 +336,7 @@ class QuadraticPenalty(ContinualCallback):
 
     @torch.no_grad()
     def _describe_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """How the penalty held during the task that ends; warns where it did nothing."""
+        """Describes the effect of the penalty in the task that ends; warns where it did nothing."""
         if not self.is_active:
             return {}
         entry = {

@@ -39,7 +39,7 @@ class RWalk(PathImportance):
     is ``strength / 2 · Σ_i (F̄_i + s̄_i)(θ_i − θ*_i)²`` with both brought to [0, 1] (8): the paper's λ is strength / 2.
 
     ``g²`` are squares of whole batches' gradients, which is no Fisher information but what the paper's online
-    average needs; F goes on over the tasks. Its first average is taken whole, and a task's last interval may be
+    average needs; F continues over the tasks. Its first average is taken whole, and a task's last interval may be
     shorter. The authors' code leaves out the ½ and adds the averaged score to the old one; this is the paper's. A step
     whose gradient is NaN or infinite is left out, with a warning and a count in the report.
 
@@ -104,8 +104,8 @@ class RWalk(PathImportance):
         self._window_drop: dict[str, Tensor] = {}  # Σ −g Δθ
         self._window_start: dict[str, Tensor] = {}  # θ at the last update
         self._window_steps = 0
-        self._window_spoilt: dict[str, Tensor | int] = {}  # how many of these steps had no finite gradient
-        self._started: set[str] = set()  # whose F there is
+        self._window_spoilt: dict[str, Tensor | int] = {}  # number of these steps without a finite gradient
+        self._started: set[str] = set()  # names of the parameters that have an F
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -23,7 +23,7 @@ class SampledImportance(QuadraticPenalty):
 
     Args:
         strength: the factor, or ``auto``.
-        samples: how many samples of a task to measure on; all, if there are fewer.
+        samples: number of samples of a task to measure on; all, if there are fewer.
         batch_size: samples measured at once; default: the training loader's.
         last_task: whether the last task of a sequence is measured too. False saves that pass; if tasks are added later,
             it is made up for on the last task's data when the first of them starts, with the same result.
@@ -40,7 +40,7 @@ class SampledImportance(QuadraticPenalty):
 
     ends_long = True
     measures = "importance"
-    """What is measured, in a word."""
+    """Name of the measured quantity."""
 
     def __init__(
         self,

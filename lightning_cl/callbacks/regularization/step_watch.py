@@ -1,4 +1,4 @@
-"""What one optimizer step started from: the gradient and the weights, for methods that follow the path of training."""
+"""The start of one optimizer step: the gradient and the weights, for methods that follow the path of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StepWatch:
     Memory: 8 bytes per parameter, kept from step to step: allocating anew costs more than the copies.
 
     Attributes:
-        spoilt: in how many steps a gradient was NaN or infinite, and the step was taken all the same (somebody has
+        spoilt: number of steps where a gradient was NaN or infinite, and the step was taken all the same (somebody has
             cleaned the gradient afterwards). A tensor, so that a GPU need not be waited for.
     """
 
@@ -68,7 +68,7 @@ class StepWatch:
             task: that ends.
 
         Returns:
-            how many steps were spoilt.
+            The number of spoilt steps.
         """
         self._held.clear()
         spoilt, self.spoilt = int(self.spoilt), torch.zeros((), dtype=torch.int64)
