@@ -19,7 +19,7 @@ _OLD = 3600.0  # seconds after which nobody still writes a file that is not lock
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name beside it, and renames: nobody finds half of it, whenever the writer is killed.
+    """Writes a file under another name next to it, and renames: nobody finds half of it, whenever the writer is killed.
 
     The folder is made. The file gets the usual permissions: others may share the folder.
 

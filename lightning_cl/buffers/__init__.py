@@ -1,4 +1,4 @@
-"""What is kept of earlier tasks: how samples are chosen, and where they lie."""
+"""Samples of earlier tasks: how they are chosen, and where they lie."""
 
 from lightning_cl.buffers.buffer import ReplayBuffer
 from lightning_cl.buffers.disk.folder import Stored, read_folder, remove_from_folder

@@ -31,7 +31,7 @@ from lightning_cl.random_state import seed_of
 Unit = Literal["samples", "tokens", "bytes"]
 _EMPTY, _WAITING = -1, -2
 _STATE = "buffer.pt"
-_RECORD_BYTES = RECORD.itemsize  # what a record takes beside its content
+_RECORD_BYTES = RECORD.itemsize  # what a record takes next to its content
 
 
 class ReplayBuffer:
@@ -150,7 +150,7 @@ class ReplayBuffer:
 
     @property
     def seen(self) -> int:
-        """How many samples were offered so far."""
+        """The number of samples that were offered so far."""
         return sum(self.seen_of.values())
 
     def get(self, number: int) -> Any:
@@ -162,11 +162,11 @@ class ReplayBuffer:
         return self.store.get(number)
 
     def extra(self, number: int) -> dict[str, Tensor]:
-        """The tensors that were stored beside a record."""
+        """The tensors that were stored next to a record."""
         return self.store.extra(number)
 
     def info(self, number: int) -> Info:
-        """What is known of a record without reading it."""
+        """Returns what is known of a record without reading it."""
         return self.store.info(number)
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
@@ -179,7 +179,7 @@ class ReplayBuffer:
         return {**self.store.columns(numbers), "task": tasks}
 
     def counts(self) -> dict[str, int]:
-        """How many samples of each task are stored."""
+        """Counts the stored samples of each task."""
         return {task: count for task, count in self._per_task.items() if count}
 
     def size_in_bytes(self) -> int:
@@ -206,7 +206,7 @@ class ReplayBuffer:
             weight: for ``surprise``.
             rank: for ``herding`` and ``k_center``.
             position: its place in the task's data.
-            extra: tensors to be stored beside it.
+            extra: tensors to be stored next to it.
 
         Returns:
             the number of its record; None if it was left out, or removed before.
@@ -218,7 +218,7 @@ class ReplayBuffer:
         return None if slot is None else self.put(slot, sample, task, position=position, extra=extra)
 
     def cost(self, sample: Any) -> int:
-        """What a sample takes of the budget."""
+        """Returns a sample's cost in the budget."""
         if self.unit == "samples":
             return 1
         if self.unit == "tokens":
@@ -230,7 +230,7 @@ class ReplayBuffer:
         return encoded.size + 4 * (-encoded.length % ALIGNMENT) + _RECORD_BYTES
 
     def cost_of_tokens(self, length: int) -> int:
-        """What a token sequence of this length takes of the budget."""
+        """Returns the cost of a token sequence of this length in the budget."""
         blocks = -(-length // ALIGNMENT)  # each takes a byte of the mask
         return {"samples": 1, "tokens": length, "bytes": blocks * (4 * ALIGNMENT + 1) + _RECORD_BYTES}[self.unit]
 
@@ -309,7 +309,7 @@ class ReplayBuffer:
         self._per_task[self._task_names[self._tasks[slot]]] += 1
 
     def is_waiting(self, slot: int) -> bool:
-        """Whether a slot of :meth:`choose_slot` is still to be filled: a later sample may have taken its place."""
+        """True if a slot of :meth:`choose_slot` is still to be filled: a later sample may have taken its place."""
         return self._numbers[slot] == _WAITING
 
     def give_back(self, slot: int) -> None:
@@ -338,7 +338,7 @@ class ReplayBuffer:
     def remove(self, predicate: Callable[[Stored], bool]) -> int:
         """Removes samples for good: from now on they are not drawn, and their content is overwritten on the disk.
 
-        They are not stored again, also not by a run that goes on from an older checkpoint. What no buffer can reach:
+        They are not stored again, also not by a run that resumes from an older checkpoint. What no buffer can reach:
         the data sets, their cache of tokens, batches that are already on their way, and for a buffer in memory the
         checkpoints that were written before. Call it on all ranks.
 
@@ -462,7 +462,7 @@ class ReplayBuffer:
         self.write_index()
 
     def write_index(self) -> None:
-        """Writes beside the segments which records are in the buffer: ``live.json``, and what :meth:`adopt` reads."""
+        """Writes next to the segments which records are in the buffer: ``live.json``, and what :meth:`adopt` reads."""
         store = self.store
         if not isinstance(store, DiskStore) or not store.writes or not store.has_folder:
             return

@@ -57,11 +57,11 @@ class MemoryStore:
         return decode(encoded.form, encoded.ids, encoded.mask, encoded.blob)
 
     def extra(self, number: int) -> dict[str, Tensor]:
-        """The tensors that were stored beside it."""
+        """The tensors that were stored next to it."""
         return decode_extra(self._of(number).blob)
 
     def info(self, number: int) -> Info:
-        """What is known of a record."""
+        """Returns what is known of a record without its content."""
         self._of(number)
         return self._info[number]
 
@@ -75,7 +75,7 @@ class MemoryStore:
         return iter(list(self._samples))
 
     def is_erased(self, number: int) -> bool:
-        """Whether its content is gone."""
+        """Returns True if its content is gone."""
         return number not in self._samples
 
     def copies(self) -> Sequence[Store]:

@@ -1,4 +1,4 @@
-"""Which samples of a stream stay in a buffer of fixed size.
+"""Policies: which samples of a stream stay in a buffer of fixed size.
 
 One mechanism serves all policies. Every sample has a *group* and a *key*. While the buffer holds more than its budget,
 the largest group loses the sample of its largest key. A group never takes in a key above one that it has lost. So what
@@ -24,7 +24,7 @@ PolicyName = Literal["reservoir", "task_balanced", "class_balanced", "fifo", "he
 
 
 class Policy(NamedTuple):
-    """How a policy chooses.
+    """Rule by which a policy chooses.
 
     Attributes:
         group: what competes for room among itself: ``all``, the ``task`` or the ``class``.

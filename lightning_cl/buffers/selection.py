@@ -1,4 +1,4 @@
-"""Who is in a buffer: slots, each with a group, a key and a cost, within a budget."""
+"""The selection in a buffer: slots, each with a group, a key and a cost, within a budget."""
 
 from __future__ import annotations
 

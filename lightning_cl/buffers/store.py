@@ -1,4 +1,4 @@
-"""Where a buffer's samples lie: what the buffer asks of it."""
+"""The store of a buffer's samples: all that the buffer asks of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_cl.buffers.disk.encoding import Encoded, encode
 
 
 class Info(NamedTuple):
-    """What is known of a record without reading its content.
+    """Facts about a record that are known without reading its content.
 
     Attributes:
         task: the name of its task.
@@ -51,10 +51,10 @@ class Store(Protocol):
         """The sample of a record; RemovedError if it was erased."""
 
     def extra(self, number: int) -> dict[str, Tensor]:
-        """The tensors that were stored beside it."""
+        """The tensors that were stored next to it."""
 
     def info(self, number: int) -> Info:
-        """What is known of a record."""
+        """Returns what is known of a record without its content."""
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
         """``length`` and ``loss_tokens`` of many records."""
@@ -63,10 +63,10 @@ class Store(Protocol):
         """The numbers of all records that are not erased."""
 
     def is_erased(self, number: int) -> bool:
-        """Whether its content is gone."""
+        """Returns True if its content is gone."""
 
     def copies(self) -> Sequence[Store]:
-        """What lies beside the records of this store and may hold the same samples."""
+        """Names what lies next to the records of this store and may have the same samples."""
 
     def erase(self, keys: dict[int, bytes]) -> None:
         """Overwrites the content of records, given by :func:`keys_of`, and never stores the same content again."""
@@ -91,7 +91,7 @@ class Store(Protocol):
         """Makes what was appended outlive a crash."""
 
     def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """What a checkpoint needs to find these records again."""
+        """Returns what a checkpoint needs to find these records again."""
 
     def load_state_dict(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> Tensor:
         """Restores :meth:`state_dict`; gives the numbers of its records."""
@@ -104,12 +104,12 @@ def wait_for_all_ranks() -> None:
 
 
 def keys_of(store: Store, numbers: Iterable[int]) -> dict[int, bytes]:
-    """16 bytes that stand for the content of records, without what was stored beside them."""
+    """16 bytes that stand for the content of records, without what was stored next to them."""
     return {number: digest(encode(store.get(number))) for number in numbers}
 
 
 def was_removed(store: Store, sample: Any) -> bool:
-    """Whether a sample of this content was erased, and is not to come back."""
+    """Returns True if a sample of this content was erased, and is not to come back."""
     return bool(store.removed) and digest(encode(sample)) in store.removed
 
 

@@ -1,4 +1,4 @@
-"""What a sample has of tokens."""
+"""Tokens of a sample, counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def loss_tokens(sample: Any) -> int | None:
-    """How many tokens of a sample bear loss under next-token prediction; None for a sample that is no token sequence.
+    """Counts the tokens of a sample that bear loss in next-token prediction; None for no token sequence.
 
     Known are the records of this library (``loss_mask``) and Hugging Face's (``labels`` with −100 where there is no
     loss), both as dictionaries with one-dimensional fields. The first token is predicted by nothing.

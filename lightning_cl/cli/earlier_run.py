@@ -117,7 +117,7 @@ def expand_run(arguments: Sequence[str], subcommands: Sequence[str]) -> tuple[li
 
 
 def last_boundary(run: Path) -> Path:
-    """The checkpoint behind the last task of a run that is whole: ``tasks/<index>-<name>.ckpt``.
+    """The checkpoint after the last task of a run that is whole: ``tasks/<index>-<name>.ckpt``.
 
     Args:
         run: the run's folder.

@@ -23,7 +23,7 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name beside the target, syncs, and renames: a kill at any byte leaves no half a checkpoint.
+    """Writes under a temporary name next to the target, syncs, renames: a kill at any byte leaves no half checkpoint.
 
     Lightning's own writer goes through a temporary file too, but in another folder and without a sync, and holds the
     whole checkpoint in memory once more.

@@ -295,7 +295,7 @@ class TaskCoordinator(Callback):
 
     def _end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_handles()
-        # Resumed behind the last batch: none was fetched.
+        # Resumed after the last batch: none was fetched.
         self._restore_random_state(trainer)
         if self.ended:
             return  # resumed from a checkpoint that was written between this and the boundary

@@ -67,7 +67,7 @@ class TaskLoader:
         ValueError: if a sample is longer than a block, or a `sampler`'s order is to be packed.
     """
 
-    batch_sampler = None  # Lightning looks for it beside `sampler`
+    batch_sampler = None  # Lightning looks for it next to `sampler`
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class TaskLoader:
         return int(self._settings.get("num_workers", 0))
 
     def mix_in(self, mix: Mix, epochs: float = 1.0, batches: float | None = None, limit: int | float = 1.0) -> None:
-        """Lets the samples of a buffer take part in the batches from now on, beside those of other buffers.
+        """Lets the samples of a buffer take part in the batches from now on, next to those of other buffers.
 
         Args:
             mix: what, and how much of it.
@@ -146,7 +146,7 @@ class TaskLoader:
             limit: of the batches of an epoch, as ``limit_train_batches``.
 
         Raises:
-            ValueError: if there is no room for it beside what is mixed in already.
+            ValueError: if there is no room for it next to what is mixed in already.
         """
         if len(mix.buffer.held) > 0 and mix.curve.largest > 0:
             mixes = [*self._samples.mixes, mix]

@@ -40,7 +40,7 @@ class StreamLoader:
         world_size: number of processes.
     """
 
-    batch_sampler = None  # Lightning looks for it beside `sampler`
+    batch_sampler = None  # Lightning looks for it next to `sampler`
 
     def __init__(
         self,
@@ -72,14 +72,14 @@ class StreamLoader:
         return self
 
     def mix_in(self, mix: Mix, batches: float | None = None) -> None:
-        """Lets the samples of a buffer take part in the batches from now on, beside those of other buffers.
+        """Lets the samples of a buffer take part in the batches from now on, next to those of other buffers.
 
         Args:
             mix: what, and how much of it.
             batches: of the whole task; for a share that changes over it.
 
         Raises:
-            ValueError: if there is no room for it beside what is mixed in already, or it is to come on top of batches.
+            ValueError: if there is no room for it next to what is mixed in already, or it is to come on top of batches.
         """
         if mix.mode == "add":
             raise ValueError("mode='add': a stream's batches keep their size; expected 'replace'")

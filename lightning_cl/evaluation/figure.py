@@ -13,7 +13,7 @@ from lightning_cl.evaluation.sentences import row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number, text_width
 
 _LONGEST = 18  # characters of a name; a longer one is shortened
-_UPRIGHT = 9  # columns that stand beside each other without being turned
+_UPRIGHT = 9  # columns that stand next to each other without being turned
 _LEAST = 0.1  # of the highest score: a change of so much has the full colour, if no change is larger
 _BETTER, _WORSE, _NOT_YET, _BROKEN = "#2166ac", "#b2182b", "#d9d9d9", "#3f0010"
 _OTHER_DATA = "#e67e00"
@@ -98,7 +98,7 @@ def _changes(report: dict[str, Any]) -> list[list[float]]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names that fit beside each other: long ones without their end, or without their middle, or else whole.
+    """Names that fit next to each other: long ones without their end, or without their middle, or else whole.
 
     Args:
         names: of the tasks, no two alike; so are the short ones.

@@ -12,7 +12,7 @@ from torch import nn
 def check_positions(model: Any, needed: int, max_length: int) -> None:
     """Finds samples that are longer than what a model was made for.
 
-    Learned positions end where their table ends. Others (rotary ones, ALiBi) continue, but what comes behind
+    Learned positions end where their table ends. Others (rotary ones, ALiBi) continue, but what comes after
     ``max_position_embeddings`` the model has not learnt.
 
     Args:

@@ -26,7 +26,7 @@ def save_whole(model: Any, folder: str | Path) -> None:
 def save_adapter(model: Any, folder: str | Path, source: str) -> None:
     """A LoRA adapter alone, as ``peft.AutoPeftModelForCausalLM.from_pretrained`` loads it; its base is named in it.
 
-    The base of an adapter around a GGUF file, which peft cannot read, is saved beside it, in ``base``.
+    The base of an adapter around a GGUF file, which peft cannot read, is saved next to it, in ``base``.
 
     Args:
         model: the ``PeftModel``.

@@ -1,4 +1,4 @@
-"""Text that a model writes behind several prompts at once: the most probable one, or drawn from its distribution."""
+"""Text that a model writes after several prompts at once: the most probable one, or drawn from its distribution."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def continue_tokens(
         prompts: token ids, none empty.
         max_new_tokens: the longest answer.
         pad_id: what to pad with.
-        end_ids: tokens that end an answer, beside those of the model's own ``generation_config``.
+        end_ids: tokens that end an answer, next to those of the model's own ``generation_config``.
 
     Returns:
         for each prompt the new tokens, up to and without the one that ends the answer.
@@ -70,8 +70,8 @@ def sample_tokens(
 ) -> list[Written]:
     """Lets a ``transformers`` model write after each prompt, drawn from its distribution.
 
-    Each prompt has random numbers of its own, one for each place: what is written behind it depends neither on the
-    prompts beside it nor on the global random states, and moves none of them.
+    Each prompt has random numbers of its own, one for each place: what is written after it depends neither on the
+    prompts next to it nor on the global random states, and moves none of them.
 
     Args:
         model: with ``generate``.
@@ -81,7 +81,7 @@ def sample_tokens(
         seeds: one for each prompt.
         temperature: above 0; what the logits are divided by.
         top_p: draw among the fewest most probable tokens that have this probability together (Holtzman et al. 2020).
-        end_ids: tokens that end an answer, beside those of the model's own ``generation_config``.
+        end_ids: tokens that end an answer, next to those of the model's own ``generation_config``.
     """
     ends = _ends(model, end_ids)
     drawing = _Drawing(seeds, max_new_tokens, temperature, top_p)
@@ -129,7 +129,7 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_p: float
     # In the order of the vocabulary: that of nearly equal probabilities is a matter of rounding.
     reached = p.cumsum(-1)
     total = reached[:, -1:]
-    target = torch.minimum(numbers[:, None].to(reached) * total, total * (1 - 1e-6))  # never behind the last possible
+    target = torch.minimum(numbers[:, None].to(reached) * total, total * (1 - 1e-6))  # never after the last possible
     return torch.searchsorted(reached, target, right=True)[:, 0]
 
 
@@ -152,7 +152,7 @@ def _generate(
     ends: set[int],
     processors: Sequence[Any] = (),
 ) -> list[list[int]]:
-    """The new tokens of all rows, the most probable ones after `processors`, with what comes behind an end token."""
+    """The new tokens of all rows, the most probable ones after `processors`, with what comes after an end token."""
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)

@@ -53,7 +53,7 @@ def encode(sample: Any, extra: dict[str, Tensor] | None = None) -> Encoded:
 
     Args:
         sample: tensors, arrays, numbers and texts in plain containers.
-        extra: tensors to be kept beside it.
+        extra: tensors to be kept next to it.
 
     Raises:
         TypeError: if the sample holds anything else; the message says what.
@@ -96,7 +96,7 @@ def decode(form: str, ids: bytes, mask: bytes, blob: bytes) -> Any:
 
 
 def decode_extra(blob: bytes) -> dict[str, Tensor]:
-    """The tensors that were kept beside a sample."""
+    """The tensors that were kept next to a sample."""
     if not blob:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""What lies in a buffer's folder, for somebody without a run."""
+"""Contents of a buffer's folder, for somebody without a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def found_in(store: Store, predicate: Callable[[Stored], bool]) -> dict[int, byt
 def remove_from_folder(folder: str | Path, predicate: Callable[[Stored], bool]) -> int:
     """Removes samples for good from the folder of a buffer on disk, without a run.
 
-    A run that goes on from a checkpoint, whichever, does not find them
+    A run that resumes from a checkpoint, whichever, does not find them
     (:meth:`~lightning_cl.buffers.ReplayBuffer.remove`). What the run of this folder has from another run's folder is
     removed there, too.
 

@@ -1,4 +1,4 @@
-"""How a buffer lies on disk: four flat files, each with a checked header, that other programs can map.
+"""The layout of a buffer on disk: four flat files, each with a checked header, that other programs can map.
 
 A segment is a folder. Numbers are little-endian; each file begins with a header of 64 bytes:
 
@@ -6,8 +6,8 @@ A segment is a folder. Numbers are little-endian; each file begins with a header
 ``records.bin``  one :data:`RECORD` of 64 bytes per sample, in the order of storing
 ``tokens.bin``   token ids, int32; a record's begin at token ``start`` (a multiple of 8), ``length`` of them
 ``mask.bin``     one bit per token of ``tokens.bin``, lowest bit first: which tokens are learnt
-``blobs.bin``    for samples that are no token sequences, and for what is kept beside one: ``safetensors``
-                 bytes, ``blob_size`` of them from byte ``blob`` on (behind the header)
+``blobs.bin``    for samples that are no token sequences, and for what is kept next to one: ``safetensors``
+                 bytes, ``blob_size`` of them from byte ``blob`` on (after the header)
 ``names.jsonl``  what the numbers in ``task`` and ``form`` mean, one JSON object per line, with its checksum
 ===============  =======================================================================================
 
@@ -80,7 +80,7 @@ class Record(NamedTuple):
 
     @property
     def erased(self) -> bool:
-        """Whether the content is gone."""
+        """Returns True if the content is gone."""
         return bool(self.flags & ERASED)
 
     def to_bytes(self, number: int, version: int = VERSION) -> bytes:

@@ -38,7 +38,7 @@ class Names:
 
     @staticmethod
     def first_line(info: dict[str, Any]) -> bytes:
-        """What a new segment's file begins with."""
+        """Returns the first bytes of a new segment's file."""
         return _line_of({"info": info, "id": secrets.token_hex(8)})
 
     def number_of(self, kind: str, name: str) -> int:
@@ -97,7 +97,7 @@ def _line_of(entry: dict[str, Any]) -> bytes:
 
 
 def _entry_of(line: bytes) -> dict[str, Any] | None:
-    """What a line says; None if it is not as it was written."""
+    """Reads a line; None if it is not as it was written."""
     try:
         entry = json.loads(line)
         del entry["crc"]

@@ -42,7 +42,7 @@ class RemovedError(LookupError):
 
 
 class Content(NamedTuple):
-    """What a record holds, as bytes."""
+    """Returns the content of a record, as bytes."""
 
     form: str
     ids: bytes
@@ -106,12 +106,12 @@ class Segment:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What its writer said of it."""
+        """Description of the segment by its writer."""
         return self._names.info
 
     @property
     def id(self) -> str:
-        """What no other segment has."""
+        """Identity of the segment: no other one has it."""
         return self._names.id
 
     def path(self, kind: str) -> Path:
@@ -221,7 +221,7 @@ class Segment:
         if count:
             table = np.memmap(self.path("records"), RECORD, "r", HEADER_SIZE, (count,))
             for number in np.flatnonzero(table["flags"] & ERASED).tolist():
-                with suppress(DamagedFileError):  # behind the last commit
+                with suppress(DamagedFileError):  # after the last commit
                     self.erase(number)
 
     def _overwrite(self, kind: str, start: int, data: bytes) -> None:
@@ -276,7 +276,7 @@ class Segment:
         return self._names.name_of("task", record.task)
 
     def number_of_records(self) -> int:
-        """How many there are, with those that another process has written since."""
+        """Returns the number of records, with those that another process has written since."""
         if not self.writable:
             self.count = self._written = self._records_in_file()
         return self.count
@@ -352,7 +352,7 @@ class Segment:
 
 
 def _spans(record: Record) -> dict[str, tuple[int, int]]:
-    """Where in each file a record's content begins, behind the header, and its bytes."""
+    """Returns where a record's content begins in each file, after the header, and its bytes."""
     return {
         "tokens": (4 * record.start, 4 * record.length),
         "mask": (record.start // 8, -(-record.length // 8)),

@@ -28,7 +28,7 @@ class DiskStore:
     """Samples in memory-mapped files (:mod:`~lightning_cl.buffers.disk.layout`).
 
     Records are immutable, and files only grow, so that every checkpoint finds its own. Each process that writes begins
-    a segment of its own: two runs that go on from one checkpoint never write to one file. What was evicted takes room
+    a segment of its own: two runs that resume from one checkpoint never write to one file. What was evicted takes room
     until :meth:`rewrite`, at a task's boundary; files that it replaces are deleted at the boundary after that.
 
     A removed sample's content is overwritten in every segment of the folders that this store knows, and 16 bytes that
@@ -63,14 +63,14 @@ class DiskStore:
 
     @property
     def folder(self) -> Path:
-        """Where new segments go."""
+        """The folder for new segments."""
         if self._folder is None:
             raise RuntimeError("the buffer's folder is not known yet")
         return self._folder
 
     @property
     def is_placed(self) -> bool:
-        """Whether its folder is known."""
+        """Returns True if its folder is known."""
         return self._folder is not None
 
     def flush(self) -> None:
@@ -80,7 +80,7 @@ class DiskStore:
 
     @property
     def has_folder(self) -> bool:
-        """Whether anything was written into its folder."""
+        """Returns True if anything was written into its folder."""
         return self._folder is not None and self._folder.is_dir()
 
     def place(self, folder: Path, first: int, writes: bool) -> None:
@@ -139,7 +139,7 @@ class DiskStore:
             self._segments[self._writer].commit()
 
     def copies(self) -> Sequence[Store]:
-        """What else lies in the folders: what killed runs have left, what was replaced, and what is another run's.
+        """Names the rest of the folders: from killed runs, replaced segments, and those of other runs.
 
         Raises:
             DamagedFileError: if it cannot be looked through; the file is named.
@@ -165,7 +165,7 @@ class DiskStore:
                 segment.erase(local)
 
     def _finish_erasing(self) -> None:
-        """What a killed process has begun."""
+        """Names the segments that a killed process has begun."""
         for segment in self._segments:
             segment.finish_erasing()
         for folder in self.folders:
@@ -182,7 +182,7 @@ class DiskStore:
 
     @property
     def folders(self) -> list[Path]:
-        """Where records may lie: its own folder first, and those of the runs that it goes on from."""
+        """Folders that records may be in: its own first, then those of the runs that it resumes from."""
         own = [] if self._folder is None else [self._folder]
         return list(dict.fromkeys([*own, *(segment.folder.parent for segment in self._segments)]))
 
@@ -207,7 +207,7 @@ class DiskStore:
         self._outdated = []
 
     def is_wasteful(self, numbers: Sequence[int], least: int) -> bool:
-        """Whether more than half of the room, and `least` bytes, are not these records'. For the rank that writes."""
+        """True if more than half of the room, and `least` bytes, are not these records'."""
         wanted = sum(self.info(number).size for number in numbers)
         total = sum(segment.size() for segment in self._segments)
         return total - wanted >= least and total > 2 * wanted
@@ -284,19 +284,19 @@ class DiskStore:
         return decode(*segment.read(local))
 
     def extra(self, number: int) -> dict[str, Tensor]:
-        """The tensors that were stored beside it."""
+        """The tensors that were stored next to it."""
         segment, local = self._find(number)
         return decode_extra(segment.read(local).blob)
 
     def info(self, number: int) -> Info:
-        """What is known of a record."""
+        """Returns what is known of a record without its content."""
         segment, local = self._find(number)
         record = segment.record(local)
         size = 4 * record.length + -(-record.length // 8) + record.blob_size
         return Info(segment.task_of(record), record.length, record.loss_tokens, size, record.position, record.label)
 
     def is_erased(self, number: int) -> bool:
-        """Whether its content is gone."""
+        """Returns True if its content is gone."""
         segment, local = self._find(number)
         return segment.record(local).erased
 
@@ -375,7 +375,7 @@ class DiskStore:
         if not found and not self._described():
             raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
         self._segments = [self._open(path) for path in found]
-        # A run that went on from another one's checkpoint has its older records in that one's folder.
+        # A run that resumed from another one's checkpoint has its older records in that one's folder.
         known = {path.resolve() for path in found}
         for path in self._described():
             if path.resolve() not in known and path.is_dir():
@@ -405,7 +405,7 @@ class DiskStore:
                 yield place << _BITS | local
 
     def describe(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Which records are wanted, in plain containers: segments by folder, records by segment."""
+        """Returns the wanted records in plain containers: segments by folder, records by segment."""
         wanted: dict[int, list[int]] = defaultdict(list)
         for number in numbers:
             wanted[number >> _BITS].append(number & (1 << _BITS) - 1)

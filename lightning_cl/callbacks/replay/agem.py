@@ -35,7 +35,7 @@ class AGEM(MemoryCallback):
 
     once per optimizer step. ``g`` is the gradient that the optimizer would get: accumulated, unscaled, the mean over
     ranks, with what penalties have added, not yet clipped. ``g_ref`` is that of the loss of some stored samples, drawn
-    anew for every step. They are not trained on; beside ``Replay`` they can be.
+    anew for every step. They are not trained on; next to ``Replay`` they can be.
 
     ``g_ref`` comes from the module's own ``training_step``, in the mode and precision of training (with dropout, and
     with the batch's own statistics in batch norm), and leaves no trace: not in random states, running statistics,
@@ -220,7 +220,7 @@ class AGEM(MemoryCallback):
 
 
 def _told(counts: dict[str, Any]) -> str:
-    """What became of a task's steps, in words."""
+    """Describes what became of a task's steps."""
     steps, idle = counts["steps"], counts["zero"] + counts["not_finite"]
     told = f"{counts['projected']} of {steps} steps projected ({counts['projected'] / steps:.0%})"
     if idle < steps:

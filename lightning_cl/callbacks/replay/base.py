@@ -1,4 +1,4 @@
-"""What methods that keep samples of earlier tasks have in common: a buffer, when it is filled, and where it lies."""
+"""The common part of methods that keep samples of earlier tasks: a buffer, its filling and its location."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MemoryCallback(ContinualCallback):
     """
 
     takes_in = True
-    """Whether the tasks' own samples go into the buffer."""
+    """Returns True if the tasks' own samples go into the buffer."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class MemoryCallback(ContinualCallback):
 
     @property
     def ends_long(self) -> bool:  # type: ignore[override]
-        """A policy that looks at all samples, or tensors that are stored beside some, take passes of the model."""
+        """A policy that looks at all samples, or tensors that are stored next to some, take passes of the model."""
         return self._looks_at_end or (self.shares is None and type(self).extras is not MemoryCallback.extras)
 
     @property
@@ -233,7 +233,7 @@ class MemoryCallback(ContinualCallback):
             )
 
     def _hold(self) -> None:
-        """What is stored while a task is trained is replayed from the next one on, in map-style data."""
+        """Keeps back samples that are stored while a task is trained: in map-style data the next task replays them."""
         if self.fill == "training":
             self._own.hold()
 
@@ -346,7 +346,7 @@ class MemoryCallback(ContinualCallback):
     def extras(
         self, trainer: L.Trainer, pl_module: L.LightningModule, samples: Sequence[Any]
     ) -> list[dict[str, Tensor]]:
-        """Tensors to be stored beside samples that were chosen."""
+        """Tensors to be stored next to samples that were chosen."""
         return [{} for _ in samples]
 
     # ------------------------------------------------------------------ reading
@@ -406,7 +406,7 @@ class MemoryCallback(ContinualCallback):
             self._offered = state["offered"]
 
     def _look_in(self) -> list[Path]:
-        """Where the buffer's files may be, if not where they were: a run's folder can be moved."""
+        """Returns folders where the buffer's files may be if they are gone: a run's folder can be moved."""
         trainer = None if self._run is None else self._run()
         if trainer is None:
             return []
@@ -438,7 +438,7 @@ class MemoryCallback(ContinualCallback):
 
 
 def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
-    """Whether a loader's samples can be reached by index, and mixed into its batches.
+    """Checks that a loader's samples can be reached by index, and mixed into its batches.
 
     Raises:
         MisconfigurationException: saying why not, and what can.

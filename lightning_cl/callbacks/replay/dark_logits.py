@@ -1,4 +1,4 @@
-"""Logits stored beside replayed samples: taken from the model as it is, found again in the batches of later tasks."""
+"""Logits stored next to replayed samples: taken from the model as it is, found again in the batches of later tasks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Replayed(NamedTuple):
 
 
 class DarkLogits:
-    """What a callback knows of the logits beside its samples.
+    """Logits that a callback keeps of its samples.
 
     Args:
         owner: the callback's name, for messages.
@@ -195,7 +195,7 @@ class DarkLogits:
     # ------------------------------------------------------------------ comparing
 
     def replayed(self, batch: Any, kinds: Kinds, buffer: ReplayBuffer) -> Replayed | None:
-        """What the last training step computed at the positions of a buffer's samples; None where there are none.
+        """Returns the outputs of the last training step for a buffer's samples; None where there are none.
 
         Args:
             batch: of that step.
@@ -286,7 +286,7 @@ def _batch(trainer: L.Trainer, samples: list[Any]) -> Any:
 
 
 def _groups(samples: Sequence[Any], loader: Any) -> Iterator[list[int]]:
-    """Which samples share a batch: of like length, with no more tokens than a batch of training."""
+    """Groups samples to batches: of like length, with no more tokens than a batch of training."""
     size = getattr(loader, "batch_size", None)
     rows = size if isinstance(size, int) else 8
     lengths = [_length(sample) for sample in samples]
@@ -335,5 +335,5 @@ def _labels(batch: Any, shifted: bool, shape: torch.Size) -> Tensor | None:
 
 
 def bytes_of_position(classes: int, top_k: int) -> int:
-    """What the logits of one position take."""
+    """Returns the bytes of one position's logits."""
     return min(classes, top_k) * (2 + index_type(classes).itemsize) + (2 if top_k < classes else 0)

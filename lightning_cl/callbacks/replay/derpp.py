@@ -52,7 +52,7 @@ class DERpp(Replay):
     And the two terms are taken on the same replayed samples, with one pass through the model and not three.
 
     Memory: 4 bytes per stored logit (6 for a vocabulary above 65,536) and 2 for all others: with 64 of them 258 bytes
-    (386) per position that bears loss, on disk, beside the sample's own. A budget counts samples or their tokens, and
+    (386) per position that bears loss, on disk, next to the sample's own. A budget counts samples or their tokens, and
     not the logits; in ``bytes`` there is none. Compute per step: the head once more for the replayed positions; no pass
     through the model (with `outputs`, one). At a task's end, one forward pass over the samples that are kept; with
     ``fill="training"`` at every batch, over those of its samples that are kept.
@@ -116,7 +116,7 @@ class DERpp(Replay):
 
     @property
     def is_active(self) -> bool:
-        """Whether there is anything to add to the loss."""
+        """True if there is anything to add to the loss."""
         return self.alpha > 0 and self.mixes
 
     @override
@@ -175,7 +175,7 @@ class DERpp(Replay):
             return None if replayed is None else self._term(replayed) / replayed.bearing
 
     def _term(self, replayed: Replayed) -> Tensor:
-        """What is added for the replayed positions, as a sum over them."""
+        """Returns the term for the replayed positions, as a sum over them."""
         distance = replayed.distance()
         self._note(distance.detach(), len(replayed.hidden))
         return self.alpha * distance

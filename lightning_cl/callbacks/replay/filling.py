@@ -1,4 +1,4 @@
-"""How samples of a task come into a buffer: the same ones on all ranks, and not what was removed."""
+"""The filling of a buffer with samples of a task: the same ones on all ranks, none that was removed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_cl.passes.passes import progress
 from lightning_cl.tasks import TaskPosition
 
 Extras = Callable[[Sequence[Any]], list[dict[str, Tensor]]]
-"""Tensors to be stored beside samples."""
+"""Tensors to be stored next to samples."""
 
 
 def cost_of(buffer: ReplayBuffer, dataset: Any, index: int) -> int:
-    """What a sample takes of the buffer's budget; not loaded, where its length tells."""
+    """Returns a sample's share of the buffer's budget; it is not loaded where its length tells."""
     length_of = getattr(dataset, "length", None)
     if buffer.unit == "samples":
         return 1
@@ -37,7 +37,7 @@ def offer_batch(trainer: L.Trainer, buffer: ReplayBuffer, task: str, trained: Tr
         buffer: takes some of them in.
         task: the name of their task.
         trained: the samples.
-        extras: what to store beside them.
+        extras: what to store next to them.
     """
     chosen: dict[int, int] = {}
     for place in range(len(trained)):
@@ -69,7 +69,7 @@ def offer_task(
         task: the task.
         seed: of the candidates of a ranking.
         owner: the callback's name, for the progress display.
-        extras: what to store beside samples.
+        extras: what to store next to samples.
     """
     indices, dataset, policy = task_indices(loader), loader.dataset, buffer.policy
     weights: dict[int, float] = {}
@@ -124,7 +124,7 @@ def keep(
         chosen: the buffer's slots, each with the place of a sample. Those are left out that have lost their slot since.
         load: gives the sample at a place.
         position_of: gives its place in the task's data; by default, the place itself.
-        extras: what to store beside samples.
+        extras: what to store next to samples.
         label: what the progress display says; None: none is shown.
     """
     slots = sorted((slot for slot in chosen if buffer.is_waiting(slot)), key=chosen.__getitem__)

@@ -92,7 +92,7 @@ class Interference:
         return index
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a crash."""
+        """Returns the state that must survive a crash."""
         return {"steps": self._steps, "worst": list(self._worst), "surplus": self._surplus}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a module says of single samples: their losses, and rankings by their hidden states."""
+"""Losses of single samples, and rankings by their hidden states."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _tell_spoilt(label: str, what: str, count: int, how: str) -> None:
 
 @contextmanager
 def _hidden_states(pl_module: L.LightningModule) -> Iterator[list[Tensor]]:
-    """What a transformers model's decoder returns, or else what goes into the last linear layer."""
+    """Returns the output of a transformers model's decoder, or else the input of the last linear layer."""
     found: list[Tensor] = []
     models: list[Any] = [part for part in pl_module.modules() if hasattr(part, "get_decoder")]
     decoder = next((model.get_decoder() for model in models if model is not pl_module), None)

@@ -42,7 +42,7 @@ NEAR = 0.7
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model goes on from.
+    """Start of a text that a model continues.
 
     Args:
         ids: its tokens.
@@ -71,7 +71,7 @@ def as_sample(prompt: Prompt, written: Written) -> dict[str, Tensor]:
 def choose(
     prompts: Sequence[Prompt], texts: Sequence[Written], min_tokens: int, vocabulary: int
 ) -> tuple[list[int], dict[str, int]]:
-    """Which of a model's texts are good enough to rehearse; see the module's docstring.
+    """Chooses those of a model's texts that are good enough to rehearse; see the module's docstring.
 
     Args:
         prompts: of each text.
@@ -112,7 +112,7 @@ def _without(places: list[int], out: set[int], reason: str, rejected: Counter[st
 
 
 def _in_common(rows: list[tuple[int, ...]]) -> int:
-    """How many tokens all rows begin with."""
+    """Counts the tokens that all rows begin with."""
     places = enumerate(zip(*rows, strict=False))
     return next((place for place, tokens in places if len(set(tokens)) > 1), min(map(len, rows)))
 
@@ -132,7 +132,7 @@ def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def is_repetitive(ids: Sequence[int]) -> bool:
-    """Whether a text says the same again and again: in a stretch of it (:data:`LEAST_DISTINCT`) few 4-grams differ."""
+    """True if a text says the same again and again: in a stretch of it (:data:`LEAST_DISTINCT`) few 4-grams differ."""
     for window, least in LEAST_DISTINCT.items():
         # Windows that overlap by half, the last one at the end: where a text falls into a loop, it stays in it.
         last = max(len(ids) - window, 0)

@@ -1,4 +1,4 @@
-"""What a model goes on from when it writes rehearsal samples: prompts, a chat template, or the start of a text."""
+"""The start of rehearsal samples that a model writes: prompts, a chat template, or the start of a text."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def _from_records(path: Path, where: str) -> list[str]:
 
 @dataclass(frozen=True)
 class UserTurn:
-    """Where a chat template has the user speak.
+    """Position in a chat template where the user speaks.
 
     Args:
         ids: what stands before the user's words.
-        after: what stands behind them, without white space around it.
+        after: what stands after them, without white space around it.
         ends: the special token that ends the words, if there is one.
     """
 
@@ -94,14 +94,14 @@ class UserTurn:
         return cls(tuple(ids), after, special_token(tokenizer, after))
 
     def words(self, written: Written, tokenizer: Any) -> str | None:
-        """What the user says in a text that was written behind :attr:`ids`; None if it does not come to an end."""
+        """Returns the user's words in a text written after :attr:`ids`; None if they do not come to an end."""
         text = tokenizer.decode(written.ids[: -1 if written.ended else None], skip_special_tokens=True)
         said, ended, _ = text.partition(self.after)
         return said.strip() if written.ended or ended else None
 
 
 def start_of_text(tokenizer: Any) -> Prompt:
-    """The start token; for a tokenizer that has none of its own, the end token, which other texts come behind.
+    """The start token; for a tokenizer that has none of its own, the end token, which other texts come after.
 
     The library's texts do not begin with an end token, and so it is no part of the sample.
 
@@ -116,6 +116,6 @@ def start_of_text(tokenizer: Any) -> Prompt:
 
 
 def beginning_of(sample: dict[str, Any]) -> list[int]:
-    """What stands before the last answer of a token sample; of a text, its first tokens."""
+    """Returns the tokens before the last answer of a token sample; of a text, its first tokens."""
     ids: list[int] = PromptDataset([sample])[0]["prompt"]  # type: ignore[arg-type]
     return ids

@@ -179,7 +179,7 @@ class Replay(MemoryCallback):
 
 
 def check_together(trainer: L.Trainer) -> None:
-    """Whether all callbacks that replay leave room for new samples, in every task, and mix in one way.
+    """Checks that all callbacks that replay leave room for new samples, in every task, and mix in one way.
 
     Raises:
         MisconfigurationException: if not; before anything is trained.
@@ -200,7 +200,7 @@ def check_together(trainer: L.Trainer) -> None:
 
 
 def _earlier_tasks(method: MemoryCallback, tasks: list[str]) -> int:
-    """How many tasks of other runs are in a buffer; in a plain fit, how many but the last."""
+    """Counts the tasks of other runs in a buffer; in a plain fit, all but the last."""
     if not method.takes_in:
         return 0
     stored = set(method.buffer.task_names)

@@ -1,4 +1,4 @@
-"""A model writes behind many prompts: in batches, shared among ranks, and going on where a killed run stopped."""
+"""A model writes after many prompts: in batches, shared among ranks, and going on where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class WritingSettings:
-    """How texts are written.
+    """Settings for the writing of texts.
 
     Args:
         max_new_tokens: the longest text.
@@ -67,16 +67,16 @@ class SampleWriter:
     def write(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], end_ids: Sequence[int], label: str
     ) -> list[Written]:
-        """What the model writes behind each prompt; the same on all ranks.
+        """Lets the model write after each prompt; the same on all ranks.
 
         Args:
             prompts: token ids.
             seeds: one for each prompt.
-            end_ids: tokens that end a text, beside those of the model's own ``generation_config``.
+            end_ids: tokens that end a text, next to those of the model's own ``generation_config``.
             label: what the progress display says.
         """
         folder = self._folder(prompts, seeds, end_ids)
-        # Prompts of like length beside each other: less padding.
+        # Prompts of like length next to each other: less padding.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         size = self._settings.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -101,7 +101,7 @@ class SampleWriter:
         settings = self._settings
         room = settings.max_new_tokens
         if settings.max_length is not None:
-            # Learned positions end there, also for the padding behind a text that has ended.
+            # Learned positions end there, also for the padding after a text that has ended.
             room = min(room, settings.max_length - max(len(prompt) for prompt in prompts))
         with forward_context(self._trainer):
             return sample_tokens(

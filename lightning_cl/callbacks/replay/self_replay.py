@@ -41,7 +41,7 @@ class SelfReplay(MemoryCallback):
 
     Before each task, also the first, the model as it is then writes texts. In the task they have the share `ratio` of
     the loss-bearing tokens, as the stored samples of :class:`~lightning_cl.Replay` have. No samples of earlier tasks
-    are needed, nor of what a base model was trained on, which nobody has. What the model goes on from:
+    are needed, nor of what a base model was trained on, which nobody has. What the model resumes from:
 
     * `prompts`: instructions, which it answers in the tokenizer's chat template, or texts, where there is none;
     * without, and with a chat template, the template up to the user's words: the model writes the instruction too, and
@@ -53,7 +53,7 @@ class SelfReplay(MemoryCallback):
     * with `examples`, also the beginnings of so many samples of each earlier task, which are stored: what stands before
       the last answer, or the first tokens of a text, at most 32.
 
-    Each earlier task whose beginnings are kept has an equal share, and so has all else that it goes on from.
+    Each earlier task whose beginnings are kept has an equal share, and so has all else that it resumes from.
 
     Loss is on what the model wrote, its end token included; on an instruction of its own there is none. Texts that are
     too short, noise, repetitive, duplicates, or outliers in their perplexity are left out, and counted in the report
@@ -72,7 +72,7 @@ class SelfReplay(MemoryCallback):
     Memory: the samples, 4 bytes and a bit per token, in checkpoints too. Compute: up to ``samples · max_new_tokens``
     tokens are generated before each task (twice that, where the model writes the instructions), `batch_size` texts at a
     time on each rank; per step, see :class:`~lightning_cl.Replay`. What is written is kept in ``$LIGHTNING_CL_CACHE``,
-    batch by batch: a run that is killed goes on from there.
+    batch by batch: a run that is killed resumes from there.
 
     Args:
         samples: how many texts are written before each task; those that pass the filters are kept.
@@ -205,7 +205,7 @@ class SelfReplay(MemoryCallback):
         self.beginnings[self.task.name] = kept if self.examples else [ids[:1] for ids in kept]
 
     def _needs_first_tokens(self, trainer: L.Trainer) -> bool:
-        """Whether the model writes free text, and there is no token that the texts of earlier tasks begin with."""
+        """True if the model writes free text, and there is no token that the texts of earlier tasks begin with."""
         _, tokenizer, _ = _parts_of(trainer)
         return self.prompts is None and not has_template(tokenizer) and not start_tokens(tokenizer)
 
@@ -252,7 +252,7 @@ class SelfReplay(MemoryCallback):
     def _prompts(
         self, tokenizer: Any, count: int, write: Callable[..., list[Written]], rejected: Counter[str]
     ) -> list[Prompt]:
-        """What the model goes on from; as many as `count`, without the instructions of its own that are none."""
+        """Returns `count` prompts, without the model's own instructions that are none."""
         groups = 1 + len(self.beginnings)
         share, *shares = [count // groups + (group < count % groups) for group in range(groups)]
         if self.prompts is not None:
@@ -289,7 +289,7 @@ class SelfReplay(MemoryCallback):
         told(self._sentence(name))
 
     def _knows_nothing(self, name: str) -> bool:
-        """Whether all that was written is noise: a model before its first training, which has nothing to keep."""
+        """True if all that was written is noise: a model before its first training, which has nothing to keep."""
         return "noise" in self.written[name]["rejected"]
 
     def _sentence(self, name: str) -> str:

@@ -37,7 +37,7 @@ class Curve(NamedTuple):
         return max(ratio for _, ratio in self.points)
 
     def at(self, progress: float) -> float:
-        """The share at a progress in [0, 1]; before the first and behind the last point, theirs."""
+        """The share at a progress in [0, 1]; before the first and after the last point, theirs."""
         place = bisect_right(self.points, (progress, math.inf))
         if place == 0 or place == len(self.points):
             return self.points[max(place - 1, 0)][1]

@@ -202,7 +202,7 @@ class Samples:
         return all(mix.curve.is_constant for mix in self.mixes)
 
     def span(self, epoch: int) -> Span:
-        """Which part of the task an epoch is."""
+        """The part of the task that an epoch is."""
         return Span(epoch, self.epochs, self.shown)
 
     @property

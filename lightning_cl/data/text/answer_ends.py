@@ -28,7 +28,7 @@ def ends_of_answers(tokenizer: Any) -> list[int]:
 def around(
     tokenizer: Any, words: str, before: Sequence[dict[str, str]], role: str, after: Sequence[dict[str, str]] = ()
 ) -> tuple[str, str]:
-    """What a template writes before and after somebody's words; nothing where it does not write them.
+    """Returns the text that a template writes before and after somebody's words; nothing where it writes none.
 
     Args:
         tokenizer: has a chat template.

@@ -32,7 +32,7 @@ class Spans(NamedTuple):
     open_end: bool
     """Whether nothing ends the last turn, so that the end token is appended and learnt."""
     endless: bool
-    """Whether a turn is learnt without an end."""
+    """Returns True if a turn is learnt without an end."""
 
 
 class Tokens(NamedTuple):
@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer has a chat template."""
+    """Returns True if a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -179,7 +179,7 @@ class _Encoder:
         return Tokens(ids, mask)
 
     def _runs(self, chat: Chat, count: int) -> int:
-        """How many runs of marked tokens the first messages of a conversation have."""
+        """Counts the runs of marked tokens that the first messages of a conversation have."""
         if all(message["role"] != "assistant" for message in chat.messages[:count]):
             return 0
         return int(_run_starts(self._marked(chat, chat.messages[:count]).mask).sum())
@@ -295,7 +295,7 @@ class _Encoder:
         elif text.startswith(asked := before[: self._prompt_end(chat, marked, turn, marker, before)]):
             start = len(asked)
         elif prompt is not None:
-            # The prompt opens a thinking that the turn goes on with in another way: what both have is the header.
+            # The prompt opens a thinking that the turn continues with in another way: what both have is the header.
             start = next((i for i, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), start)
         end = len(text) - len(after) + self._ending(chat, marked[: turn + 1], marker, after)
         if not found or not text.endswith(after) or start > end:
@@ -306,7 +306,7 @@ class _Encoder:
         return start, end
 
     def _prompt_end(self, chat: Chat, marked: Sequence[dict[str, Any]], turn: int, marker: str, before: str) -> int:
-        """Where in `before`, which is all that stands before the words of a turn, its generation prompt ends.
+        """Finds the end of the generation prompt in `before`, the text before the words of a turn.
 
         The messages before it are written in another way where they are a conversation of their own. But what follows
         the words of the last of them, marked too, is the same.
@@ -325,7 +325,7 @@ class _Encoder:
         return len(before) - len(own) if fits else len(before)
 
     def _ending(self, chat: Chat, marked: Sequence[dict[str, Any]], marker: str, after: str) -> int:
-        """How much of what follows the marker ends its turn: what follows it where the conversation ends there."""
+        """Measures the text after the marker that ends its turn: all that follows where the conversation ends there."""
         _, found, alone = (self._try(chat, marked) or "").partition(marker)
         for rest in (alone, alone.lstrip()):
             end = self._turn_end(rest)
@@ -352,7 +352,7 @@ class _Encoder:
         return "add_generation_prompt" in self._template(chat)
 
     def _turn_end(self, text: str) -> int:
-        """Where a turn's text ends: white space after an end-of-turn token belongs to the next turn."""
+        """Finds the end of a turn's text: white space after an end-of-turn token belongs to the next turn."""
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self.special) else len(text)
 
@@ -376,7 +376,7 @@ class _Encoder:
 
 
 def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens have a character in one of the spans."""
+    """Marks the tokens that have a character in one of the spans."""
     mask = np.zeros(len(offsets), bool)
     for start, end in spans:
         mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)

@@ -1,4 +1,4 @@
-"""How token samples, or blocks of them, become a batch."""
+"""The step from token samples, or blocks of them, to a batch."""
 
 from __future__ import annotations
 

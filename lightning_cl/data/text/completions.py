@@ -12,7 +12,7 @@ from lightning_cl.data.text.formats import Completion
 from lightning_cl.data.text.tokenizer import end_tokens, plain_ids, start_tokens
 
 _ANCHORS = ("\n", ".", "a", " ")
-"""What a completion is put behind, so that a tokenizer does not take it for the beginning of a text."""
+"""What a completion is put after, so that a tokenizer does not take it for the beginning of a text."""
 
 
 def encode_completions(documents: Sequence[Completion], tokenizer: Any) -> list[Tokens]:
@@ -30,7 +30,7 @@ def encode_completions(documents: Sequence[Completion], tokenizer: Any) -> list[
     results = []
     for document, prompt, ids in zip(documents, prompts, joined, strict=True):
         # At inference the prompt is tokenised alone. Where a token would reach across the seam, the model has to learn
-        # to go on from the prompt's own tokens.
+        # to resume from the prompt's own tokens.
         asked = len(prompt)
         if ids[:asked] != prompt:
             ids, asked = _across_the_seam(document.completion, prompt, ids, tokenizer)
@@ -44,7 +44,7 @@ def encode_completions(documents: Sequence[Completion], tokenizer: Any) -> list[
 def _across_the_seam(completion: str, prompt: list[int], joined: list[int], tokenizer: Any) -> tuple[list[int], int]:
     """Tokens that read as prompt and completion, and how many of them are the prompt's.
 
-    They are the prompt's own, and the completion's behind them. Where no tokens of the completion go on from there (as
+    They are the prompt's own, and the completion's behind them. Where no tokens of the completion continue them (as
     in vocabularies that know the insides of words only behind a beginning), they are those of the joined text, and the
     token that reaches across is learnt.
     """

@@ -169,7 +169,7 @@ def _csv(path: Path, where: str, layout: Layout) -> Iterator[Record]:
 
 
 def delimiter_of(header: str, layout: Layout = NO_LAYOUT) -> str:
-    """What separates the columns of a table: the delimiter that makes its header one that is known."""
+    """Finds the delimiter of a table: the one that makes its header a known one."""
     for delimiter in DELIMITERS:
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
         if has_known_format(layout.meanings(names).values()):
@@ -220,7 +220,7 @@ def _parquet(path: Path, where: str, layout: Layout) -> Iterator[Record]:
 
 
 def _wanted(columns: list[str], layout: Layout) -> list[str]:
-    """What means something, so that images and the like are not decoded; everything, where nothing does."""
+    """Names the columns that mean something, so that images are not decoded; all, where none does."""
     meanings = layout.meanings(columns)
     return [column for column in columns if column in meanings] or columns
 
@@ -249,7 +249,7 @@ def _part(features: Any, key: str) -> Any:
 
 
 def not_json(error: Exception) -> str:
-    """What is wrong with a text that is no JSON."""
+    """Describes the fault of a text that is no JSON."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON ({error.msg} at column {error.colno})"
     if isinstance(error, RecursionError):

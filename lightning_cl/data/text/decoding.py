@@ -72,7 +72,7 @@ def open_text(path: Path, where: str, newline: str | None = None) -> Iterator[Te
 
 
 def not_text(error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are not UTF-8, and what they may be."""
+    """Describes bytes that are not UTF-8, and what they may be."""
     data = bytes(error.object)
     where = f"not UTF-8 text at byte {error.start}" if error.encoding.startswith("utf-8") else "not valid UTF-16 text"
     if b"\0" in data[:1000]:

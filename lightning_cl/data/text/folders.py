@@ -41,7 +41,7 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
 def is_glob(source: str) -> bool:
-    """Whether a path has wildcards."""
+    """Returns True if a path has wildcards."""
     return glob.has_magic(source)
 
 
@@ -72,12 +72,12 @@ def split_files(folder: Path) -> dict[str, str]:
 
 
 def is_record_file(path: Path) -> bool:
-    """Whether a file's suffix, in upper or lower case, is one of those of files of records."""
+    """Returns True if a file's suffix, in upper or lower case, is one of those of files of records."""
     return suffix_of(path) in RECORD_SUFFIXES
 
 
 def is_document_file(path: Path) -> bool:
-    """Whether it is a file of source code or text, by its suffix."""
+    """Returns True if it is a file of source code or text, by its suffix."""
     # Minified scripts are build products that lie among the sources.
     return path.suffix.lower() in DOCUMENT_SUFFIXES and ".min." not in path.name
 
@@ -97,7 +97,7 @@ def glob_files(pattern: str) -> tuple[Path, list[Path]]:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file's suffix is one that people keep data under, also one that cannot be read here."""
+    """Returns True if a file's suffix is one that people keep data under, also one that cannot be read here."""
     return suffix_of(path) in DATA_SUFFIXES
 
 

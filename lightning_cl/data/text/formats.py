@@ -160,7 +160,7 @@ Document: TypeAlias = Text | Completion | Instruction | Chat
 
 
 def has_known_format(keys: Collection[str]) -> bool:
-    """Whether a record with these keys can be read."""
+    """Returns True if a record with these keys can be read."""
     return any(all(key in keys for key in required) for required in _REQUIRED)
 
 

@@ -11,7 +11,7 @@ from lightning_cl.data.text.formats import COLUMNS, FORMATS, has_known_format
 
 @dataclass(frozen=True)
 class Layout:
-    """How the records of a task are written down.
+    """Layout of a task's records in their files.
 
     Args:
         columns: for a name of our formats the name in the data, as ``{"prompt": "Question", "completion": "Answer"}``.

@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a conversation, found by rendering it with and without."""
+"""The parts of a conversation that a chat template leaves out, found by rendering it with and without."""
 
 from __future__ import annotations
 

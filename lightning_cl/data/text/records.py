@@ -34,7 +34,7 @@ from lightning_cl.data.text.tally import Tally
 
 
 def is_text_source(source: Any) -> bool:
-    """Whether :func:`read_documents` knows what to do with a task's data."""
+    """Returns True if :func:`read_documents` knows what to do with a task's data."""
     if isinstance(source, (str, Path)):
         return True
     if isinstance(source, (list, tuple)):

@@ -34,7 +34,7 @@ _SIDE_FILES = ("readme", "license", "licence", "citation", "changelog", "dataset
 
 @dataclass(frozen=True)
 class Location:
-    """What a path or a name stands for.
+    """Meaning of a path or a name.
 
     Args:
         kind: ``sample``, ``file``, ``splits`` (a folder with a file for each split), ``records`` (several files of
@@ -56,7 +56,7 @@ class Location:
 
 
 def locate(source: str | Path) -> Location:
-    """What a path or a name stands for; looks at names only, and not on the hub.
+    """Finds what a path or a name stands for; looks at names only, and not on the hub.
 
     Raises:
         ValueError: if a folder has two files for one split.
@@ -142,7 +142,7 @@ def splits_of(source: Any) -> dict[str, Any] | None:
 
 
 def resolve_splits(source: Any) -> dict[str, Any]:
-    """What a task's `train` supplies for each role.
+    """Returns the data that a task's `train` has for each role.
 
     A folder of train/valid/test files, a ``datasets.DatasetDict`` and a hub name (which is loaded) supply validation
     and test data too; anything else is the training data alone.
@@ -162,13 +162,13 @@ def resolve_splits(source: Any) -> dict[str, Any]:
 
 
 def is_dataset_dict(source: Any) -> bool:
-    """Whether it is a ``datasets.DatasetDict`` (asked without importing ``datasets``)."""
+    """Returns True if it is a ``datasets.DatasetDict`` (asked without importing ``datasets``)."""
     # A plain dictionary of tables may be the arguments of a Task.
     return isinstance(source, dict) and hasattr(source, "column_names") and bool(source)
 
 
 def is_table(source: Any) -> bool:
-    """Whether it is a ``datasets.Dataset``, an ``IterableDataset``, or the like, with columns of a known format."""
+    """True if it is a ``datasets.Dataset``, an ``IterableDataset``, or the like, with columns of a known format."""
     if isinstance(source, dict) or not hasattr(source, "column_names") or not hasattr(source, "__iter__"):
         return False
     # A stream may learn its columns only from its first record.
@@ -176,7 +176,7 @@ def is_table(source: Any) -> bool:
 
 
 def is_stream(source: Any) -> bool:
-    """Whether a source is a table without a length: read as it comes, perhaps endless, perhaps only once."""
+    """Returns True if a source is a table without a length: read as it comes, perhaps endless, perhaps only once."""
     return is_table(source) and not hasattr(source, "__len__")
 
 

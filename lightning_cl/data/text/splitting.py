@@ -68,7 +68,7 @@ def split_documents(
 
 
 def said(document: Document | str) -> str:
-    """What a document says, whatever its form: the same for all copies of it.
+    """Returns the words of a document, whatever its form: the same for all copies of it.
 
     It is without the path in front, and without white space at the ends. Instructions, completions and conversations
     are who said what in turn: also how many turns are only a prompt, schemas of tools and other keys of a message are

@@ -1,4 +1,4 @@
-"""What became of the records of one source."""
+"""Counts of what became of the records of one source."""
 
 from __future__ import annotations
 

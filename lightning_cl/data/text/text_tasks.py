@@ -26,7 +26,7 @@ ROLES = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What decides, beside the data, how text becomes samples.
+    """Settings that decide, together with the data, how text becomes samples.
 
     Args:
         max_length: the most tokens in a sample.

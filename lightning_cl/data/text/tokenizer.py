@@ -145,7 +145,7 @@ def start_tokens(tokenizer: Any) -> list[int]:
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
-    """What a document ends with: the end token, if there is one."""
+    """Returns the tokens that a document ends with: the end token, if there is one."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 

@@ -72,7 +72,7 @@ def _blocks(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[
     blocks = []
     for text, ids in zip(texts, plain_ids(texts, tokenizer), strict=True):
         front = [] if start and ids[: len(start)] == start else start
-        # Many templates write a line feed behind the last end token.
+        # Many templates write a line feed after the last end token.
         ended = end and end[0] in ids and text.rstrip().endswith(tokenizer.eos_token)
         blocks.append(_cut(front + ids + ([] if ended else end), max_length))
     return blocks
