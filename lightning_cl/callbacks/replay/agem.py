@@ -15,8 +15,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
-from lightning_cl.callbacks.replay.base import MemoryCallback
+from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.coordinator import amp_scale
 from lightning_cl.core.placement import trainable_parameters
@@ -56,9 +57,13 @@ class AGEM(MemoryCallback):
             task, and never more than are stored. More give less noise; they are computed in passes of at most a batch
             of the task, each of which weighs as much as it has samples.
         policy: which samples are kept, as in ``Replay``.
-        settings: ``unit``, ``fill``, ``storage``, ``folder``, ``buffer`` and ``seed`` of
-            :class:`~lightning_cl.callbacks.replay.base.MemoryCallback`; with ``buffer="Replay"`` the samples are those
-            that ``Replay`` keeps.
+        unit: unit of `buffer_size`: ``samples``, ``tokens`` or ``bytes``.
+        fill: ``task_end``: samples are kept at the end of each task; ``training``: as they are trained on.
+        storage: ``disk`` or ``memory``, as in ``Replay``.
+        folder: folder for the files instead of the run's own.
+        buffer: the name of another callback of the Trainer, whose buffer is used; with ``buffer="Replay"`` the samples
+            are those that ``Replay`` keeps.
+        seed: seed of what is kept.
 
     Attributes:
         interference: task to how many ``steps`` had something in memory, how many of them were ``projected``, in how
@@ -76,9 +81,16 @@ class AGEM(MemoryCallback):
         buffer_size: int = 10_000,
         batch_size: int | None = None,
         policy: PolicyName = "reservoir",
-        **settings: Any,
+        unit: Unit = "samples",
+        fill: Fill = "task_end",
+        storage: Storage = "disk",
+        folder: str | None = None,
+        buffer: str | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(buffer_size, policy, **settings)
+        super().__init__(
+            buffer_size, policy, unit=unit, fill=fill, storage=storage, folder=folder, buffer=buffer, seed=seed
+        )
         if batch_size is not None and (
             isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
         ):

@@ -58,7 +58,7 @@ class MemoryCallback(ContinualCallback):
         storage: ``disk``: in the run's folder, ``buffers/<callback>``, and checkpoints hold which samples are in the
             buffer. ``memory``: in RAM, and checkpoints hold the samples. A Trainer that keeps no checkpoints has no
             files here either.
-        folder: where the files go instead. What an earlier run has left there is gone on with.
+        folder: where the files go instead. A buffer that an earlier run left there is used again.
         buffer: the name of another callback of the Trainer, whose buffer is used; nothing else is set then.
         seed: seed of what is kept.
 
@@ -70,7 +70,7 @@ class MemoryCallback(ContinualCallback):
     """
 
     takes_in = True
-    """Returns True if the tasks' own samples go into the buffer."""
+    """True if the tasks' own samples go into the buffer."""
 
     def __init__(
         self,
