@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_cl.cli import first_help
 from lightning_cl.cli.command import main
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,31 @@ def test_fit_help_has_the_docstrings_of_data_and_trainer():
     assert "what to learn, in order" in text  # TaskDataModule, tasks
     assert "Stop training once this number of epochs is reached" in text  # Trainer, max_epochs
     assert "--ckpt_path" in text
+
+
+def test_fit_help_is_two_screens_of_what_is_set_first():
+    text = Output("fit", "--help").out
+    assert len(text.splitlines()) <= 100
+    assert max(map(len, text.splitlines())) <= 100
+    for group in first_help._GROUPS.values():
+        assert [option for option in group if f"--{option}" not in text] == []  # each is an option that there is
+    # Each method stands in it, and the way to all else.
+    assert [name for name in ("EWC", "SI", "LwF", "Replay", "DERpp", "TaskMatrix") if name not in text] == []
+    assert ":class:" not in text
+    assert "--trainer.limit_val_batches" not in text
+    assert text.splitlines()[-1].endswith("lightning-cl fit --help all")
+
+
+def test_everything_is_under_help_all():
+    text = Output("fit", "--help", "all").out
+    assert {"--trainer.limit_val_batches", "--data.length_buckets", "--strengths"} <= set(text.split())
+    assert Output("fit", "-h", "all").out == text
+
+
+def test_the_other_subcommands_show_options_that_they_have():
+    text = Output("predict", "--help").out
+    assert "--run" in text
+    assert "--strengths" not in text
 
 
 def test_help_of_a_class_shows_its_arguments():

@@ -25,6 +25,7 @@ from typing_extensions import override
 from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
 from lightning_cl.cli.earlier_run import EarlierRun, expand_run
+from lightning_cl.cli.first_help import first_help, wants_all
 from lightning_cl.cli.overlays import merged_overlays
 from lightning_cl.cli.parser import EarlyOption, HelpFormatter, HelpfulParser, take_option
 from lightning_cl.cli.run_list import run_list
@@ -48,15 +49,15 @@ forgot.
 
   lightning-cl fit --config configs/quickstart.yaml
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc_replay.yaml
-  lightning-cl fit --config configs/quickstart.yaml --ckpt_path last     go on where a run was stopped
+  lightning-cl fit --config configs/quickstart.yaml --ckpt_path last     resume where a run was stopped
   lightning-cl fit --run runs/quickstart/version_0                       the same for one run, with its settings
-  lightning-cl fit --run runs/quickstart/version_0 --add mails=data/mails.jsonl       one more task behind a run's
+  lightning-cl fit --run runs/quickstart/version_0 --add mails=data/mails.jsonl       one more task after a run's
   lightning-cl fit --config configs/quickstart.yaml --seeds 3            mean and 95 % interval over three seeds
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc.yaml --strengths 0.001,0.01,0.1
   lightning-cl preview --config configs/quickstart.yaml                  a sample of each task, with what bears loss
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl runs runs                                                 what each run holds, and needs of others
-  lightning-cl fit --help                                                all arguments
+  lightning-cl fit --help                                                what is set first; --help all: everything
 """
 
 _SUBCOMMANDS = {
@@ -172,6 +173,7 @@ class ContinualCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         check_files(HelpfulParser.arguments)
+        self._show_first_help()
         if "preview" in HelpfulParser.arguments[:1] and (asked := take_option(HelpfulParser.arguments, "--run RUN")[0]):
             raise ValueError(f"--run: a preview needs no run, but its settings: --config {asked[0]}/config.yaml")
         arguments, self.earlier = expand_run(HelpfulParser.arguments, tuple(_SUBCOMMANDS))
@@ -180,6 +182,17 @@ class ContinualCLI(LightningCLI):
         trial = asked_trial()
         if trial is not None:
             set_strength(self.config.fit.trainer.callbacks, trial)
+
+    def _show_first_help(self) -> None:
+        """Ends with the short help of a subcommand where it is asked for; ``--help all`` is left to the parser."""
+        name, *rest = HelpfulParser.arguments or [""]
+        if name not in _SUBCOMMANDS or not {"--help", "-h"} & set(rest):
+            return
+        if wants_all(rest):
+            HelpfulParser.arguments = [name, "--help"]
+            return
+        sys.stdout.write(first_help(self._parser(name), name, _SUBCOMMANDS[name]))
+        sys.exit(0)
 
     @override
     def _parse_ckpt_path(self) -> None:

@@ -85,7 +85,7 @@ class HelpfulParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [f"lightning-cl: error: {_essence(message)}"]
         lines += [f"  {hint}" for hint in dict.fromkeys(self._hints(message))]
-        lines.append("  all arguments: lightning-cl fit --help; all settings of a run: --print_config")
+        lines.append("  all arguments: lightning-cl fit --help all; all settings of a run: --print_config")
         sys.stderr.write("\n".join(lines) + "\n")
         sys.exit(2)
 
