@@ -57,6 +57,14 @@ class KLToBase(ContinualCallback):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import KLToBase
+        >>> probe = KLToBase(samples=16)
+        >>> trainer = L.Trainer(callbacks=[probe], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> probe.samples
+        16
     """
 
     def __init__(self, samples: int = 64, seed: int = 0, outputs: OutputsFunction | None = None) -> None:

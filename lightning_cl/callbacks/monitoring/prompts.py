@@ -33,6 +33,14 @@ class PromptSamples(ContinualCallback):
 
     Raises:
         ValueError: if there are no prompts or no tokens to generate.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import PromptSamples
+        >>> probe = PromptSamples(["The capital of France is"])
+        >>> trainer = L.Trainer(callbacks=[probe], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> len(probe.prompts)
+        1
     """
 
     def __init__(self, prompts: list[str], max_new_tokens: int = 32, chat: bool = False) -> None:

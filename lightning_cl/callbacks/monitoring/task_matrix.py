@@ -62,6 +62,14 @@ class TaskMatrix(ContinualCallback):
 
     Raises:
         ValueError: if mode or preset is none of the above.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import TaskMatrix
+        >>> matrix = TaskMatrix(monitor="val_loss")
+        >>> trainer = L.Trainer(callbacks=[matrix], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> matrix.monitor
+        'val_loss'
     """
 
     def __init__(self, monitor: str = "val_loss", mode: Mode = "min", preset: Literal["gem", "trace"] = "gem") -> None:
