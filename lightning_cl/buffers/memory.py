@@ -166,7 +166,8 @@ class MemoryStore:
             encoded = Encoded(ids, mask, blob, state["forms"][form], length, loss)
             self._keep(encoded, state["tasks"][place], position, label)
         self._removed, self._next = set(state["removed"]), state["next"]
-        return state["numbers"]
+        result: Tensor = state["numbers"]
+        return result
 
     def _of(self, number: int) -> Encoded:
         if number not in self._samples:

@@ -82,7 +82,8 @@ def run_seeds(arguments: Sequence[str]) -> int | None:
     kept = f"{path} has the {len(runs)} finished" if runs else "none is finished"
     print(f"lightning-cl: error: seed {failed['seed']} ended with code {failed['exit_code']}; {kept}", file=sys.stderr)
     code = failed["exit_code"]
-    return code if code > 0 else 128 - code  # as a shell says that a signal ended it
+    result: int | None = code if code > 0 else 128 - code  # as a shell says that a signal ended it
+    return result
 
 
 def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
@@ -176,7 +177,8 @@ def read_seeds(path: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
             f"--against={path}: its seeds are {','.join(map(str, theirs))}, these are {','.join(map(str, seeds))}; only"
             f" runs of the same seed make a pair: --seeds {','.join(map(str, theirs))}"
         )
-    return other
+    result: dict[str, Any] = other
+    return result
 
 
 def _check_pair(table: dict[str, Any], other: dict[str, Any], path: str) -> None:
@@ -246,7 +248,8 @@ def report_of(folder: Path | None, option: str, run: str) -> dict[str, Any]:
         raise ValueError(
             f"{option}: {run} left no report.json in {folder}; add lightning_cl.TaskMatrix to trainer.callbacks"
         )
-    return json.loads(report_file.read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
+    return result
 
 
 def diverged(report: dict[str, Any]) -> list[str]:

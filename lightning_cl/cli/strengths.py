@@ -132,7 +132,8 @@ def _best(trials: Sequence[dict[str, Any]], mode: str) -> float:
             f" reports; diverged: {lost}); does"
             " every task have validation data, and is what TaskMatrix monitors a finite number?"
         )
-    return max(known, key=lambda trial: sign * trial["average"])["strength"]
+    result: float = max(known, key=lambda trial: sign * trial["average"])["strength"]
+    return result
 
 
 def _table(trials: Sequence[dict[str, Any]], first: int, best: float, monitor: str, mode: str, path: Path) -> str:

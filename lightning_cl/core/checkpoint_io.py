@@ -103,7 +103,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path={str(path)!r}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        result: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return result
     except Exception as error:
         raise ValueError(f"ckpt_path={str(path)!r}: cannot be read as a checkpoint ({error})") from error
 

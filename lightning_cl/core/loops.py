@@ -176,7 +176,8 @@ def load_weights(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 def batches_in_flight(trainer: L.Trainer) -> int:
     """Batches that were begun with and not trained on: one, while an exception is handled."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    return progress.ready - progress.processed  # type: ignore[attr-defined]
+    result: int = progress.ready - progress.processed  # type: ignore[attr-defined]
+    return result
 
 
 def batches_of_open_window(trainer: L.Trainer) -> int:
@@ -184,7 +185,8 @@ def batches_of_open_window(trainer: L.Trainer) -> int:
     progress = trainer.fit_loop.epoch_loop.batch_progress
     if progress.is_last_batch:
         return 0  # the last window of an epoch may be shorter
-    return progress.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+    result: int = progress.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+    return result
 
 
 def batches_ready(trainer: L.Trainer) -> int:

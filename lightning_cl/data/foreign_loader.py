@@ -11,7 +11,7 @@ from lightning_cl.data.plannable import why_not_plannable
 _KEPT_SETTINGS = ("num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "timeout")
 
 
-def taken_over(loader: DataLoader, for_training: bool, placement: dict[str, Any]) -> dict[str, Any]:
+def taken_over(loader: DataLoader[Any], for_training: bool, placement: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a ``TaskLoader`` that gives the same batches as a user's loader, in the same order.
 
     Args:

@@ -83,7 +83,7 @@ class TaskLoader:
         world_size: int = 1,
         broadcast: Callable[[Any], Any] | None = None,
         settings: dict[str, Any] | None = None,
-        like: DataLoader | None = None,
+        like: DataLoader[Any] | None = None,
         block_length: int | None = None,
         length_buckets: bool = False,
     ) -> None:
@@ -118,7 +118,7 @@ class TaskLoader:
         self._blocks = self._block_plan()
 
     @classmethod
-    def from_dataloader(cls, loader: DataLoader, *, for_training: bool = True, **placement: Any) -> TaskLoader:
+    def from_dataloader(cls, loader: DataLoader[Any], *, for_training: bool = True, **placement: Any) -> TaskLoader:
         """The same batches as a user's ``DataLoader``, in the same order.
 
         Args:

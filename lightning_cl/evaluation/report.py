@@ -51,7 +51,7 @@ def build_report(
             + sum(c.get("begin_seconds", 0.0) + c["train_seconds"] + c["end_seconds"] for c in costs),
             "state_bytes": {name: method.state_bytes() for method, name in methods},
         },
-        "methods": {name: method.report() for method, name in methods if method is not matrix},
+        "methods": {name: method.report() for method, name in methods if id(method) != id(matrix)},
     }
 
 

@@ -59,7 +59,8 @@ class _AdapterRule(Rule):
     @override
     def parameter(self, name: str) -> Tensor:
         group, adapter = name.split(".", 1)
-        return getattr(self.layer, group)[adapter]
+        result: Tensor = getattr(self.layer, group)[adapter]
+        return result
 
     def _scale(self) -> float:
         """Of what some models multiply their embeddings with."""
@@ -101,7 +102,8 @@ class TrainableTokensRule(_AdapterRule):
         if not inputs.is_floating_point():
             return None
         weight = self.layer.get_merged_weights(self.layer.active_adapters).detach()  # type: ignore[operator]
-        return (gradients @ weight.to(gradients.dtype)).to(inputs.dtype)
+        result: Tensor | None = (gradients @ weight.to(gradients.dtype)).to(inputs.dtype)
+        return result
 
     @override
     def uses(self, inputs: Tensor, gradients: Tensor) -> Iterator[tuple[str, Use]]:

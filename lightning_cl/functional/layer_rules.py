@@ -202,7 +202,8 @@ class LinearRule(Rule):
     def backward(self, inputs: Tensor, gradients: Tensor) -> Tensor | None:
         weight: Any = self.layer.weight
         weight = weight.detach().to(gradients.dtype)
-        return (gradients @ (weight.T if _is_conv1d(self.layer) else weight)).to(inputs.dtype)
+        result: Tensor | None = (gradients @ (weight.T if _is_conv1d(self.layer) else weight)).to(inputs.dtype)
+        return result
 
     @override
     def uses(self, inputs: Tensor, gradients: Tensor) -> Iterator[tuple[str, Use]]:
@@ -266,7 +267,8 @@ class LeafRule(Rule):
 
     def _with(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         with _reparametrize_module(self.layer, dict(parameters)):
-            return self._forward(inputs)
+            result: Tensor = self._forward(inputs)
+            return result
 
 
 class NormRule(LeafRule):

@@ -187,7 +187,8 @@ class CausalLM(L.LightningModule):
 
     def batch_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """``[batch, length, vocabulary]``: for callbacks that need them, since ``training_step`` makes none."""
-        return self(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        result: Tensor = self(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return result
 
     # ------------------------------------------------------------------ steps
 

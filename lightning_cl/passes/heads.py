@@ -37,7 +37,8 @@ class SplitHead:
 
     def hidden_states(self, inputs: Mapping[str, Any]) -> Tensor:
         """``[batch, length, width]``, what the head reads."""
-        return self._causal.get_decoder()(**{**inputs, "use_cache": False}).last_hidden_state
+        result: Tensor = self._causal.get_decoder()(**{**inputs, "use_cache": False}).last_hidden_state
+        return result
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[…, vocabulary]`` of ``[…, width]``."""

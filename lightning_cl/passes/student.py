@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from lightning_cl.passes.heads import SplitHead
 from lightning_cl.passes.passes import LogitsReader, OutputsFunction, leaving_no_trace, training_loss
 
 Head = Callable[[Tensor], Tensor]
@@ -100,8 +101,6 @@ class Student:
         self._part, self.shifted = reader.source, reader.shifted
 
     def _find_decoder(self, batch: Any) -> bool:
-        from lightning_cl.passes.heads import SplitHead  # transformers is wherever such a model is
-
         calls: list[Any] = []
         for part in self._module.modules():
             if part is self._module or not (hasattr(part, "get_decoder") and hasattr(part, "get_output_embeddings")):
@@ -197,4 +196,5 @@ class Student:
 
 
 def _logits_of(output: Any) -> Tensor:
-    return output["logits"] if isinstance(output, Mapping) else output.logits
+    result: Tensor = output["logits"] if isinstance(output, Mapping) else output.logits
+    return result

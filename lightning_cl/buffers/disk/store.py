@@ -350,7 +350,8 @@ class DiskStore:
         self._read_removed()
         if self.writes:
             self._finish_erasing()
-        return state["numbers"]
+        result: Tensor = state["numbers"]
+        return result
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
         """``length`` and ``loss_tokens`` of many records, as arrays."""

@@ -183,7 +183,8 @@ def _tokens(batch: Any) -> float | Tensor:
     if not isinstance(batch, Mapping):
         return 0.0
     if isinstance(batch.get("attention_mask"), Tensor):
-        return batch["attention_mask"].sum()
+        result: float | Tensor = batch["attention_mask"].sum()
+        return result
     ids = batch.get("input_ids")
     return float(ids.numel()) if isinstance(ids, Tensor) else 0.0
 

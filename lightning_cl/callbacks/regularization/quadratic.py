@@ -413,4 +413,5 @@ def check_damping(damping: float | str) -> float | Literal["auto"]:
 
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:
-    return sum(float(whole(t.detach().float().square().sum())) for t in tensors if t is not None) ** 0.5
+    result: float = sum(float(whole(t.detach().float().square().sum())) for t in tensors if t is not None) ** 0.5
+    return result

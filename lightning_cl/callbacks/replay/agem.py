@@ -81,6 +81,7 @@ class AGEM(MemoryCallback):
         buffer_size: int = 10_000,
         batch_size: int | None = None,
         policy: PolicyName = "reservoir",
+        *,
         unit: Unit = "samples",
         fill: Fill = "task_end",
         storage: Storage = "disk",

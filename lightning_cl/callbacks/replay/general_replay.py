@@ -68,7 +68,7 @@ class GeneralReplay(Replay):
         storage: Storage = "disk",
         folder: str | None = None,
     ) -> None:
-        if ratio == PER_TASK:
+        if isinstance(ratio, str) and ratio == PER_TASK:  # from a configuration
             raise ValueError(f"ratio={ratio!r}: general data is no task; expected a share in [0, 1)")
         super().__init__(
             buffer_size, ratio, mode=mode, seed=seed, unit=unit, storage=storage, folder=folder, fill="task_end"

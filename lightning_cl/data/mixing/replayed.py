@@ -56,7 +56,7 @@ class Mix:
         return cls(buffer, Curve.constant(ratio), mode, seed)
 
 
-class NewThenReplayed(Dataset):
+class NewThenReplayed(Dataset[Any]):
     """New samples under their index, replayed ones behind them; under a tuple of indices, the samples of a block.
 
     A replayed sample that was removed since the epoch was planned is left out of its block; as a row of its own it is
@@ -230,7 +230,8 @@ class Samples:
         if self.weights is not None:
             return self.weights[index]
         if index < len(self.new):
-            return self.new.loss_tokens(index)
+            result: int = self.new.loss_tokens(index)
+            return result
         place = bisect_right(self._ends, index) - 1
         return max(self._columns[place]["loss_tokens"][index - self._ends[place]], 0)
 
@@ -269,7 +270,8 @@ class Samples:
                 ratio = sum(lengths[i] for i in members) / max(sum(self.weight(i) for i in members), 1)
 
                 def balance(index: int, lengths: Any = lengths, ratio: float = ratio) -> float:
-                    return round(lengths[index] - ratio * self.weight(index), 6)
+                    result: float = round(lengths[index] - ratio * self.weight(index), 6)
+                    return result
 
             draw = draws_of(groups, self.weight, balance, seed_of(mix.seed, epoch))
             rate = sum(group.share / self.mean_weight(group.members) for group in groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from lightning_cl.data.text.tally import Tally
 
 
-class TokenDataset(Dataset):
+class TokenDataset(Dataset[Any]):
     """Samples of tokens with their loss masks, kept as three flat tensors.
 
     A sample is ``{"input_ids": int32 [length], "loss_mask": bool [length]}``.
@@ -110,7 +111,8 @@ class TokenDataset(Dataset):
     def loss_tokens(self, index: int) -> int:
         """Tokens of a sample that bear loss: those of the mask without the first, which nothing predicts."""
         self._bounds(index)
-        return self._loss[index]
+        result: int = self._loss[index]
+        return result
 
     def _keep(self, ids: Tensor, loss_mask: Tensor, ends: Tensor, tally: Tally) -> None:
         self.ids, self.loss_mask, self.ends = ids, loss_mask, ends

@@ -104,9 +104,10 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: unknown role {role!r}; there are {', '.join(_ROLES)}")
     if "content" not in message:
         if role == "assistant" and message.get("tool_calls"):
-            return message
+            return dict(message)
         raise ValueError(f"{name} has no 'content'; its keys are {sorted(map(str, message))}")
-    return message | {"content": _content(message["content"], name)}
+    result: dict[str, Any] = message | {"content": _content(message["content"], name)}
+    return result
 
 
 def _shared(message: dict[str, Any], name: str) -> dict[str, Any]:

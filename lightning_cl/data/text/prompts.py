@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -11,7 +12,7 @@ from lightning_cl.data.text.dataset import TokenDataset
 _BEGINNING = 32  # tokens of a text that has no prompt
 
 
-class PromptDataset(Dataset):
+class PromptDataset(Dataset[Any]):
     """For each token sample what is to be answered, and the answer: ``{"prompt": [ids], "reference": [ids]}``.
 
     The answer is the last stretch of tokens that bear loss; all before it is the prompt. A sample without a prompt,
