@@ -20,14 +20,14 @@ from lightning_cl.buffers.disk.encoding import encode
 from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.filling import Extras, cost_of, offer_batch, offer_task
+from lightning_cl.callbacks.replay.mix import check_plannable
 from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import named, refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import EndCost
-from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing.plan import seed_of
-from lightning_cl.data.plannable import task_indices, why_not_plannable
+from lightning_cl.data.plannable import task_indices
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.trained import Trained
 from lightning_cl.passes.passes import to_device
@@ -435,20 +435,6 @@ class MemoryCallback(ContinualCallback):
             "stored": self._own.counts(),
             "seen": self._own.seen,
         }
-
-
-def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
-    """Checks that a loader's samples can be reached by index, and mixed into its batches.
-
-    Raises:
-        MisconfigurationException: saying why not, and what can.
-    """
-    reason = None if isinstance(loader, (TaskLoader, StreamLoader)) else why_not_plannable(loader)
-    if reason is not None:
-        raise MisconfigurationException(
-            f"{name} cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a"
-            " torch DataLoader over a map-style data set (with __len__ and __getitem__) and a batch_size"
-        )
 
 
 def _keeps_files(trainer: L.Trainer) -> bool:
