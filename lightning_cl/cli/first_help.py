@@ -9,6 +9,7 @@ from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Iterator
 
 from lightning_cl import callbacks, models
+from lightning_cl.cli.parser import EarlyOption
 
 WIDTH = 100
 _COLUMN = 28
@@ -24,7 +25,9 @@ _GROUPS = {
         "add",
         "ckpt_path",
         "seeds",
+        "against",
         "strengths",
+        "first",
         "load_best",
         "keep_checkpoints",
         "trust",
@@ -60,7 +63,8 @@ def first_help(parser: ArgumentParser, name: str, description: str) -> str:
         lines.append(f"{group}:")
         for option in names:
             if option in options and options[option].help is not SUPPRESS:
-                lines += _lines(f"--{option}", _text(options[option]))
+                form = options[option].metavar if isinstance(options[option], EarlyOption) else None
+                lines += _lines(f"--{option} {form}" if form else f"--{option}", _text(options[option]))
         lines.append("")
         if group == "data":
             lines += ["model, by --model CausalLM or a class of yours:"]
