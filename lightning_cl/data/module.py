@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -146,6 +147,39 @@ class TaskDataModule(L.LightningDataModule):
         """The task that ``train_dataloader`` gives."""
         return self.trained_tasks[self.index]
 
+    @contextmanager
+    def in_sequence(self) -> Iterator[None]:
+        """Lets :meth:`setup` pass in a fit of several tasks, which a plain ``trainer.fit`` is refused."""
+        before, self.driven = self.driven, True
+        try:
+            yield
+        finally:
+            self.driven = before
+
+    @contextmanager
+    def showing(self, task: Task) -> Iterator[None]:
+        """Makes the loaders for validation, test and prediction those of one task, until the block ends or raises.
+
+        Args:
+            task: one of :attr:`tasks`, also one that is only watched.
+
+        Raises:
+            ValueError: if the task is none of them.
+        """
+        column = next((column for column, one in enumerate(self.tasks) if one is task), None)
+        if column is None:
+            raise ValueError(f"task {task.name!r}: expected one of the tasks {[one.name for one in self.tasks]}")
+        with self.in_sequence():
+            before, self.watch = self.watch, column
+            try:
+                yield
+            finally:
+                self.watch = before
+
+    @property
+    def _shown(self) -> Task:
+        return self.current if self.watch is None else self.tasks[self.watch]
+
     def check(self) -> None:
         """Finds what is wrong with tasks and files before anything is built.
 
@@ -253,13 +287,13 @@ class TaskDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Validation batches of the current task; of the watched one while the matrix is measured."""
-        task = self.current if self.watch is None else self.tasks[self.watch]
+        task = self._shown
         loader = self.val_loader(task)
         return [] if loader is None else loader
 
     def test_dataloader(self) -> Any:
         """Test batches of the task that is evaluated."""
-        task = self.current if self.watch is None else self.tasks[self.watch]
+        task = self._shown
         test = self._data(task).test
         if test is None and self.has_test_data(task):
             test = task.train
@@ -271,7 +305,7 @@ class TaskDataModule(L.LightningDataModule):
         A batch is ``{"prompt", "reference"}``, lists of token ids: what comes before the last part that bears loss (the
         conversation up to the last answer; of a text without prompt, its beginning), and that part.
         """
-        task = self.current if self.watch is None else self.tasks[self.watch]
+        task = self._shown
         data = self._data(task)
         source = next((part for part in (data.test, data.val, data.train) if isinstance(part, TokenDataset)), None)
         if source is None:
@@ -291,7 +325,7 @@ class TaskDataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Handed on to the task's own DataModule, if it is one."""
-        task = self.current if self.watch is None else self.tasks[self.watch]
+        task = self._shown
         if isinstance(task.train, L.LightningDataModule):
             return task.train.transfer_batch_to_device(batch, device, dataloader_idx)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -499,7 +533,7 @@ class TaskDataModule(L.LightningDataModule):
         return [task.train for task in self.tasks if isinstance(task.train, L.LightningDataModule)]
 
     def _delegate(self, hook: str, batch: Any, dataloader_idx: int) -> Any:
-        task = self.current if self.watch is None else self.tasks[self.watch]
+        task = self._shown
         if isinstance(task.train, L.LightningDataModule):
             return getattr(task.train, hook)(batch, dataloader_idx)
         return batch

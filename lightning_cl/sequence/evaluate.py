@@ -42,20 +42,16 @@ def evaluate_tasks(
     Raises:
         ValueError: if no task has test data.
     """
-    driven, data.driven = data.driven, True
     weights = resolve_checkpoint(ckpt_path, trainer.default_root_dir)
     results = {}
-    try:
-        for column, task in enumerate(data.tasks):
-            if stage == "test" and not data.has_test_data(task):
-                continue
-            data.watch = column
-            run = trainer.validate if stage == "validate" else trainer.test
+    for task in data.tasks:
+        if stage == "test" and not data.has_test_data(task):
+            continue
+        run = trainer.validate if stage == "validate" else trainer.test
+        with data.showing(task):
             run(module, datamodule=data, ckpt_path=str(weights) if weights is not None else None, verbose=False)
-            weights = None  # the module has them now
-            results[task.name] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    finally:
-        data.watch, data.driven = None, driven
+        weights = None  # the module has them now
+        results[task.name] = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not results:
         raise ValueError("no task has test data: give Task(test=…)")
     names = sorted({name for metrics in results.values() for name in metrics})

@@ -88,7 +88,7 @@ def fit_tasks(
     checkpoint_path = resolve_checkpoint(ckpt_path, trainer.default_root_dir, methods)
     coordinator = _prepare(trainer, module, data, checkpoint_path, load_best)
     try:
-        with heeding_signals(), _alone(trainer), restored_limits(trainer) as limits:
+        with data.in_sequence(), heeding_signals(), _alone(trainer), restored_limits(trainer) as limits:
             told = _train(trainer, module, data, coordinator, checkpoint_path, limits, keep)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             plan = [] if told else [describe_plan(trainer, data)]
@@ -98,7 +98,6 @@ def fit_tasks(
         raise
     finally:
         coordinator.end_sequence()
-        data.driven = False
     return next((method.summary() for method in methods_of(trainer) if hasattr(method, "summary")), {})
 
 
@@ -176,7 +175,6 @@ def _prepare(
     coordinator.begin_sequence(trainer, data, checkpoint_path)
     # Before the first evaluation, which makes ModelCheckpoint fix its folder.
     _remember_foreign(trainer, coordinator)
-    data.driven = True
     return coordinator
 
 
@@ -254,7 +252,7 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
 
 def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, path: Path) -> None:
     """Nothing is left to train: the module still gets what the checkpoint's training ended with."""
-    data.driven, loggers = True, trainer.loggers
+    loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         if is_overridden("validation_step", module):

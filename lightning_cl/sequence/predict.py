@@ -44,21 +44,17 @@ def predict_tasks(
         the file, or None if there is none.
     """
     weights = resolve_checkpoint(ckpt_path, trainer.default_root_dir)
-    driven, data.driven = data.driven, True
     found: dict[str, list[dict[str, Any]] | None] = {}
-    try:
-        for column, task in enumerate(data.tasks):
-            data.watch = column
+    for task in data.tasks:
+        with data.showing(task):
             outputs = trainer.predict(
                 module,
                 datamodule=data,
                 ckpt_path=str(weights) if weights is not None else None,
                 return_predictions=return_predictions,
             )
-            weights = None  # the module has them now
-            found[task.name] = _records(outputs, task.name)
-    finally:
-        data.watch, data.driven = None, driven
+        weights = None  # the module has them now
+        found[task.name] = _records(outputs, task.name)
     folder = folder or run_folder(trainer)  # asked on all ranks
     found = _of_all_ranks(found)
     if any(records is None for records in found.values()) or not any(found.values()):

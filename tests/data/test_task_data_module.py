@@ -246,3 +246,38 @@ def test_datamodule_of_somebody_keeps_its_transfer_hooks():
     assert data.on_after_batch_transfer("batch", 0) == "transferred"
     data.index = 1
     assert data.on_after_batch_transfer("batch", 0) == "batch"
+
+
+def fail_in(data, task, then=None):
+    with data.showing(task):
+        assert data.val_dataloader().dataset is (task.train or task.val)
+        if then is not None:
+            with pytest.raises(ZeroDivisionError):
+                fail_in(data, then)
+            assert data.val_dataloader().dataset is (task.train or task.val)
+        assert data.driven
+        raise ZeroDivisionError
+
+
+def test_showing_gives_one_tasks_loaders_and_what_raises_in_it_leaves_no_trace():
+    data = TaskDataModule(
+        [Task("a", classification(0)), Task("b", classification(1)), Task("c", None, val=classification(2))],
+        batch_size=8,
+    )
+    data.prepare_data()
+    data.setup()
+    first, second, watched = data.tasks
+    with pytest.raises(ZeroDivisionError):
+        fail_in(data, watched, then=second)
+    assert (data.watch, data.driven) == (None, False)
+    assert data.val_dataloader().dataset is first.train
+
+
+def test_showing_a_task_of_other_data_names_the_tasks():
+    data = TaskDataModule({"a": classification(0)}, batch_size=8)
+    with (
+        pytest.raises(ValueError, match=r"task 'b': expected one of the tasks \['a'\]"),
+        data.showing(Task("b", classification(1))),
+    ):
+        pass
+    assert (data.watch, data.driven) == (None, False)

@@ -227,16 +227,15 @@ class TaskMatrix(ContinualCallback):
     ) -> float:
         bar, loggers = trainer.progress_bar_callback, trainer.loggers
         modes = {module: module.training for module in pl_module.modules()}
-        data.watch = column
         # The user's curves of the current task's validation are not to be mixed with these.
         trainer.loggers = [DummyLogger() for _ in loggers]
         shown = bar is not None and getattr(bar, "is_enabled", True)
         if bar is not None and shown:
             bar.disable()
         try:
-            trainer.validate(pl_module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+            with data.showing(data.tasks[column]):
+                trainer.validate(pl_module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
         finally:
-            data.watch = None
             trainer.loggers = loggers
             if bar is not None and shown:
                 bar.enable()
