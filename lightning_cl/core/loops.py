@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.core.questions import Questions
+from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
-from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task

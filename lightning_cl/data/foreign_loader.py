@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
 
-from lightning_cl.data.plannable import why_not_plannable
+from lightning_cl.data.stream import StreamLoader
+from lightning_cl.random_state import untouched_random_state
 
 _KEPT_SETTINGS = ("num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "timeout")
 
@@ -54,3 +65,46 @@ def taken_over(loader: DataLoader[Any], for_training: bool, placement: dict[str,
         "settings": settings,
         "like": loader if for_training else None,
     }
+
+
+def task_indices(loader: Any) -> Sequence[int]:
+    """Returns the samples of its data set that a loader can give: a sampler may leave some to other tasks.
+
+    Args:
+        loader: a :class:`TaskLoader` or a ``DataLoader`` whose batches can be planned by index.
+    """
+    batches: Any = loader.batch_sampler
+    sampler = batches.sampler if isinstance(loader, DataLoader) else loader.order_sampler
+    everything = range(len(loader.dataset))
+    if sampler is None or isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler)):
+        return everything
+    if isinstance(sampler, SubsetRandomSampler):
+        return sorted(int(index) for index in sampler.indices)
+    if isinstance(sampler, WeightedRandomSampler):
+        return [index for index, weight in enumerate(sampler.weights.tolist()) if weight > 0]
+    generator = getattr(sampler, "generator", None)
+    state = generator.get_state() if generator is not None else None
+    with untouched_random_state():
+        indices = sorted({int(index) for index in sampler})
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    return indices
+
+
+def why_not_plannable(loader: Any) -> str | None:
+    """Why a loader's batches cannot be planned by index, in words; None if they can."""
+    if isinstance(loader, StreamLoader):
+        return "its data is a stream without length: it cannot be addressed by index"
+    if not isinstance(loader, DataLoader):
+        return f"it is a {type(loader).__name__} and no torch DataLoader"
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        return "its data set is a stream without length: it cannot be addressed by index"
+    if loader.batch_sampler is None:
+        return "its batching is switched off (batch_size=None)"
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return f"a {type(loader).__name__} makes its batches in its own way (__iter__)"
+    if type(loader.batch_sampler) is not BatchSampler:
+        return f"its batches are made by a custom batch sampler ({type(loader.batch_sampler).__name__})"
+    if not hasattr(loader.batch_sampler.sampler, "__len__"):
+        return "its sampler has no length"
+    return None

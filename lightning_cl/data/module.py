@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.left_out import left_out, warn_odd_split, warn_validated_on_training_data
 from lightning_cl.data.loader import TaskLoader
-from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.preview import preview
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.task_list import as_tasks, describe_source, is_data

@@ -9,8 +9,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
 from lightning_cl.data.loader import TaskLoader
-from lightning_cl.data.plannable import task_indices, why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.passes.passes import progress, to_device
 

@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 
 from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
 from lightning_cl.data.loader import TaskLoader
-from lightning_cl.data.plannable import task_indices, why_not_plannable
 from lightning_cl.tasks import TaskPosition
 
 

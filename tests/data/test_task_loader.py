@@ -17,8 +17,8 @@ from torch.utils.data import (
 )
 
 from lightning_cl.buffers import ReplayBuffer
+from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import Mix, TaskLoader, loss_tokens
-from lightning_cl.data.plannable import why_not_plannable
 
 DATA = TensorDataset(torch.arange(22))
 

@@ -16,8 +16,8 @@ from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import tensor_bytes
+from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
-from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.functional import kl_divergence
 from lightning_cl.passes.passes import (
     LogitsReader,

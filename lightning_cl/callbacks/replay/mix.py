@@ -9,9 +9,9 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing.ratio import check_sum, curve_of
-from lightning_cl.data.plannable import why_not_plannable
 from lightning_cl.data.stream import StreamLoader
 
 

@@ -25,10 +25,10 @@ from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
+from lightning_cl.data.foreign_loader import task_indices
 from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing.plan import MixMode, seed_of
 from lightning_cl.data.mixing.ratio import check_ratio, curve_of, replays_anything
-from lightning_cl.data.plannable import task_indices
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.chat import has_template
