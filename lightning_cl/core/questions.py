@@ -38,8 +38,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_cl.data import TaskDataModule, TaskLoader
+from lightning_cl.data.mixing.contents import Trained
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.data.trained import Trained
 from lightning_cl.evaluation.sentences import Need
 from lightning_cl.tasks import TaskPosition
 

@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_cl.data.buckets import bucketed_order
 from lightning_cl.data.foreign_loader import taken_over, task_indices
 from lightning_cl.data.mixing.block_plan import BlockPlan
-from lightning_cl.data.mixing.contents import Kinds, kinds_of
+from lightning_cl.data.mixing.contents import Kinds, Trained, kinds_of
 from lightning_cl.data.mixing.packing import fill
 from lightning_cl.data.mixing.plan import (
     cuts,
@@ -28,7 +28,6 @@ from lightning_cl.data.mixing.plan import (
 from lightning_cl.data.mixing.replayed import Mix as Mix
 from lightning_cl.data.mixing.replayed import NewThenReplayed, Samples
 from lightning_cl.data.mixing.replayed import loss_tokens as loss_tokens
-from lightning_cl.data.trained import Trained
 
 
 class TaskLoader:

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_cl.data.mixing.contents import Kinds
+from lightning_cl.data.mixing.contents import Kinds, Trained
 from lightning_cl.data.mixing.plan import share_of_rank
 from lightning_cl.data.mixing.replayed import Mix, loss_tokens
 from lightning_cl.data.mixing.stream_mix import Item, StreamMix
-from lightning_cl.data.trained import Trained
 
 Sample = dict[str, Tensor]
 

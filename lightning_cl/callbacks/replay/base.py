@@ -27,9 +27,9 @@ from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import EndCost
 from lightning_cl.data.foreign_loader import task_indices
+from lightning_cl.data.mixing.contents import Trained
 from lightning_cl.data.mixing.plan import seed_of
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.data.trained import Trained
 from lightning_cl.passes.passes import to_device
 from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.random_state import untouched_random_state

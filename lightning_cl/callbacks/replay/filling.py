@@ -13,7 +13,7 @@ from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.store import was_removed
 from lightning_cl.callbacks.replay.ranking import losses_of, ranking_of
 from lightning_cl.data.foreign_loader import task_indices
-from lightning_cl.data.trained import Trained
+from lightning_cl.data.mixing.contents import Trained
 from lightning_cl.passes.passes import progress
 from lightning_cl.tasks import TaskPosition
 
