@@ -11,11 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_cl.data.buckets import bucketed_order
 from lightning_cl.data.foreign_loader import taken_over, task_indices
 from lightning_cl.data.mixing.block_plan import BlockPlan
 from lightning_cl.data.mixing.contents import Kinds, Trained, kinds_of
-from lightning_cl.data.mixing.packing import fill
+from lightning_cl.data.mixing.packing import bucketed_order, fill
 from lightning_cl.data.mixing.plan import (
     cuts,
     interleave,

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_cl.buffers import ReplayBuffer
-from lightning_cl.data.buckets import bucketed_order
 from lightning_cl.data.loader import Mix, TaskLoader
+from lightning_cl.data.mixing.packing import bucketed_order
 
 
 class Documents(Dataset):
