@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cl.data.foreign_loader import why_not_plannable
-from lightning_cl.data.left_out import left_out, warn_odd_split, warn_validated_on_training_data
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.preview import preview
 from lightning_cl.data.stream import StreamLoader
@@ -26,7 +25,15 @@ from lightning_cl.data.text.prompts import PromptDataset, join_prompts
 from lightning_cl.data.text.records import check_text_source, is_text_source, read_texts
 from lightning_cl.data.text.sources import is_stream
 from lightning_cl.data.text.tally import Tally
-from lightning_cl.data.text.text_tasks import TextSettings, TokenStream, prepare_texts, split_sources
+from lightning_cl.data.text.text_tasks import (
+    TextSettings,
+    TokenStream,
+    left_out,
+    prepare_texts,
+    split_sources,
+    warn_odd_split,
+    warn_validated_on_training_data,
+)
 from lightning_cl.data.text.tokenizer import TrainedBPE, fingerprint, load_tokenizer, pad_token_id, read_template
 from lightning_cl.data.text.tokens import TokenCollator, TokenDataset
 from lightning_cl.tasks import Task
