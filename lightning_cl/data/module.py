@@ -18,12 +18,11 @@ from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.preview import preview
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.data.task_list import as_tasks, describe_source, is_data
 from lightning_cl.data.text.chat import has_template
 from lightning_cl.data.text.layout import Layout
 from lightning_cl.data.text.prompts import PromptDataset, join_prompts
 from lightning_cl.data.text.records import check_text_source, is_text_source, read_texts
-from lightning_cl.data.text.sources import is_stream
+from lightning_cl.data.text.sources import as_tasks, describe_source, is_data, is_stream
 from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.text_tasks import (
     TextSettings,

@@ -19,8 +19,8 @@ from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.mixing.plan import MixMode
 from lightning_cl.data.mixing.ratio import PER_TASK
 from lightning_cl.data.stream import StreamLoader
-from lightning_cl.data.task_list import describe_source, is_data
 from lightning_cl.data.text.records import check_text_source, is_text_source
+from lightning_cl.data.text.sources import describe_source, is_data
 from lightning_cl.data.text.text_tasks import TokenStream
 
 _NAME = "general"
