@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_cl.data.peek import holds_records
 from lightning_cl.data.text.containers import (
     NO_LAYOUT,
     SUFFIXES,
     Record,
+    holds_records,
     read_file,
     read_items,
     read_stream,
