@@ -1,4 +1,4 @@
-"""Settings of a user's ``DataLoader`` that a :class:`~lightning_cl.data.loader.TaskLoader` takes over."""
+"""A user's loader: reasons against planning it by index, its samples, and the settings that are taken over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The replayed part of a batch: kept apart from the batch, since a key in it would reach the user's model."""
+"""Samples of a batch: the replayed ones, kept apart since a key in it would reach the model, and the new ones."""
 
 from __future__ import annotations
 
