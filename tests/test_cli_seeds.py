@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_cli import Output
 
-from lightning_cl.cli import seeds as cli_seeds
+from lightning_cl.cli import processes
 from lightning_cl.cli.seeds import parse_seeds
 from lightning_cl.evaluation.seeds import interval, paired_rows, summarize, t_quantile
 
@@ -208,7 +208,7 @@ def runs(monkeypatch, tmp_path):
             (folder / "report.json").write_text(json.dumps(made))
         return 0
 
-    monkeypatch.setattr(cli_seeds, "_start", start)
+    monkeypatch.setattr(processes, "start", start)
     return started, plan, tmp_path / "made"
 
 
@@ -309,7 +309,7 @@ def test_ctrl_c_waits_for_the_run_and_stops(monkeypatch):
 
     made = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: made.append(Process()) or made[-1])
-    assert cli_seeds._start(["fit"], {}) == 130
+    assert processes.start(["fit"], {}) == 130
     assert made[0].calls == [None, 20.0]
 
 

@@ -28,8 +28,9 @@ from lightning_cl.cli.earlier_run import EarlierRun, expand_run
 from lightning_cl.cli.first_help import first_help, wants_all
 from lightning_cl.cli.overlays import merged_overlays
 from lightning_cl.cli.parser import EarlyOption, HelpFormatter, HelpfulParser, take_option
+from lightning_cl.cli.processes import tell_folder
 from lightning_cl.cli.run_list import run_list
-from lightning_cl.cli.seeds import run_seeds, tell_folder
+from lightning_cl.cli.seeds import run_seeds
 from lightning_cl.cli.strengths import asked_trial, keep_first, run_search, set_strength
 from lightning_cl.cli.threads import SensibleThreads
 from lightning_cl.cli.yaml_files import check_files

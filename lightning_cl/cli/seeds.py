@@ -10,25 +10,17 @@ The numbers are made in :mod:`lightning_cl.evaluation.seeds`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_cl.cli.parser import take_option
+from lightning_cl.cli.processes import new_file, report_of, run_process, start, why_not, write_json
 from lightning_cl.data.measured_on import difference
 from lightning_cl.evaluation.seeds import SCORES, format_seeds, paired_rows, summarize
-from lightning_cl.files import replace_file
-
-_FOLDER_FILE = "LIGHTNING_CL_RUN_FOLDER_FILE"
-_ASKED_BY = "LIGHTNING_CL_ASKED_BY"
-_INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
-_WAIT = 20.0  # seconds that an interrupted run has to end by itself
 
 
 def run_seeds(arguments: Sequence[str]) -> int | None:
@@ -52,7 +44,7 @@ def run_seeds(arguments: Sequence[str]) -> int | None:
     seeds = parse_seeds(given[-1])
     _check_options(rest)
     if {"-h", "--help"} & set(rest) or any(argument.split("=")[0] == "--print_config" for argument in rest):
-        return _start(rest, os.environ.copy())
+        return start(rest, os.environ.copy())
     other = read_seeds(against[-1], seeds) if against else None
     runs: list[dict[str, Any]] = []
     failed: dict[str, Any] | None = None
@@ -86,33 +78,6 @@ def run_seeds(arguments: Sequence[str]) -> int | None:
     return result
 
 
-def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
-    """Tells the command that started this run, if ``--seeds`` did, where its files are.
-
-    Args:
-        folder: the run's folder.
-        own: whether no other run writes there.
-        ckpt_path: what the run resumes from.
-
-    Raises:
-        ValueError: if the run is none that can be one of several.
-    """
-    file = os.environ.get(_FOLDER_FILE)
-    if file is None:
-        return
-    option = os.environ.get(_ASKED_BY, "--seeds")
-    each = option.removeprefix("--").removesuffix("s")
-    if not own:
-        raise ValueError(
-            f"{option}: each {each} needs a run folder of its own, and all of them would write to {folder}: give"
-            " trainer.logger, a CSVLogger or TensorBoardLogger (the first, if there are several) without `version`, and"
-            " no fast_dev_run"
-        )
-    if ckpt_path is not None:
-        raise ValueError(f"{option}: {_why_not('ckpt_path', each)}; leave ckpt_path={str(ckpt_path)!r} out")
-    Path(file).write_text(str(folder), encoding="utf-8")
-
-
 # ---------------------------------------------------------------------- the command line
 
 
@@ -142,14 +107,10 @@ def _check_options(arguments: Sequence[str]) -> None:
     names = {argument.split("=")[0] for argument in arguments}
     for option in ("--run", "--ckpt_path"):
         if option in names:
-            raise ValueError(f"--seeds and {option}: {_why_not(option)}; give one of the two")
+            raise ValueError(f"--seeds and {option}: {why_not(option)}; give one of the two")
     for option in ("--seed_everything", "--data.seed"):
         if option in names:
             raise ValueError(f"--seeds and {option}: --seeds sets it for each run; give one of the two")
-
-
-def _why_not(option: str, each: str = "seed") -> str:
-    return f"each {each} is a whole run from its start, and behind {option} all of them would share one beginning"
 
 
 def read_seeds(path: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -208,50 +169,6 @@ def _run(arguments: Sequence[str], seed: int) -> tuple[int, Path | None]:
     return run_process([*arguments, f"--seed_everything={seed}", f"--data.seed={seed}"], os.environ.copy(), "--seeds")
 
 
-def run_process(arguments: Sequence[str], environment: dict[str, str], asked_by: str) -> tuple[int, Path | None]:
-    """One run as a process: its exit code and its folder, if it came that far.
-
-    Args:
-        arguments: of ``lightning-cl``.
-        environment: of the process.
-        asked_by: the option that starts several runs, for the run's messages.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "folder"
-        code = _start(arguments, {**environment, _FOLDER_FILE: str(file), _ASKED_BY: asked_by})
-        return code, Path(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def _start(arguments: Sequence[str], environment: dict[str, str]) -> int:
-    process = subprocess.Popen([sys.executable, "-m", "lightning_cl", *arguments], env=environment)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # Ctrl-C reaches the run, too; it is given the time to end in good order.
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(_WAIT)
-        return _INTERRUPTED
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def report_of(folder: Path | None, option: str, run: str) -> dict[str, Any]:
-    """Returns a finished run's report.
-
-    Raises:
-        ValueError: if it left none.
-    """
-    report_file = folder / "report.json" if folder is not None else None
-    if report_file is None or not report_file.is_file():
-        raise ValueError(
-            f"{option}: {run} left no report.json in {folder}; add lightning_cl.TaskMatrix to trainer.callbacks"
-        )
-    result: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
-    return result
-
-
 def diverged(report: dict[str, Any]) -> list[str]:
     """The tasks whose score was measured and not finite, from their own training on (watched ones: at the end)."""
     trained = [name for name in report["tasks"] if name not in report["watched"]]
@@ -271,24 +188,3 @@ def _result(seed: int, folder: Path | None) -> dict[str, Any]:
     scores = {name: report.get(name) for name in SCORES}
     about = {key: report[key] for key in kept if key in report}
     return {"seed": seed, "folder": str(folder), "final": final, "diverged": diverged(report), **scores, **about}
-
-
-# ---------------------------------------------------------------------- files and the terminal
-
-
-def new_file(beside: Path, name: str) -> Path:
-    """``<name>.json`` in the first folder ``<name>-<k>`` that is not there yet."""
-    number = 0
-    while True:
-        folder = beside / f"{name}-{number}"
-        try:
-            folder.mkdir(parents=True)
-            return folder / f"{name}.json"
-        except FileExistsError:
-            number += 1
-
-
-def write_json(path: Path, table: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    content = json.dumps(table, indent=2) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))

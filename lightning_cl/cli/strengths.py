@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cl.cli.parser import take_option
-from lightning_cl.cli.seeds import diverged, new_file, report_of, run_process, write_json
+from lightning_cl.cli.processes import new_file, report_of, run_process, write_json
+from lightning_cl.cli.seeds import diverged
 from lightning_cl.evaluation.tables import format_number, format_table
 
 _TRIAL = "LIGHTNING_CL_TRIAL"
