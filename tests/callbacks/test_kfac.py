@@ -405,7 +405,9 @@ def test_lm_one_position_with_loss_in_a_model_without_attention_is_exact(tmp_pat
     )
 
 
-@pytest.mark.parametrize("setting", [{"largest": 0}, {"samples": 0}, {"decay": 2.0}, {"estimator": "batched!"}])
+@pytest.mark.parametrize(
+    "setting", [{"largest": 0}, {"samples": 0}, {"decay": 2.0}, {"estimator": "batched!"}, {"mode": "separate"}]
+)
 def test_arguments_out_of_range_are_named(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         KFACEWC(**setting)

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.ewc import EWC
 from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
+from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.placement import clean_name, full_cpu, trainable_parameters
 from lightning_cl.functional.kfac import (
     FactorSums,
@@ -67,7 +68,7 @@ class KFACEWC(EWC):
         state_dtype: type of the importance of all parameters without factors, as in :class:`~lightning_cl.EWC`.
         state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
             memory of the machine, and each step brings them to the parameters one tensor at a time.
-        mode: ``online`` or ``separate``; without effect on the penalty, as one pair of factors is kept for all tasks.
+        mode: ``online``, the only one there is: one pair of factors is kept for all tasks.
 
     Attributes:
         factors: parameter name to its :class:`~lightning_cl.functional.kfac.Kronecker`; all others are in
@@ -100,12 +101,13 @@ class KFACEWC(EWC):
         share: float = 0.1,
         state_dtype: StateDtype = "float32",
         state_device: StateDevice = "model",
-        mode: Literal["online", "separate"] = "online",
+        mode: Literal["online"] = "online",
     ) -> None:
         if estimator == "batched":
             raise ValueError("estimator='batched': the factors are moments over single positions; use 'empirical'")
         if isinstance(largest, bool) or not isinstance(largest, int) or largest < 1:
             raise ValueError(f"largest={largest!r}: expected a positive integer")
+        check_choice("mode", mode, ("online",))
         super().__init__(
             strength,
             estimator,
