@@ -387,6 +387,8 @@ def test_without_normalize_a_faint_importance_is_left_as_it_is():
         warnings.simplefilter("error")
         for _ in range(2):
             method.diagnose({"w": torch.ones(4)}, "", normalized_by=None)
+    assert [entry for entry in method._diagnosis if "faint" in entry] == []
+    assert not any("normalize" in words for words in method.report()["sentences"])
 
 
 # ---------------------------------------------------------------------- Lightning's closing line

@@ -16,8 +16,8 @@ from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, forma
 from lightning_cl.files import replace_file
 
 
-class Matrix(Protocol):
-    """All that a report asks of the callback with the scores."""
+class Matrix(Method, Protocol):
+    """All that a report asks of the callback with the scores, which is one of the methods."""
 
     seconds: float
     """The time that evaluation took."""
@@ -51,7 +51,7 @@ def build_report(
             + sum(c.get("begin_seconds", 0.0) + c["train_seconds"] + c["end_seconds"] for c in costs),
             "state_bytes": {name: method.state_bytes() for method, name in methods},
         },
-        "methods": {name: method.report() for method, name in methods if id(method) != id(matrix)},
+        "methods": {name: method.report() for method, name in methods if method is not matrix},
     }
 
 
