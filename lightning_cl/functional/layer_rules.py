@@ -153,7 +153,7 @@ class LeafUse(Use):
 
 
 class Rule:
-    """What one kind of layer does forward and backward when its parameters take no part in autograd.
+    """Rule of one kind of layer, forward and backward, when its parameters take no part in autograd.
 
     Args:
         layer: the layer; its ``forward`` is still its own.

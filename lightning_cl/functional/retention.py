@@ -98,7 +98,7 @@ def forgetting(matrix: Tensor, mode: Mode = "max") -> Tensor:
 def forward_transfer(
     matrix: Tensor, mode: Mode = "max", preset: Preset = "gem", single_task: Tensor | None = None
 ) -> Tensor:
-    """What earlier tasks did for a later one, before (``gem``, ``trace``) or by the end of (``sapt``) its training.
+    """Gain of a later task from earlier ones, before (``gem``, ``trace``) or by the end of (``sapt``) its training.
 
     ``gem`` and ``trace``: ``mean_{j=2..T} (R[j−1, j] − R[0, j])``. ``sapt``: ``mean_j (R[j, j] − s_j)``.
     Positive is good.
@@ -126,7 +126,7 @@ def forward_transfer(
 
 
 def _gain(now: Tensor, then: Tensor, mode: Mode) -> Tensor:
-    """What was gained since `then`, positive is good; the worst where one of the two is not finite."""
+    """Gain since `then`, positive is good; the worst where one of the two is not finite."""
     change = _sign(mode) * (now - then)
     return torch.where((now.isinf() | then.isinf()) & ~(now.isnan() | then.isnan()), -torch.inf, change)
 

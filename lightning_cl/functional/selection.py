@@ -1,4 +1,4 @@
-"""Which samples stand for all of them: rankings of which every beginning is a good choice."""
+"""Rankings of samples: every beginning of one is a good choice of samples that stand for all."""
 
 from __future__ import annotations
 

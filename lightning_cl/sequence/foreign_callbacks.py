@@ -82,7 +82,7 @@ class Pristine:
 
 
 _GIVEN = {"log", "log_dict"}
-"""What Lightning puts into a callback: methods of the module."""
+"""Names of the module's methods that Lightning puts into a callback."""
 
 
 def starts_clean(callback: Callback) -> bool:

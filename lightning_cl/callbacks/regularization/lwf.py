@@ -216,7 +216,7 @@ class LwF(ContinualCallback):
             return call.read(call.run(*args, **kwargs))
 
     def _mask(self, trainer: L.Trainer, batch: Any, student: Tensor) -> Tensor | None:
-        """Which positions count; None: all of them."""
+        """Marks the positions that count; None: all of them."""
         shifted = self._student.shifted if self._student is not None else True
         positions = loss_positions(batch, student, shifted)
         if self.where == "all":
