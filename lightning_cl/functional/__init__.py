@@ -12,7 +12,18 @@ from lightning_cl.functional.ewc import (
     sampled_label_loss,
     squared_gradients,
 )
+from lightning_cl.functional.inflora import design_down_projection
+from lightning_cl.functional.input_space import add_second_moment_, grow_basis, project_inputs_, protected_outputs
 from lightning_cl.functional.lwf import kl_divergence
+from lightning_cl.functional.orthogonal_lora import (
+    down_overlap,
+    earlier_basis,
+    orthogonality_gradient,
+    orthogonality_penalty,
+    overlap_gradient,
+    overlap_penalty,
+    project_down_,
+)
 from lightning_cl.functional.penalty import (
     add_penalty_gradient_,
     merge_quadratics,
@@ -21,6 +32,7 @@ from lightning_cl.functional.penalty import (
     quadratic_penalty,
     zero_non_finite_,
 )
+from lightning_cl.functional.progressive import fold_gated_adapters, lateral_sum
 from lightning_cl.functional.retention import (
     average_score,
     backward_transfer,
@@ -32,32 +44,64 @@ from lightning_cl.functional.retention import (
 from lightning_cl.functional.sample_gradients import SampleGradients
 from lightning_cl.functional.selection import herding, k_center
 from lightning_cl.functional.si import path_importance, path_integral_step_, relative_damping
+from lightning_cl.functional.subspace import (
+    PrincipalSubspace,
+    orthonormal_basis,
+    principal_subspace,
+    project_weights_,
+    protected_share,
+    protected_square,
+    remove_span_,
+    subspace_overlap,
+)
 
 __all__ = [
+    "PrincipalSubspace",
     "Projection",
     "SampleGradients",
     "add_penalty_gradient_",
+    "add_second_moment_",
     "average_score",
     "backward_transfer",
     "dark_loss",
+    "design_down_projection",
+    "down_overlap",
+    "earlier_basis",
     "expected_label_losses",
     "fisher_diagonal",
+    "fold_gated_adapters",
     "forgetting",
     "forward_transfer",
+    "grow_basis",
     "herding",
     "k_center",
     "kl_divergence",
+    "lateral_sum",
     "mean_when_learnt",
     "merge_quadratics",
     "normalize_importance",
+    "orthogonality_gradient",
+    "orthogonality_penalty",
+    "orthonormal_basis",
+    "overlap_gradient",
+    "overlap_penalty",
     "path_importance",
     "path_integral_step_",
+    "principal_subspace",
     "project_",
+    "project_down_",
+    "project_inputs_",
+    "project_weights_",
+    "protected_outputs",
+    "protected_share",
+    "protected_square",
     "proximal_step_",
     "quadratic_penalty",
     "relative_damping",
+    "remove_span_",
     "sampled_label_loss",
     "squared_gradients",
+    "subspace_overlap",
     "top_logits",
     "with_worst",
     "zero_non_finite_",
