@@ -31,7 +31,7 @@ def test_lateral_connections_by_hand(columns):
 
 
 def test_up_projections_of_zero_add_nothing_and_still_learn():
-    hidden, downs, ups, gates = parts(2)
+    hidden, downs, ups, _ = parts(2)
     ups = [torch.zeros_like(u, requires_grad=True) for u in ups]
     found = lateral_sum(hidden, downs, ups, [torch.ones(())] * 2)
     assert torch.equal(hidden[0] + found, hidden[0])

@@ -120,7 +120,7 @@ def test_ranks_that_do_not_fit_into_the_width_are_an_error():
     earlier = [normal(4, 10), normal(3, 10, seed=1)]
     assert earlier_basis(earlier, 3).shape == (10, 7)
     with pytest.raises(
-        ValueError, match="rank: 4, with 7 of earlier tasks more than the layer's 10 inputs: .* at most 3"
+        ValueError, match=r"rank: 4, with 7 of earlier tasks more than the layer's 10 inputs: .* at most 3"
     ):
         earlier_basis(earlier, 4)
     with pytest.raises(ValueError, match=r"down: rank 4, expected at most 3: 7 of 10 directions are taken"):
