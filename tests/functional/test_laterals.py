@@ -7,7 +7,7 @@ from lightning_cl.functional.progressive import fold_gated_adapters, lateral_sum
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def parts(columns, width=6, rank=2):
