@@ -19,12 +19,11 @@ from lightning_cl.buffers.disk.encoding import encode
 from lightning_cl.buffers.disk.folder import Stored, found_in
 from lightning_cl.buffers.disk.layout import ALIGNMENT, RECORD, DamagedFileError
 from lightning_cl.buffers.disk.store import DiskStore
-from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.memory import MemoryStore
 from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
 from lightning_cl.buffers.selection import Selection, spread
 from lightning_cl.buffers.store import Info, Store, as_numbers, wait_for_all_ranks, was_removed
-from lightning_cl.buffers.tokens import token_count
+from lightning_cl.buffers.tokens import label_of, token_count
 from lightning_cl.files import replace_file
 from lightning_cl.random_state import seed_of
 
