@@ -25,8 +25,7 @@ from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation import build_report, format_report, write_report
-from lightning_cl.evaluation.figure import matrix_figure
-from lightning_cl.evaluation.importance_figure import write_importance
+from lightning_cl.evaluation.figure import matrix_figure, write_importance
 from lightning_cl.evaluation.sentences import Method
 from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst
