@@ -19,12 +19,8 @@ from lightning_cl.core.placement import tensor_bytes
 from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.functional import kl_divergence
-from lightning_cl.passes.passes import (
-    LogitsReader,
-    OutputsFunction,
-    leaving_no_trace,
-    loss_positions,
-)
+from lightning_cl.passes.logits import LogitsReader, OutputsFunction, loss_positions
+from lightning_cl.passes.passes import leaving_no_trace
 from lightning_cl.passes.task_samples import single_samples
 
 

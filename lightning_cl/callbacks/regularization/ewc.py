@@ -16,7 +16,7 @@ from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.placement import trainable_parameters
 from lightning_cl.functional import merge_quadratics, normalize_importance
 from lightning_cl.passes.fisher_losses import ESTIMATORS, Estimator, FisherLosses
-from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.logits import OutputsFunction
 from lightning_cl.passes.sample_sums import look_at_one, squared_batch_gradients, sum_over_samples
 
 

@@ -24,7 +24,7 @@ from lightning_cl.functional.kfac import (
     spectrum,
 )
 from lightning_cl.passes.fisher_losses import Estimator
-from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.logits import OutputsFunction
 from lightning_cl.passes.sample_sums import sum_over_samples
 
 

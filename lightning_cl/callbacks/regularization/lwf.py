@@ -19,7 +19,8 @@ from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.contents import rows_mask
 from lightning_cl.functional.lwf import head_kl_divergence
-from lightning_cl.passes.passes import OutputsFunction, aligned, leaving_no_trace, loss_positions
+from lightning_cl.passes.logits import OutputsFunction, aligned, loss_positions
+from lightning_cl.passes.passes import leaving_no_trace
 from lightning_cl.passes.student import Call, Student
 from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.passes.teacher import Teacher

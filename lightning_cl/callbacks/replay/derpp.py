@@ -23,7 +23,7 @@ from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.drawing import Draw
 from lightning_cl.data.mixing.plan import MixMode
-from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.logits import OutputsFunction
 
 
 class DERpp(Replay):
