@@ -28,6 +28,7 @@ LAYERS = [
     ["buffers"],
     ["functional"],
     ["tasks", "files", "random_state", "checksum", "stopping"],
+    ["arguments"],
 ]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.functional.retention import (
     Mode,
     Preset,
@@ -39,8 +40,7 @@ class _MatrixMetric(Metric):
     def __init__(self, mode: Mode = "max", **kwargs: Any) -> None:
         # Every rank has all rows: gathering them would double the matrix.
         super().__init__(**{"sync_on_compute": False} | kwargs)
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode={mode!r}: expected 'max' (higher is better) or 'min' (lower is better)")
+        check_choice("mode", mode, ("max", "min"), "'max' (higher is better) or 'min' (lower is better)")
         self.mode: Mode = mode
         self.add_state("rows", default=[], dist_reduce_fx=None)
 

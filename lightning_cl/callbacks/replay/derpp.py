@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_strength
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, Storage
 from lightning_cl.callbacks.replay.dark_logits import DarkLogits, Replayed, bytes_of_position
 from lightning_cl.callbacks.replay.replay import Replay
-from lightning_cl.core.arguments import check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
