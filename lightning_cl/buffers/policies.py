@@ -18,6 +18,8 @@ import math
 import random
 from typing import Literal, NamedTuple
 
+from lightning_cl.arguments import is_number
+
 _LAST = 1e300  # of keys by weight
 
 PolicyName = Literal["reservoir", "task_balanced", "class_balanced", "fifo", "herding", "k_center", "surprise"]
@@ -48,6 +50,25 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+def group_of(policy: Policy, task: str, label: int | None) -> str:
+    """The group that a sample competes in.
+
+    Args:
+        policy: its policy.
+        task: the name of its task.
+        label: its class, or None.
+
+    Raises:
+        ValueError: if the policy needs a class and there is none.
+    """
+    if policy.group == "class" and label is None:
+        raise ValueError(
+            f"policy='class_balanced': a sample of task {task!r} has no class; expected (input, class) or a"
+            " dictionary with `label` or `labels`, a whole number"
+        )
+    return {"all": "", "task": task, "class": str(label)}[policy.group]
+
+
 def draw_key(policy: Policy, rng: random.Random, seen: int, weight: float, rank: int | None) -> float:
     """The key of the next sample.
 
@@ -69,7 +90,7 @@ def draw_key(policy: Policy, rng: random.Random, seen: int, weight: float, rank:
         if rank is None:
             raise ValueError("rank=None: this policy needs the sample's place in a ranking")
         return float(rank)
-    if not (math.isfinite(weight) and weight >= 0):
+    if not (is_number(weight) and weight >= 0):
         raise ValueError(f"weight={weight!r}: expected a finite number of at least 0")
     # 1 − u is in (0, 1]; a weight of 0 comes last of all, and is kept as long as there is room.
     u = rng.random()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning_cl.buffers.disk.segment import RemovedError
 from lightning_cl.buffers.disk.store import DiskStore
-from lightning_cl.buffers.store import Store, keys_of
+from lightning_cl.buffers.store import Store, keys_of, wait_for_all_ranks
 
 
 class Stored(NamedTuple):
@@ -40,6 +40,22 @@ def stored_in(store: Store) -> Iterator[tuple[int, Stored]]:
 def found_in(store: Store, predicate: Callable[[Stored], bool]) -> dict[int, bytes]:
     """The records that a predicate wants to go, each with the bytes that stand for its content."""
     return keys_of(store, [number for number, stored in stored_in(store) if predicate(stored)])
+
+
+def erase_found(store: Store, predicate: Callable[[Stored], bool]) -> list[dict[int, bytes]]:
+    """Erases what a predicate wants to go from a store and from its copies; on all ranks.
+
+    Returns:
+        for the store, and then for each copy, what :func:`found_in` found.
+    """
+    wait_for_all_ranks()
+    # Everything that is on the disk, and not only what may still be drawn.
+    stores = [store, *store.copies()]
+    found = [found_in(each, predicate) for each in stores]
+    wait_for_all_ranks()  # they have read what is about to be erased
+    for each, keys in zip(stores, found, strict=True):
+        each.erase(keys)
+    return found
 
 
 def remove_from_folder(folder: str | Path, predicate: Callable[[Stored], bool]) -> int:

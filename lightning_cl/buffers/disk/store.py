@@ -129,6 +129,26 @@ class DiskStore:
         if self.writes and written is not None:
             written.commit()
 
+    def take_over(self, old: Store, numbers: Sequence[int]) -> Sequence[int]:
+        """Copies another store's records into this one, with what is never to be stored again; on all ranks.
+
+        Args:
+            old: the other store.
+            numbers: of its records.
+
+        Returns:
+            their new numbers.
+        """
+        self.refuse(old.removed)
+        if not self.writes:
+            return self.expect(len(numbers))
+        new = []
+        for number in numbers:
+            info = old.info(number)
+            new.append(self.append(old.get(number), info.task, info.position, info.label, old.extra(number)))
+        self.commit()
+        return new
+
     def copies(self) -> Sequence[Store]:
         """Names the rest of the folders: from killed runs, replaced segments, and those of other runs.
 
