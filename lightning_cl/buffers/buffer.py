@@ -27,14 +27,14 @@ from lightning_cl.buffers.tokens import label_of
 class ReplayBuffer:
     """Samples of earlier tasks, each with the name of its task.
 
-    A sample is anything that a data set returns, as long as it is made of tensors, arrays, numbers, texts and plain
-    containers. A token sequence takes 4 bytes and a bit per token, and 64 bytes. Insertion takes O(log n), a rejection
-    O(1). With the same seed and the same stream the content is the same in every process.
+    A sample is what a data set returns: tensors, arrays, numbers and texts, in plain containers. A token sequence takes
+    4 bytes and a bit per token, and 64 bytes. Insertion takes O(log n), a rejection O(1). With the same seed and the
+    same stream the content is the same in every process.
 
     Args:
         capacity: the budget.
         policy: ``reservoir``: uniform over everything seen. ``task_balanced``, ``class_balanced``: equal shares for the
-            tasks or classes, uniform within each; what a small one does not need, the others get. ``fifo``: the newest.
+            tasks or classes, uniform within each; the others get what a small one does not need. ``fifo``: the newest.
             ``surprise``: in proportion to a weight. ``herding``, ``k_center``: by a rank within the task, equal shares
             for the tasks.
         seed: seed of the random choices.
@@ -105,7 +105,7 @@ class ReplayBuffer:
 
     @property
     def slots(self) -> int:
-        """Places for records, filled or not."""
+        """The number of slots, filled or not."""
         return len(self._slots)
 
     def pick(self, value: int, task: str | None = None, slots: int | None = None) -> int | None:
@@ -140,12 +140,12 @@ class ReplayBuffer:
         return self.store.info(number)
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
-        """Of records: ``length``, ``loss_tokens`` and ``task`` (its place in :attr:`task_names`)."""
+        """Of records: ``length``, ``loss_tokens`` and ``task`` (its index in :attr:`task_names`)."""
         if array("q", numbers) == array("q", self.numbers):
             tasks = self._slots.tasks
         else:
-            places = {name: place for place, name in enumerate(self.task_names)}
-            tasks = array("i", (places[self.store.info(number).task] for number in numbers))
+            index = {name: i for i, name in enumerate(self.task_names)}
+            tasks = array("i", (index[self.store.info(number).task] for number in numbers))
         return {**self.store.columns(numbers), "task": tasks}
 
     def counts(self) -> dict[str, int]:
@@ -175,7 +175,7 @@ class ReplayBuffer:
             task: the name of its task.
             weight: for ``surprise``.
             rank: for ``herding`` and ``k_center``.
-            position: its place in the task's data.
+            position: its position in the task's data.
             extra: tensors to be stored next to it.
 
         Returns:
@@ -249,7 +249,7 @@ class ReplayBuffer:
         self._slots.put(slot, number)
 
     def is_waiting(self, slot: int) -> bool:
-        """True if a slot of :meth:`choose_slot` is still to be filled: a later sample may have taken its place."""
+        """Returns True if a slot of :meth:`choose_slot` still waits for its sample; a later one may have taken it."""
         return self._slots.is_waiting(slot)
 
     def give_back(self, slot: int) -> None:
@@ -263,14 +263,14 @@ class ReplayBuffer:
     # ------------------------------------------------------------------ removing
 
     def remove(self, predicate: Callable[[Stored], bool]) -> int:
-        """Removes samples for good: from now on they are not drawn, and their content is overwritten on the disk.
+        """Removes samples for good: they are not drawn any more, and their content is overwritten on the disk.
 
-        They are not stored again, also not by a run that resumes from an older checkpoint. What no buffer can reach:
-        the data sets, their cache of tokens, batches that are already on their way, and for a buffer in memory the
-        checkpoints that were written before. Call it on all ranks.
+        They are not stored again, also not by a run that resumes from an older checkpoint. No buffer can reach the
+        data sets, their cache of tokens, and batches that are already loaded. A buffer in memory cannot reach the
+        checkpoints that were written before, either. Call it on all ranks.
 
         Args:
-            predicate: gets a :class:`Stored`, says whether it shall go.
+            predicate: gets a :class:`Stored`, returns True if it is to be removed.
 
         Returns:
             how many records were removed, with copies that other or earlier runs have left in the folder.
@@ -282,7 +282,7 @@ class ReplayBuffer:
         return sum(map(len, found))
 
     def clear(self) -> None:
-        """Lets all samples go; what was seen is forgotten too."""
+        """Removes all samples from the buffer, and forgets what was seen."""
         self._evict(self.numbers)
         self.seen_of.clear()
         self._slots = Slots(self.capacity)
@@ -295,7 +295,7 @@ class ReplayBuffer:
         self._hold()
 
     def move_to(self, store: DiskStore) -> None:
-        """Keeps samples in another store from now on; what is there goes along."""
+        """Moves all samples to another store, which is used from now on."""
         old, self.store = self.store, store
         self._renumber(store.take_over(old, self.numbers))
 
@@ -308,7 +308,7 @@ class ReplayBuffer:
             self.store.hold(self._slots.held)
 
     def adopt(self) -> None:
-        """Goes on with what an earlier run has left in the folder, if anything.
+        """Resumes from what an earlier run has left in the folder, if anything.
 
         Raises:
             ValueError: if it was of another budget, policy or tokenizer.
@@ -333,13 +333,13 @@ class ReplayBuffer:
         self.store.commit()
 
     def compact(self, least: int = 1 << 20, agreed: Callable[[bool], bool] = bool) -> None:
-        """Gives room on the disk back, if most of it is taken by samples that were let go; between tasks.
+        """Frees the disk space of samples that the buffer has let go, if that is most of it; between tasks.
 
-        What is replaced is deleted the next time: checkpoints from before cannot be gone on with then.
+        Replaced files are deleted at the next call. From then on no run resumes from a checkpoint that needs them.
 
         Args:
             least: bytes that are worth it.
-            agreed: gets whether this process would do it, and gives whether all do.
+            agreed: gets True if this process would do it, and returns True if all processes would.
         """
         if not isinstance(self.store, DiskStore):
             return
@@ -358,7 +358,7 @@ class ReplayBuffer:
         write_state(store.folder, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain containers; of a buffer on disk, which records are in it."""
+        """The whole state, as tensors and plain containers; a buffer on disk names its records only."""
         numbers, slots = self._slots.state_dict(self.store.is_erased)
         return {
             "capacity": self.capacity,

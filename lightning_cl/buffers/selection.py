@@ -66,7 +66,7 @@ class Selection:
         return self._enter(number, key, cost), gone
 
     def release(self, slots: Sequence[int]) -> None:
-        """Frees slots for other reasons than the rule's: later ones may take their places."""
+        """Frees slots for other reasons than the rule's; later samples may take them."""
         for group, heap in enumerate(self._heaps):
             mine = {slot for slot in slots if self._groups[slot] == group}
             if mine:
@@ -156,11 +156,11 @@ class LargestFirst:
         """Adds a slot."""
         heap, keys = self._heap, self._keys
         heap.append(slot)
-        key, place = keys[slot], len(heap) - 1
-        while place and keys[heap[(place - 1) >> 1]] < key:
-            heap[place] = heap[(place - 1) >> 1]
-            place = (place - 1) >> 1
-        heap[place] = slot
+        key, at = keys[slot], len(heap) - 1
+        while at and keys[heap[(at - 1) >> 1]] < key:
+            heap[at] = heap[(at - 1) >> 1]
+            at = (at - 1) >> 1
+        heap[at] = slot
 
     def pop(self) -> int:
         """Takes out the slot with the largest key."""
@@ -168,15 +168,15 @@ class LargestFirst:
         top, last = heap[0], heap.pop()
         size = len(heap)
         if size:
-            key, place = keys[last], 0
-            while (child := 2 * place + 1) < size:
+            key, at = keys[last], 0
+            while (child := 2 * at + 1) < size:
                 if child + 1 < size and keys[heap[child + 1]] > keys[heap[child]]:
                     child += 1
                 if keys[heap[child]] <= key:
                     break
-                heap[place] = heap[child]
-                place = child
-            heap[place] = last
+                heap[at] = heap[child]
+                at = child
+            heap[at] = last
         return top
 
     def remove(self, gone: set[int]) -> None:

@@ -158,8 +158,8 @@ def _heat_map(
             Rectangle((tasks.index(name) - 0.5, i + 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.8)
         )
     for change in report["data_changes"]:
-        place = tasks.index(change["task"])
-        ends = (place - 0.5, place + 0.5)
+        column = tasks.index(change["task"])
+        ends = (column - 0.5, column + 0.5)
         axes.plot(ends, [change["row"] - 0.5] * 2, color=_OTHER_DATA, linewidth=4, clip_on=False, zorder=5)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -212,7 +212,7 @@ def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[floa
     _turn(axes, tasks)
     axes.set_ylabel(f"{report['monitor']} ({'lower' if report['mode'] == 'min' else 'higher'} is better)")
     axes.grid(axis="y", alpha=0.3)
-    # Beside the curves: inside there may be no place without one. Labels are set afterwards: one that begins with an
+    # Next to the curves: inside there may be no free room. Labels are set afterwards: one that begins with an
     # underscore would be left out.
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     shown = [f"{index}" for index in range(len(tasks))]

@@ -27,9 +27,9 @@ from lightning_cl.functional.retention import (
 class _MatrixMetric(Metric):
     """A score of the matrix of every task after every task, row by row.
 
-    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``); a
-    later row may have more tasks than an earlier one, whose missing entries are unknown. NaN is what was never
-    measured; a score that was measured and came out NaN or infinite is to be given as the worst one
+    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``). A
+    later row may have more tasks than an earlier one; the missing entries of the earlier one are unknown. NaN is what
+    was never measured; a score that was measured and came out NaN or infinite is to be given as the worst one
     (:func:`~lightning_cl.functional.with_worst`).
     """
 

@@ -24,12 +24,11 @@ class DiskStore:
     """Samples in memory-mapped files (:mod:`~lightning_cl.buffers.disk.layout`).
 
     Records are immutable, and files only grow, so that every checkpoint finds its own. Each process that writes begins
-    a segment of its own: two runs that resume from one checkpoint never write to one file. What was evicted takes room
-    until :meth:`rewrite`, at a task's boundary; files that it replaces are deleted at the boundary after that.
+    its own segment, so two runs that resume from one checkpoint never write to one file. Evicted records take room
+    until :meth:`rewrite`, at a task's boundary. The files that it replaces are deleted at the next boundary.
 
-    A removed sample's content is overwritten in every segment of the folders that this store knows, and 16 bytes that
-    stand for it, with their checksum, are kept in ``removed.bin`` there: it is not stored again, also not after a
-    resume from an older checkpoint.
+    A removed sample's content is overwritten in every segment of the folders that this store knows. 16 bytes that stand
+    for it, and their checksum, are kept in ``removed.bin`` there, so that it is never stored again.
 
     Args:
         folder: where new segments go; made when the first record is written. None: not known yet (:meth:`place`).
@@ -279,7 +278,7 @@ class DiskStore:
         while True:
             try:
                 segment = Segment.create(self._new_folder(), self.info_of_new)
-                list_removed(self.folder, self._removed)  # those of other folders too: they may be left behind
+                list_removed(self.folder, self._removed)  # those of other folders too: this one may be moved alone
                 return segment
             except FileExistsError:  # of a run that has begun to write since this one was started
                 self._next = self.first_free(self.folder)
@@ -329,7 +328,7 @@ class DiskStore:
 
         Raises:
             ValueError: if the checkpoint's buffer is not on disk, or is of another tokenizer.
-            FileNotFoundError: if a file is missing, or another run's lies at its place.
+            FileNotFoundError: if a file is missing, or another run's has its name.
             DamagedFileError: if a file is damaged.
         """
         if state["kind"] != "disk":
