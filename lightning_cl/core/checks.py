@@ -9,6 +9,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.core.questions import Questions
+from lightning_cl.core.run_state import named as named
 
 FORMAT = 3
 """Of the ``lightning_cl`` entry of a checkpoint."""
@@ -17,17 +18,6 @@ FORMAT = 3
 def methods_of(trainer: L.Trainer) -> list[Questions]:
     """The continual-learning callbacks of a Trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, Questions)]  # type: ignore[attr-defined]
-
-
-def named(methods: list[Questions]) -> list[tuple[Questions, str]]:
-    """Each method with a name that is unique in its Trainer: the class, and a number from the second on."""
-    seen: dict[str, int] = {}
-    result = []
-    for method in methods:
-        name = type(method).__name__
-        seen[name] = seen.get(name, 0) + 1
-        result.append((method, name if seen[name] == 1 else f"{name}-{seen[name]}"))
-    return result
 
 
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,14 +15,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_cl.core.checkpoint_io import read_checkpoint
 from lightning_cl.core.checks import FORMAT, check_state, check_trainer, methods_of, named
 from lightning_cl.core.loops import (
-    Limits,
     batches_in_flight,
     batches_of_open_window,
     batches_ready,
@@ -31,13 +29,14 @@ from lightning_cl.core.loops import (
     let_methods_mix,
     load_weights,
 )
+from lightning_cl.core.precision import amp_scale, reshard, scale_learning_rate
 from lightning_cl.core.questions import Questions
 from lightning_cl.core.ranks import from_all_ranks
+from lightning_cl.core.run_state import RunState
 from lightning_cl.core.task_files import before_end_file
 from lightning_cl.data import TaskDataModule
-from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.batch_source import TaskBatches, is_indexed, is_stream
 from lightning_cl.data.mixing.contents import Kinds
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.stopping import heed
 from lightning_cl.tasks import TaskPosition
@@ -54,34 +53,23 @@ class TaskCoordinator(Callback):
     """
 
     def __init__(self) -> None:
-        self.position = TaskPosition(0, "task", 1)
-        self.names: list[str] = []
-        self.driven = False
+        self.run = RunState()
         self.started = False
         self.ended = False
         self.at_boundary = False
-        self.first_step = 0
-        self.limits: Limits | None = None
-        self.run_limits: Limits | None = None  # the Trainer's own, which tasks may have others than
         self.lr: float | None = None
-        self.data: TaskDataModule | None = None
         self.pristine: dict[int, Any] = {}  # other people's callbacks as they were before the first task
         self.load_best = False
         self._steps_at_fit = 0
-        self.costs: list[dict[str, float]] = []
-        self.applied: dict[str, Tensor] = {}  # what several proximal penalties have applied in this step
-        self.begin_seconds = 0.0  # what methods spent before this task's training
         self._seconds_before = 0.0
         self._clock: float | None = None
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
-        self.kinds: Kinds | None = None  # which parts of this batch are replayed; None: nothing
         self._begun_with = 0
         self._resumed: dict[str, Any] | None = None
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
-        self.checkpoint_path: Path | None = None  # that a sequence resumes from
         self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._moved = False  # whether the weights have moved since the batch began
@@ -91,13 +79,31 @@ class TaskCoordinator(Callback):
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
-        """The Trainer's coordinator; made, and put at the end of the callbacks, if there is none yet."""
+        """Returns the Trainer's coordinator, and makes it where there is none yet; all methods get its run."""
+        found = [callback for callback in trainer.callbacks if isinstance(callback, cls)]  # type: ignore[attr-defined]
+        coordinator = found[0] if found else cls()
+        if not found:
+            trainer.callbacks.append(coordinator)  # type: ignore[attr-defined]
+        coordinator.run.methods = methods_of(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, cls):
-                return callback
-        coordinator = cls()
-        trainer.callbacks.append(coordinator)  # type: ignore[attr-defined]
+            if isinstance(getattr(callback, "run", None), RunState):
+                callback.run = coordinator.run
         return coordinator
+
+    @property
+    def position(self) -> TaskPosition:
+        """The current task's position in the sequence."""
+        return self.run.position
+
+    @property
+    def kinds(self) -> Kinds | None:
+        """The replayed parts of the current batch; None where nothing is replayed."""
+        return self.run.kinds
+
+    @property
+    def costs(self) -> list[dict[str, float]]:
+        """Steps, seconds and sample counts of each task that has ended."""
+        return self.run.costs
 
     @staticmethod
     def methods(trainer: L.Trainer) -> list[Questions]:
@@ -108,12 +114,12 @@ class TaskCoordinator(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.data is not None and not self._checked:
+        if self.run.data is not None and not self._checked:
             self._checked = True
             with untouched_random_state():
-                for task in self.data.trained_tasks:
-                    loader = self.data.train_loader(task)
-                    if isinstance(loader, TaskLoader) and len(loader) == 0:
+                for task in self.run.data.trained_tasks:
+                    loader = self.run.data.train_loader(task)
+                    if is_indexed(loader) and len(loader) == 0:
                         raise MisconfigurationException(
                             f"task {task.name!r}: its training loader gives no batch (is the data empty, or smaller"
                             " than a batch with drop_last=True?)"
@@ -121,10 +127,12 @@ class TaskCoordinator(Callback):
                     for method in self.methods(trainer):
                         method.check_loader(loader, task.name)
         if stage == "fit":
-            if not self.driven:
-                self.names, self.at_boundary = [], False
+            if not self.run.driven:
+                self.run.names, self.at_boundary = [], False
             check_trainer(trainer, pl_module)
-            let_methods_mix(trainer, self.methods(trainer), check=not self.driven, on_loader=self._before_first_batch)
+            let_methods_mix(
+                trainer, self.methods(trainer), check=not self.run.driven, on_loader=self._before_first_batch
+            )
 
     def _before_first_batch(self, trainer: L.Trainer, loader: Any) -> None:
         """The last moment before Lightning looks where to continue, and fetches the first batch of a stream."""
@@ -132,8 +140,8 @@ class TaskCoordinator(Callback):
             return
         if not self.started:
             forget_restart(trainer)
-        elif not self.ended and isinstance(loader, StreamLoader) and self._resumed["loader"] is not None:
-            loader.go_to(self._resumed["loader"])
+        elif not self.ended and is_stream(loader) and self._resumed["loader"] is not None:
+            loader.resume_from(self._resumed["loader"])
 
     # ------------------------------------------------------------------ start
 
@@ -142,8 +150,8 @@ class TaskCoordinator(Callback):
         self._steps_at_fit = trainer.global_step
         if self._stop and self._resumed is not None and self.started:
             trainer.should_stop = True  # as when it was written: Lightning forgets it, and would train on
-        if self.limits is not None:
-            count_from(trainer, self.limits, self.first_step)
+        if self.run.limits is not None:
+            count_from(trainer, self.run.limits, self.run.first_step)
         if self.lr is not None:
             for optimizer in trainer.optimizers:
                 schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -155,22 +163,22 @@ class TaskCoordinator(Callback):
         reshard(pl_module)
         self._undo_end(trainer)
         resumed, self._resumed = self._resumed, None
-        if not self.started or (self.ended and not self.driven):
-            if not self.driven:
+        if not self.started or (self.ended and not self.run.driven):
+            if not self.run.driven:
                 done = max((m.tasks_done for m in methods), default=0)
-                self.position = TaskPosition(done, f"task-{done}", done + 1)
+                self.run.position = TaskPosition(done, f"task-{done}", done + 1)
             # All or nothing, as the end: an exception in here leads to a checkpoint that starts the task.
             self._frozen = self._entry(trainer, resumed["random_states"] if resumed is not None else None)
-            self.started, self.ended, self.first_step = True, False, trainer.global_step
+            self.started, self.ended, self.run.first_step = True, False, trainer.global_step
             self._seconds_before = 0.0
             for method in methods:
-                method.task = self.position
+                method.task = self.run.position
                 method.on_task_start(trainer, pl_module)
             self._frozen = resumed_inside = None
         else:
             resumed_inside = resumed
         for method in methods:
-            method.task = self.position
+            method.task = self.run.position
             method.place(trainer, pl_module)
         for optimizer in trainer.optimizers:
             hook = _after_step_hook(self, trainer, pl_module)
@@ -182,11 +190,12 @@ class TaskCoordinator(Callback):
     def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
         """The loader's place and the random states, so that the next batch is the one that would have come."""
         self._states_to_restore = resumed["random_states"]
-        loader = trainer.train_dataloader
-        if inside and isinstance(loader, TaskLoader) and resumed["loader"] is not None:
+        loader: Any = trainer.train_dataloader
+        # A stream was resumed before its first batch was fetched.
+        if inside and is_indexed(loader) and resumed["loader"] is not None:
             # Not through Lightning's own state of the loops: it is lost as soon as a module reads
             # `trainer.estimated_stepping_batches` in `configure_optimizers`.
-            loader.load_state_dict(resumed["loader"], on_resumed=lambda: self._restore_random_state(trainer))
+            loader.resume_from(resumed["loader"], on_resumed=lambda: self._restore_random_state(trainer))
         else:
             self._restore_random_state(trainer)
 
@@ -207,12 +216,10 @@ class TaskCoordinator(Callback):
         # numbers and the running statistics of before.
         self._at_batch = _before_batch(pl_module) if saves_on_exception(trainer) else None
         loader: Any = trainer.train_dataloader
-        self.kinds = trained = None
-        if isinstance(loader, StreamLoader):
-            self.kinds, trained = loader.begin()
+        self.run.kinds = trained = None
+        if isinstance(loader, TaskBatches):
+            self.run.kinds, trained = loader.begin()
             self._begun_with = batches_ready(trainer)
-        elif isinstance(loader, TaskLoader) and loader.given:
-            self.kinds, trained = loader.given.popleft()
         if trained is not None:
             for method in self.methods(trainer):
                 method.on_batch(trainer, pl_module, trained)
@@ -244,7 +251,7 @@ class TaskCoordinator(Callback):
     def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         methods = self._in_edit_order(trainer)
         self._moved = True
-        self.applied.clear()
+        self.run.applied.clear()
         for method in methods:
             method.edit_weights(trainer, pl_module, optimizer)
         for method in methods:
@@ -274,19 +281,19 @@ class TaskCoordinator(Callback):
         if self.started and not self.ended and resumed is not None:
             pl_module.to(trainer.strategy.root_device)
             for method in self.methods(trainer):
-                method.task = self.position
+                method.task = self.run.position
                 method.place(trainer, pl_module)
-            loader = trainer.train_dataloader
-            if isinstance(loader, TaskLoader) and resumed["loader"] is not None:
-                loader.load_state_dict(resumed["loader"])
+            loader: Any = trainer.train_dataloader
+            if is_indexed(loader) and resumed["loader"] is not None:
+                loader.resume_from(resumed["loader"])
             self._states_to_restore = resumed["random_states"]
             self._end_task(trainer, pl_module)
             pl_module.cpu()
-        elif self.driven and self.started and resumed is not None:
+        elif self.run.driven and self.started and resumed is not None:
             # From a checkpoint that was written between the task's end and its boundary checkpoint.
             self._states_to_restore = resumed["random_states"]
             self._restore_random_state(trainer)
-        elif not self.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):
+        elif not self.run.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):
             rank_zero_warn(
                 "trainer.fit has trained no step, and the methods have seen nothing: the Trainer's max_epochs or"
                 " max_steps had been reached before (they count all fits of a Trainer, and what a checkpoint has"
@@ -317,10 +324,10 @@ class TaskCoordinator(Callback):
             method.on_task_end(trainer, pl_module)
             method.tasks_done += 1
         self.ended, self._frozen = True, None
-        begun, self.begin_seconds = self.begin_seconds, 0.0
-        self.costs.append(
+        begun, self.run.begin_seconds = self.run.begin_seconds, 0.0
+        self.run.costs.append(
             {
-                "steps": trainer.global_step - self.first_step,
+                "steps": trainer.global_step - self.run.first_step,
                 "begin_seconds": begun,
                 "train_seconds": trained,
                 "end_seconds": time.monotonic() - start,
@@ -334,18 +341,18 @@ class TaskCoordinator(Callback):
         path = saver.best_model_path if saver is not None else ""
         if not path or not Path(path).is_file():
             rank_zero_warn(
-                f"load_best: no checkpoint of {self.position} has a best score; it ends with its last weights"
+                f"load_best: no checkpoint of {self.run.position} has a best score; it ends with its last weights"
             )
             return
         load_weights(trainer, read_checkpoint(path))
 
     def _save_before_end(self, trainer: L.Trainer) -> None:
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
-        if not self.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
+        if not self.run.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
-        if any(method.ends_long for method in self.methods(trainer)) and self.data is not None:
-            index = self.position.index
-            self.before_end = before_end_file(trainer, self.data.trained_tasks[index], index)
+        if any(method.ends_long for method in self.methods(trainer)) and self.run.data is not None:
+            index = self.run.position.index
+            self.before_end = before_end_file(trainer, self.run.data.trained_tasks[index], index)
             trainer.save_checkpoint(self.before_end, weights_only=False)
 
     def _undo_end(self, trainer: L.Trainer) -> None:
@@ -359,7 +366,7 @@ class TaskCoordinator(Callback):
 
     def _sample_counts(self, trainer: L.Trainer) -> dict[str, float]:
         loader = trainer.train_dataloader
-        place = self._place(trainer, loader)
+        place = self._position_in(trainer, loader)
         if place is None:
             return {}
         given = place["counts"]
@@ -384,15 +391,15 @@ class TaskCoordinator(Callback):
 
     def begin_sequence(self, trainer: L.Trainer, data: TaskDataModule, checkpoint_path: Path | None) -> None:
         """A sequence starts, from its beginning or from a checkpoint (called by ``fit_tasks``)."""
-        self.checkpoint_path = checkpoint_path
-        self.driven, self.data = True, data
-        self.names = [task.name for task in data.trained_tasks]
+        self.run.checkpoint_path = checkpoint_path
+        self.run.driven, self.run.data = True, data
+        self.run.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
         self._undo_end(trainer)
         self.before_end = None
         self._boundary_states, self._stop = None, False
-        self.position, self.first_step, self.costs = (
-            TaskPosition(0, self.names[0], len(self.names)),
+        self.run.position, self.run.first_step, self.run.costs = (
+            TaskPosition(0, self.run.names[0], len(self.run.names)),
             trainer.global_step,
             [],
         )
@@ -405,17 +412,18 @@ class TaskCoordinator(Callback):
 
     def end_sequence(self) -> None:
         """``fit_tasks`` returns, or failed: a plain fit is a task by itself again."""
-        self.driven, self.data, self.limits, self.lr, self.checkpoint_path = False, None, None, None, None
+        self.run.driven, self.run.data, self.run.limits, self.run.checkpoint_path = False, None, None, None
+        self.lr = None
         self.load_best = False
 
     def begin_task(self, position: TaskPosition) -> None:
         """A fresh task is about to be fitted (called by ``fit_tasks``)."""
-        self.position, self.started, self.ended, self.at_boundary = position, False, False, False
+        self.run.position, self.started, self.ended, self.at_boundary = position, False, False, False
 
     def reach_boundary(self, trainer: L.Trainer) -> None:
         """The current task is done and evaluated: what is saved now starts the next one (called by ``fit_tasks``)."""
         self.at_boundary = True
-        self.first_step = trainer.global_step
+        self.run.first_step = trainer.global_step
         # Whoever resumes from here starts the next task from these states; so does the run that resumes.
         self._resumed = {"loader": None, "random_states": from_all_ranks(get_random_state())}
 
@@ -438,18 +446,18 @@ class TaskCoordinator(Callback):
         states = states or self._boundary_states
         return {
             "format": FORMAT,
-            "driven": bool(self.names),
-            "tasks": list(self.names),
-            "index": self.position.index + (1 if self.at_boundary else 0),
-            "name": self.position.name,
+            "driven": bool(self.run.names),
+            "tasks": list(self.run.names),
+            "index": self.run.position.index + (1 if self.at_boundary else 0),
+            "name": self.run.position.name,
             "started": self.started and not self.at_boundary,
             "ended": self.ended and not self.at_boundary,
-            "first_step": self.first_step,
-            "begin_seconds": self.begin_seconds,
+            "first_step": self.run.first_step,
+            "begin_seconds": self.run.begin_seconds,
             "train_seconds": self._train_seconds(),
-            "fingerprint": self.data.fingerprint() if self.data is not None else None,
-            "costs": [dict(cost) for cost in self.costs],
-            "loader": self._place(trainer, loader),
+            "fingerprint": self.run.data.fingerprint() if self.run.data is not None else None,
+            "costs": [dict(cost) for cost in self.run.costs],
+            "loader": self._position_in(trainer, loader),
             "random_states": states or from_all_ranks(begun["random"] if begun is not None else get_random_state()),
             "methods": {
                 name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
@@ -488,13 +496,13 @@ class TaskCoordinator(Callback):
         window = batches_of_open_window(trainer)
         return f"inside an accumulation window: the gradients of {window} batches are lost" if window else None
 
-    def _place(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
+    def _position_in(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
         """Returns the loader's position, if it knows it: after the last batch that was trained on."""
-        if isinstance(loader, StreamLoader):
-            # An exception in another callback's hook can come before the stream was told of a batch.
-            begun = self._begun_with == batches_ready(trainer)
-            return loader.place(batches_in_flight(trainer) if begun else 0)
-        return loader.state_dict(batches_in_flight(trainer)) if isinstance(loader, TaskLoader) else None
+        if not isinstance(loader, TaskBatches):
+            return None
+        # An exception in another callback's hook can come before a stream was told of a batch.
+        told = not loader.is_stream or self._begun_with == batches_ready(trainer)
+        return loader.position(batches_in_flight(trainer) if told else 0)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -516,9 +524,9 @@ class TaskCoordinator(Callback):
             return
         self._loaded = True
         check_state(trainer, state)
-        self.names = list(state["tasks"])
-        self.position = TaskPosition(state["index"], state["name"], max(len(self.names), state["index"] + 1))
-        self.started, self.ended, self.first_step = state["started"], state["ended"], state["first_step"]
+        self.run.names = list(state["tasks"])
+        self.run.position = TaskPosition(state["index"], state["name"], max(len(self.run.names), state["index"] + 1))
+        self.started, self.ended, self.run.first_step = state["started"], state["ended"], state["first_step"]
         self._frozen = None
         self._stop = bool(state.get("stop"))  # earlier checkpoints do not have it
         if state.get("inexact"):
@@ -527,8 +535,8 @@ class TaskCoordinator(Callback):
                 " bit as if it had not been stopped"
             )
         self._seconds_before = state["train_seconds"] if self.started else 0.0
-        self.begin_seconds = state["begin_seconds"] if self.started else 0.0
-        self.costs = [dict(cost) for cost in state["costs"]]
+        self.run.begin_seconds = state["begin_seconds"] if self.started else 0.0
+        self.run.costs = [dict(cost) for cost in state["costs"]]
         self._resumed = {"loader": state["loader"], "random_states": state["random_states"]}
         self._load_methods(trainer, state)
 
@@ -558,33 +566,6 @@ def saves_on_exception(trainer: L.Trainer) -> bool:
         isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
         for callback in trainer.checkpoint_callbacks
     )
-
-
-def reshard(pl_module: L.LightningModule) -> None:
-    """Under FSDP2 the outermost parameters stay gathered after a validation: back to the shards that training steps."""
-    for module in pl_module.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def amp_scale(trainer: L.Trainer) -> float:
-    """The factor of the loss scaler in fp16, else 1."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
-
-
-def scale_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[Any], lr: float) -> None:
-    """Scales an optimizer and its schedules so that the first parameter group's peak learning rate is `lr`."""
-    first = optimizer.param_groups[0]
-    factor = lr / float(first.get("max_lr", first.get("initial_lr", first["lr"])))
-    for group in optimizer.param_groups:
-        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if key in group:
-                group[key] = group[key] * factor
-    for scheduler in schedulers:
-        for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
-            if getattr(part, "optimizer", None) is optimizer and hasattr(part, "base_lrs"):
-                part.base_lrs = [base * factor for base in part.base_lrs]
 
 
 def _after_step_hook(coordinator: TaskCoordinator, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:

@@ -37,9 +37,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_cl.data import TaskDataModule, TaskLoader
+from lightning_cl.core.run_state import RunState
+from lightning_cl.data import TaskDataModule
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.mixing.contents import Trained
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.evaluation.sentences import Need
 from lightning_cl.tasks import TaskPosition
 
@@ -64,6 +65,7 @@ class Questions(Callback):
     Attributes:
         task: where in the sequence the run is; None before the first task.
         tasks_done: how many tasks this callback has seen to their end.
+        run: what the run knows, from the Trainer's setup on (:class:`~lightning_cl.core.run_state.RunState`).
     """
 
     owns: str | None = None
@@ -83,6 +85,7 @@ class Questions(Callback):
         self.task: TaskPosition | None = None
         self.tasks_done = 0
         self.scalars: dict[str, float | Tensor] = {}
+        self.run = RunState()
 
     # ------------------------------------------------------------------ questions
 
@@ -105,7 +108,7 @@ class Questions(Callback):
     def check_loader(self, loader: Any, task: str) -> None:
         """Raises an error if the method cannot work with a task's training loader."""
 
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
         """The loader of a task is built: add to it."""
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

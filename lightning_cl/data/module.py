@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.preview import preview
@@ -137,7 +138,7 @@ class TaskDataModule(L.LightningDataModule):
         self.expected_fingerprint: str | None = None
         self._prepared: dict[str, _Prepared] | None = None
         self._set_up: set[tuple[int, str]] = set()
-        self._loader: TaskLoader | StreamLoader | None = None
+        self._loader: TaskBatches | None = None
         self._loader_task: str | None = None
         self.check()
 
@@ -281,7 +282,7 @@ class TaskDataModule(L.LightningDataModule):
     def train_dataloader(self) -> Any:
         """The current task's batches."""
         loader = self.train_loader(self.current)
-        if not isinstance(loader, (TaskLoader, StreamLoader)):
+        if not isinstance(loader, TaskBatches):
             self._loader = None
             return loader
         if self._loader is not None and self._loader_task == self.current.name:

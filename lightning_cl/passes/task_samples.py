@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_cl.arguments import check_integer
 from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
-from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.passes.passes import progress, to_device
 
@@ -46,7 +45,7 @@ class TaskSamples:
         self.trainer, self.count, self.label = trainer, count, label
         self.loader: Any = trainer.train_dataloader if loader is None else loader
         self.batch_size = batch_size
-        self.is_stream = not (isinstance(self.loader, TaskLoader) or why_not_plannable(self.loader) is None)
+        self.is_stream = why_not_plannable(self.loader) is not None
         self._chosen: list[tuple[int, int]] = []
         self._first: list[tuple[int, int]] = []
         if not self.is_stream:

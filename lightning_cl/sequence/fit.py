@@ -30,10 +30,11 @@ from lightning_cl.core.checkpoint_io import (
     resolve_checkpoint,
     run_folder,
 )
-from lightning_cl.core.checks import check_state, check_trainer, methods_of, named
+from lightning_cl.core.checks import check_state, check_trainer, methods_of
 from lightning_cl.core.coordinator import CHECKPOINT_KEY, TaskCoordinator, best_of
-from lightning_cl.core.loops import Limits, forget_progress, limit_to_task, restored_limits
+from lightning_cl.core.loops import forget_progress, limit_to_task, restored_limits
 from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.run_state import Limits, named
 from lightning_cl.core.task_files import boundary_file
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.random_state import untouched_random_state
@@ -115,9 +116,9 @@ def _train(
         _load(trainer, data, coordinator, checkpoint_path)
     elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         set_aside(run_folder(trainer))
-    told, coordinator.run_limits = _tell_plan_first(trainer, data), limits
+    told, coordinator.run.run_limits = _tell_plan_first(trainer, data), limits
     tasks = data.trained_tasks
-    start = coordinator.position.index if checkpoint_path is not None else 0
+    start = coordinator.run.position.index if checkpoint_path is not None else 0
     if checkpoint_path is None or not coordinator.started:
         weights = str(checkpoint_path) if checkpoint_path is not None else None
         data.index = min(start, len(tasks) - 1)
@@ -128,16 +129,16 @@ def _train(
         if not coordinator.started or index > start:
             coordinator.begin_task(position)
         else:
-            coordinator.position = position
-        coordinator.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
+            coordinator.run.position = position
+        coordinator.run.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
         _reset_per_task(trainer, coordinator, tasks[index], index)
         rank_zero_info(position.title)
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
         heed(trainer, all_ranks=True)
         _check_finished(coordinator, position)
-        coordinator.costs[-1] |= data.left_out(tasks[index])
-        rank_zero_info(f"{position.title}: {coordinator.costs[-1]['steps']} steps")
+        coordinator.run.costs[-1] |= data.left_out(tasks[index])
+        rank_zero_info(f"{position.title}: {coordinator.run.costs[-1]['steps']} steps")
         _boundary(trainer, module, data, trained=index + 1)
         _save_boundary(trainer, coordinator, tasks, index, keep)
         if index + 1 < len(tasks):
@@ -247,7 +248,7 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
     check_state(trainer, state, path)
     data.expected_fingerprint = state["fingerprint"]
     coordinator.load(trainer, state)
-    coordinator.names = ours
+    coordinator.run.names = ours
 
 
 def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, path: Path) -> None:

@@ -9,7 +9,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.passes.generation import answers, generator_of, prompt_tokens
@@ -75,7 +74,7 @@ class PromptSamples(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = TaskCoordinator.of(trainer).data
+        data = self.run.data
         if data is None:
             return  # a plain fit: there are no boundaries to ask at
         with untouched_random_state():

@@ -19,9 +19,9 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
-from lightning_cl.core.checks import named
-from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.run_state import named
 from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation import build_report, format_report, write_report
@@ -102,7 +102,7 @@ class TaskMatrix(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if TaskCoordinator.of(trainer).data is None:
+        if self.run.data is None:
             rank_zero_warn("TaskMatrix measures between tasks, under lightning_cl.fit_tasks only: this is a plain fit")
 
     @override
@@ -273,10 +273,9 @@ class TaskMatrix(ContinualCallback):
     def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
         if trained == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # one batch is no result
-        coordinator = TaskCoordinator.of(trainer)
-        methods = self._methods = named(TaskCoordinator.methods(trainer))
-        report = build_report(self, coordinator.costs, methods)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
+        methods = self._methods = named(self.run.methods)
+        report = build_report(self, self.run.costs, methods)
+        folder = run_folder(trainer)  # asked on all ranks
         if trainer.is_global_zero:
             write_report(report, folder)
             write_importance(report, folder)

@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_integer, check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.contents import rows_mask
@@ -113,7 +112,7 @@ class LwF(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         refuse_sharded(trainer, f"{type(self).__name__}: a teacher's weights cannot be put in the place of")
-        if stage == "fit" and self.where == "replayed" and not _replays(trainer):
+        if stage == "fit" and self.where == "replayed" and not any(m.replays for m in self.run.methods):
             raise MisconfigurationException(
                 f"{type(self).__name__}(where='replayed'): nothing is replayed; add lightning_cl.Replay, or another"
                 " callback that replays, to Trainer(callbacks=[…]), or give where='new'"
@@ -223,7 +222,7 @@ class LwF(ContinualCallback):
         if self.where == "all":
             return positions
         length = student.shape[1] if student.ndim > 2 else 1
-        replayed = rows_mask(TaskCoordinator.of(trainer).kinds, len(student), length).to(student.device)
+        replayed = rows_mask(self.run.kinds, len(student), length).to(student.device)
         wanted = replayed if self.where == "replayed" else ~replayed
         if positions is None:
             return wanted[:, 0]
@@ -299,10 +298,6 @@ class LwF(ContinualCallback):
     @override
     def advice(self, need: Need) -> str | None:
         return f"a {'higher' if need == 'keep' else 'lower'} LwF(strength=…), {self.strength:g} now"
-
-
-def _replays(trainer: L.Trainer) -> bool:
-    return any(method.replays for method in TaskCoordinator.methods(trainer))
 
 
 def _is_known(outputs: Tensor, is_hidden: bool) -> Tensor:

@@ -21,7 +21,6 @@ from lightning_cl.callbacks.regularization.diagnosis import (
     sentences_of,
     warning_of,
 )
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import (
     Streamed,
@@ -178,11 +177,8 @@ class QuadraticPenalty(ContinualCallback):
     def edit_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if not self.is_active or self.apply != "proximal":
             return
-        coordinator = TaskCoordinator.of(trainer)
-        several = (
-            sum(isinstance(m, QuadraticPenalty) and m.apply == "proximal" for m in coordinator.methods(trainer)) > 1
-        )
-        applied = coordinator.applied if several else None
+        proximal = [m for m in self.run.methods if isinstance(m, QuadraticPenalty) and m.apply == "proximal"]
+        applied = self.run.applied if len(proximal) > 1 else None
         groups = self._stepped(pl_module, optimizer)
         if self._before:
             before, self._before = self._before, {}
@@ -301,7 +297,7 @@ class QuadraticPenalty(ContinualCallback):
     # ------------------------------------------------------------------ strength and diagnosis
 
     def _steps(self, trainer: L.Trainer) -> int:
-        return trainer.global_step - TaskCoordinator.of(trainer).first_step
+        return trainer.global_step - self.run.first_step
 
     def _choose(self, trainer: L.Trainer, wanted: float, pull: float) -> None:
         assert self.auto is not None

@@ -22,14 +22,15 @@ from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.buffers.tokens import label_of
 from lightning_cl.callbacks.replay.filling import Extras, cost_of, offer_batch, offer_task
 from lightning_cl.callbacks.replay.mix import check_plannable
-from lightning_cl.core.checks import named, refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.checkpoint_io import run_folder
+from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import EndCost
+from lightning_cl.core.run_state import named
+from lightning_cl.data.batch_source import is_stream
 from lightning_cl.data.foreign_loader import task_indices
 from lightning_cl.data.mixing.contents import Trained
 from lightning_cl.data.mixing.plan import seed_of
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.passes.passes import to_device
 from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.random_state import untouched_random_state
@@ -143,14 +144,14 @@ class MemoryCallback(ContinualCallback):
         if self._run is None or self._run() is not trainer:  # another run: a folder of its own
             self._run, self._located = weakref.ref(trainer), False
         if self.shares is not None:
-            self._owner = self._find_owner(trainer)
+            self._owner = self._find_owner()
 
-    def _name(self, trainer: L.Trainer) -> str:
+    def _name(self) -> str:
         """Of this callback in its Trainer."""
-        return next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
+        return self.run.name_of(self)
 
-    def _find_owner(self, trainer: L.Trainer) -> MemoryCallback:
-        methods = named(TaskCoordinator.methods(trainer))
+    def _find_owner(self) -> MemoryCallback:
+        methods = named(self.run.methods)
         owners = {
             name: m for m, name in methods if isinstance(m, MemoryCallback) and m.shares is None and m is not self
         }
@@ -162,8 +163,8 @@ class MemoryCallback(ContinualCallback):
             )
         return owners[self.shares]
 
-    def _check_apart(self, trainer: L.Trainer, folder: Path) -> None:
-        for method, name in named(TaskCoordinator.methods(trainer)):
+    def _check_apart(self, folder: Path) -> None:
+        for method, name in named(self.run.methods):
             if method is self or not isinstance(method, MemoryCallback) or method.shares is not None:
                 continue
             store = method._own.store
@@ -177,15 +178,14 @@ class MemoryCallback(ContinualCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        coordinator = TaskCoordinator.of(trainer)
-        if not coordinator.driven:
+        if not self.run.driven:
             self.on_run_start(trainer)
         if self.shares is None and stage == "fit":  # between tasks the loggers, whose folder it is, are silent
             located = self.locate(trainer)
-            fresh = coordinator.checkpoint_path is None and len(self._own) == 0
+            fresh = self.run.checkpoint_path is None and len(self._own) == 0
             if located and self.folder is not None and self.takes_in and fresh:
                 self._own.adopt()
-                self._check_lengths(trainer)
+                self._check_lengths()
                 self._hold()
                 trainer.strategy.barrier("adopt")  # nobody writes before all have looked
             if self._own.policy.looks != "nothing":
@@ -204,11 +204,11 @@ class MemoryCallback(ContinualCallback):
         if self._located or self.storage == "memory" or not (isinstance(store, DiskStore) or wanted):
             return False
         self._located = True
-        base = Path(trainer.log_dir or trainer.default_root_dir)
-        folder = Path(self.folder) if self.folder is not None else base / "buffers" / self._name(trainer)
-        self._check_apart(trainer, folder)
+        base = run_folder(trainer)
+        folder = Path(self.folder) if self.folder is not None else base / "buffers" / self._name()
+        self._check_apart(folder)
         first = trainer.strategy.broadcast(DiskStore.first_free(folder))
-        data = TaskCoordinator.of(trainer).data
+        data = self.run.data
         fingerprint = data.fingerprint() if data is not None else None
         # One that a checkpoint has opened has no folder yet; one of an earlier run keeps its own.
         target = store if isinstance(store, DiskStore) and not store.is_placed else DiskStore(None)
@@ -222,9 +222,9 @@ class MemoryCallback(ContinualCallback):
             self._own.move_to(target)
         return True
 
-    def _check_lengths(self, trainer: L.Trainer) -> None:
+    def _check_lengths(self) -> None:
         """Samples that an earlier run has left must fit this one's."""
-        data = TaskCoordinator.of(trainer).data
+        data = self.run.data
         longest = max(self._own.columns(self._own.numbers)["length"], default=0)
         if data is not None and data.fingerprint() is not None and longest > data.max_length:
             raise ValueError(
@@ -244,7 +244,7 @@ class MemoryCallback(ContinualCallback):
         if self.shares is not None or not self.takes_in:
             return
         name = type(self).__name__
-        if isinstance(loader, StreamLoader):
+        if is_stream(loader):
             if self.fill == "task_end":
                 raise MisconfigurationException(
                     f"{name}: the training data of task {task!r} is a stream, which cannot be looked at again at its"
@@ -410,9 +410,8 @@ class MemoryCallback(ContinualCallback):
         trainer = None if self._run is None else self._run()
         if trainer is None:
             return []
-        coordinator = TaskCoordinator.of(trainer)
-        path = coordinator.checkpoint_path or trainer.ckpt_path
-        name = self._name(trainer)
+        path = self.run.checkpoint_path or trainer.ckpt_path
+        name = self._name()
         above = [] if path is None else list(Path(path).absolute().parents)[:4]
         given = [] if self.folder is None else [Path(self.folder)]
         return [*given, *(folder / "buffers" / name for folder in above)]

@@ -19,7 +19,6 @@ from lightning_cl.callbacks.replay.base import Fill, Storage
 from lightning_cl.callbacks.replay.dark_logits import DarkLogits, Replayed, bytes_of_position
 from lightning_cl.callbacks.replay.replay import Replay
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.drawing import Draw
 from lightning_cl.data.mixing.plan import MixMode
@@ -167,7 +166,7 @@ class DERpp(Replay):
 
     @override
     def extra_loss(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
-        kinds = TaskCoordinator.of(trainer).kinds
+        kinds = self.run.kinds
         if not self.is_active or kinds is None:
             return None
         with trainer.precision_plugin.forward_context():

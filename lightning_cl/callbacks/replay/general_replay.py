@@ -13,12 +13,10 @@ from lightning_cl.buffers.buffer import Unit
 from lightning_cl.callbacks.replay.base import Storage
 from lightning_cl.callbacks.replay.filling import cost_of, keep
 from lightning_cl.callbacks.replay.replay import Replay
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
-from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.mixing.plan import MixMode
 from lightning_cl.data.mixing.ratio import PER_TASK
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.records import check_text_source, is_text_source
 from lightning_cl.data.text.sources import describe_source, is_data
 from lightning_cl.data.text.text_tasks import TokenStream
@@ -92,8 +90,8 @@ class GeneralReplay(Replay):
         super().setup(trainer, pl_module, stage)
         # Here, and not when the first loader is built: data that cannot be used is found before anything is evaluated.
         # A plain fit reads its checkpoint later, and with it perhaps this data.
-        coordinator = TaskCoordinator.of(trainer)
-        if stage == "fit" and coordinator.driven and coordinator.checkpoint_path is None and self.buffer.seen == 0:
+        run = self.run
+        if stage == "fit" and run.driven and run.checkpoint_path is None and self.buffer.seen == 0:
             self._read(trainer)
 
     @property
@@ -107,7 +105,7 @@ class GeneralReplay(Replay):
         return f"a smaller {_NAME}(ratio=…)" if need == "learn" else None
 
     @override
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
         if self.buffer.seen == 0:
             self._read(trainer)
         super().mix_into(trainer, loader)
@@ -115,7 +113,7 @@ class GeneralReplay(Replay):
     def _read(self, trainer: L.Trainer) -> None:
         if not self.replays:
             return
-        name, data = type(self).__name__, TaskCoordinator.of(trainer).data
+        name, data = type(self).__name__, self.run.data
         if is_text_source(self.data):
             if data is None or not hasattr(data.tokenizer, "get_vocab"):
                 raise MisconfigurationException(

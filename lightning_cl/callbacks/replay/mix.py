@@ -8,11 +8,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.run_state import RunState
+from lightning_cl.data.batch_source import TaskBatches, TaskLength
 from lightning_cl.data.foreign_loader import why_not_plannable
-from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing.ratio import check_sum, curve_of
-from lightning_cl.data.stream import StreamLoader
+from lightning_cl.data.mixing.replayed import Mix
 
 
 def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
@@ -21,7 +21,7 @@ def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
     Raises:
         MisconfigurationException: saying why not, and what can.
     """
-    reason = None if isinstance(loader, (TaskLoader, StreamLoader)) else why_not_plannable(loader)
+    reason = None if isinstance(loader, TaskBatches) else why_not_plannable(loader)
     if reason is not None:
         raise MisconfigurationException(
             f"{name} cannot mix into the training loader{f' of task {task!r}' if task else ''}: {reason}. It needs a"
@@ -29,15 +29,15 @@ def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
         )
 
 
-def check_together(trainer: L.Trainer) -> None:
+def check_together(run: RunState) -> None:
     """Checks that all callbacks that replay leave room for new samples, in every task, and mix in one way.
 
     Raises:
         MisconfigurationException: if not; before anything is trained.
     """
-    methods: list[Any] = [m for m in TaskCoordinator.methods(trainer) if m.replays and hasattr(m, "ratio")]
+    methods: list[Any] = [m for m in run.methods if m.replays and hasattr(m, "ratio")]
     names = " and ".join(type(method).__name__ for method in methods)
-    tasks = TaskCoordinator.of(trainer).names
+    tasks = run.names
     # `1/t` counts the tasks that an earlier run has left in the buffer, too.
     earlier = [_earlier_tasks(method, tasks) for method in methods]
     try:
@@ -58,11 +58,12 @@ def _earlier_tasks(method: Any, tasks: list[str]) -> int:
     return len(stored - set(tasks)) if tasks else max(len(stored) - 1, 0)
 
 
-def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix, owner: str) -> None:
+def mix_into_loader(trainer: L.Trainer, run: RunState, loader: TaskBatches, mix: Mix, owner: str) -> None:
     """Mixes a buffer into a task's loader.
 
     Args:
         trainer: inside ``fit``.
+        run: its state.
         loader: of the task.
         mix: what, and how much of it.
         owner: the callback's name, for messages.
@@ -72,37 +73,20 @@ def mix_into_loader(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: 
             the loader cannot take it.
     """
     try:
-        _mix_in(trainer, loader, mix)
+        length = TaskLength(_epochs_of_task(trainer, run), _batches_of_task(trainer, run), trainer.limit_train_batches)
+        loader.mix_in(mix, length)
     except ValueError as error:
         raise MisconfigurationException(f"{owner}({error})") from error
 
 
-def _mix_in(trainer: L.Trainer, loader: TaskLoader | StreamLoader, mix: Mix) -> None:
-    batches = _batches_of_task(trainer)
-    if isinstance(loader, StreamLoader):
-        limit = trainer.limit_train_batches
-        by_epochs = limit * _epochs_of_task(trainer) if isinstance(limit, int) else math.inf
-        known = min(by_epochs, math.inf if batches is None else batches)
-        if not mix.curve.is_constant and math.isinf(known):
-            raise ValueError("ratio: a share that changes over a stream needs to know its length; set max_steps")
-        loader.mix_in(mix, None if math.isinf(known) else known)
-        return
-    epochs = _epochs_of_task(trainer)
-    if not mix.curve.is_constant and math.isinf(epochs) and batches is None:
-        raise ValueError(
-            "ratio: a share that changes over a task needs to know its length; set max_epochs or max_steps"
-        )
-    loader.mix_in(mix, epochs, batches, trainer.limit_train_batches)
-
-
-def _epochs_of_task(trainer: L.Trainer) -> float:
-    limits = TaskCoordinator.of(trainer).limits
+def _epochs_of_task(trainer: L.Trainer, run: RunState) -> float:
+    limits = run.limits
     epochs = limits.max_epochs if limits is not None else trainer.max_epochs
     return math.inf if epochs is None or epochs == -1 else max(float(epochs), 1.0)
 
 
-def _batches_of_task(trainer: L.Trainer) -> float | None:
+def _batches_of_task(trainer: L.Trainer, run: RunState) -> float | None:
     """The most batches that this task is trained on; None if only its data ends it."""
-    limits = TaskCoordinator.of(trainer).limits
+    limits = run.limits
     steps = limits.max_steps if limits is not None else trainer.max_steps
     return None if steps is None or steps == -1 else float(steps * trainer.accumulate_grad_batches)

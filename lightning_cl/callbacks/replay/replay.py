@@ -16,13 +16,12 @@ from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage
 from lightning_cl.callbacks.replay.interference import Interference
 from lightning_cl.callbacks.replay.mix import check_plannable, check_together, mix_into_loader
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
-from lightning_cl.data.loader import Mix, TaskLoader
+from lightning_cl.data.batch_source import TaskBatches, is_stream
 from lightning_cl.data.mixing.drawing import DRAWS, Draw
 from lightning_cl.data.mixing.plan import MixMode
 from lightning_cl.data.mixing.ratio import check_ratio, curve_of, replays_anything
-from lightning_cl.data.stream import StreamLoader
+from lightning_cl.data.mixing.replayed import Mix
 
 
 class Replay(MemoryCallback):
@@ -106,38 +105,38 @@ class Replay(MemoryCallback):
     def check_loader(self, loader: Any, task: str) -> None:
         super().check_loader(loader, task)
         check_plannable(loader, type(self).__name__, task)
-        workers = loader.num_workers if isinstance(loader, TaskLoader) else getattr(loader, "num_workers", 0)
+        workers = getattr(loader, "num_workers", 0)
         if self.draw == "interfered" and workers:
             raise MisconfigurationException(
                 f"{type(self).__name__}(draw='interfered'): worker processes fetch the batches of task {task!r} before"
                 f" anybody knows what will be hurt; give num_workers=0 instead of {workers}"
             )
         for argument, value, instead in (("mode", "add", "replace"), ("draw", "interfered", "uniform")):
-            if isinstance(loader, StreamLoader) and getattr(self, argument) == value:
+            if is_stream(loader) and getattr(self, argument) == value:
                 raise MisconfigurationException(
                     f"{type(self).__name__}({argument}={value!r}): not for a stream, as the training data of task"
                     f" {task!r} is; give {argument}={instead!r}"
                 )
 
     @override
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
-        curve = curve_of(self.ratio, self._task_number(trainer))
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
+        curve = curve_of(self.ratio, self._task_number())
         mix = Mix(self.buffer, curve, self.mode, seed=self.seed * 1_000_003 + self.tasks_done, draw=self.draw)
         if self.draw == "interfered":
             mix.chooser = self._interference = Interference(self.buffer, mix.seed)
             if self._interference_state is not None:  # of this task, before it was interrupted
                 self._interference.load_state_dict(self._interference_state)
-        mix_into_loader(trainer, loader, mix, type(self).__name__)
+        mix_into_loader(trainer, self.run, loader, mix, type(self).__name__)
 
-    def _task_number(self, trainer: L.Trainer) -> int:
+    def _task_number(self) -> int:
         """t: how many tasks there are up to this one, with those that an earlier run has left in the buffer."""
-        current = TaskCoordinator.of(trainer).position.name
+        current = self.run.position.name
         return 1 + max(self.tasks_done, sum(name != current for name in self.buffer.task_names))
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        check_together(trainer)
+        check_together(self.run)
         if self.draw == "interfered":
             refuse_sharded(trainer, f"{type(self).__name__}(draw='interfered') looks at single samples with")
 

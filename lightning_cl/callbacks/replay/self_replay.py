@@ -23,13 +23,12 @@ from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
 from lightning_cl.callbacks.replay.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.callbacks.replay.sample_writer import SampleWriter, WritingSettings
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
+from lightning_cl.data.batch_source import TaskBatches, is_stream
 from lightning_cl.data.foreign_loader import task_indices
-from lightning_cl.data.loader import Mix, TaskLoader
+from lightning_cl.data.loader import Mix
 from lightning_cl.data.mixing.plan import MixMode, seed_of
 from lightning_cl.data.mixing.ratio import check_ratio, curve_of, replays_anything
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.chat import has_template
 from lightning_cl.data.text.tokenizer import end_tokens, pad_token_id, start_tokens
@@ -152,13 +151,13 @@ class SelfReplay(MemoryCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        check_together(trainer)
+        check_together(self.run)
         refuse_sharded(trainer, f"{type(self).__name__}: a model cannot write with")
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
         check_plannable(loader, type(self).__name__, task)
-        if isinstance(loader, StreamLoader):
+        if is_stream(loader):
             for argument, wrong in (("mode='add'", self.mode == "add"), (f"examples={self.examples}", self.examples)):
                 if wrong:
                     raise MisconfigurationException(
@@ -179,7 +178,7 @@ class SelfReplay(MemoryCallback):
         self._written_for = None  # by other weights, perhaps
 
     @override
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
         # Here, and not at the end of the task before: also before the first task, by the very weights that this one
         # starts from, and behind the loading of a checkpoint. The plan of a preflight asks too, when all is done.
         if self._written_for != self.tasks_done and trainer.state.status == TrainerStatus.RUNNING:
@@ -189,7 +188,7 @@ class SelfReplay(MemoryCallback):
             return
         curve = curve_of(self.ratio, self.tasks_done + 1)
         mix = Mix(self.buffer, curve, self.mode, seed=seed_of(self.seed, self.tasks_done))
-        mix_into_loader(trainer, loader, mix, type(self).__name__)
+        mix_into_loader(trainer, self.run, loader, mix, type(self).__name__)
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -197,7 +196,7 @@ class SelfReplay(MemoryCallback):
         assert self.task is not None
         loader: Any = trainer.train_dataloader
         count = self.examples or (self.samples if self._needs_first_tokens(trainer) else 0)
-        if count == 0 or isinstance(loader, StreamLoader):
+        if count == 0 or is_stream(loader):
             return
         indices = task_indices(loader)
         chosen = self._random().sample(indices, min(count, len(indices)))
@@ -217,9 +216,9 @@ class SelfReplay(MemoryCallback):
 
     def _write(self, trainer: L.Trainer) -> None:
         """Fills the buffer with what the model writes now."""
-        start, coordinator = time.monotonic(), TaskCoordinator.of(trainer)
+        start = time.monotonic()
         model, tokenizer, max_length = _parts_of(trainer)
-        name = coordinator.position.name if coordinator.driven else f"task-{self.tasks_done}"
+        name = self.run.position.name if self.run.driven else f"task-{self.tasks_done}"
         settings = WritingSettings(self.max_new_tokens, max_length, self.temperature, self.top_p, self.batch_size)
         writer = SampleWriter(trainer, model, pad_token_id(tokenizer), settings)
 
@@ -246,7 +245,7 @@ class SelfReplay(MemoryCallback):
             "tokens": writer.tokens,
             "seconds": time.monotonic() - start,
         }
-        coordinator.begin_seconds += time.monotonic() - start
+        self.run.begin_seconds += time.monotonic() - start
         self._tell(name)
 
     def _prompts(
