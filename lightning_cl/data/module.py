@@ -22,9 +22,9 @@ from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.chat import has_template
 from lightning_cl.data.text.layout import Layout
 from lightning_cl.data.text.prompts import PromptDataset, join_prompts
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.records import check_text_source, is_text_source, read_texts
 from lightning_cl.data.text.sources import as_tasks, describe_source, is_data, is_stream
-from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.text_tasks import (
     TextSettings,
     TokenStream,

@@ -1,7 +1,7 @@
 """The mathematics of continual learning in plain torch.
 
-Nothing in this folder imports Lightning: these functions can be used in any loop, and they are what the tests hold
-against closed forms and independent references.
+Nothing in this folder imports Lightning: these functions can be used in any loop. The tests compare them with
+closed forms and independent references.
 """
 
 from lightning_cl.functional.agem import Projection, project_

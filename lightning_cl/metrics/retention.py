@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.functional.retention import (
     Mode,
     Preset,
@@ -26,9 +27,9 @@ from lightning_cl.functional.retention import (
 class _MatrixMetric(Metric):
     """A score of the matrix of every task after every task, row by row.
 
-    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``); a
-    later row may have more tasks than an earlier one, whose missing entries are unknown. NaN is what was never
-    measured; a score that was measured and came out NaN or infinite is to be given as the worst one
+    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``). A
+    later row may have more tasks than an earlier one; the missing entries of the earlier one are unknown. NaN is what
+    was never measured; a score that was measured and came out NaN or infinite is to be given as the worst one
     (:func:`~lightning_cl.functional.with_worst`).
     """
 
@@ -39,8 +40,7 @@ class _MatrixMetric(Metric):
     def __init__(self, mode: Mode = "max", **kwargs: Any) -> None:
         # Every rank has all rows: gathering them would double the matrix.
         super().__init__(**{"sync_on_compute": False} | kwargs)
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode={mode!r}: expected 'max' (higher is better) or 'min' (lower is better)")
+        check_choice("mode", mode, ("max", "min"), "'max' (higher is better) or 'min' (lower is better)")
         self.mode: Mode = mode
         self.add_state("rows", default=[], dist_reduce_fx=None)
 

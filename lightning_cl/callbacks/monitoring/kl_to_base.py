@@ -11,18 +11,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_integer
 from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import tensor_bytes
 from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.functional import kl_divergence
-from lightning_cl.passes.passes import (
-    LogitsReader,
-    OutputsFunction,
-    leaving_no_trace,
-    loss_positions,
-)
+from lightning_cl.passes.logits import LogitsReader, OutputsFunction, loss_positions
+from lightning_cl.passes.passes import leaving_no_trace
 from lightning_cl.passes.task_samples import single_samples
 
 
@@ -67,10 +64,8 @@ class KLToBase(ContinualCallback):
 
     def __init__(self, samples: int = 64, seed: int = 0, outputs: OutputsFunction | None = None) -> None:
         super().__init__()
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples={samples!r}: expected a positive integer")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r}: expected an integer")
+        check_integer("samples", samples, 1)
+        check_integer("seed", seed)
         self.samples, self.seed, self.outputs = samples, seed, outputs
         self.kl: dict[str, float] = {}
         self.base: StartingWeights | None = None

@@ -17,16 +17,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.run_state import named
 from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation import build_report, format_report, write_report
-from lightning_cl.evaluation.figure import matrix_figure
-from lightning_cl.evaluation.importance_figure import write_importance
+from lightning_cl.evaluation.figure import matrix_figure, write_importance
 from lightning_cl.evaluation.sentences import Method
 from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice, check_positive
 from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
 from lightning_cl.callbacks.regularization.sampled_importance import SampledImportance
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.placement import trainable_parameters
 from lightning_cl.functional import merge_quadratics, normalize_importance
 from lightning_cl.passes.fisher_losses import ESTIMATORS, Estimator, FisherLosses
-from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.logits import OutputsFunction
 from lightning_cl.passes.sample_sums import look_at_one, squared_batch_gradients, sum_over_samples
 
 
@@ -100,8 +100,7 @@ class EWC(SampledImportance):
     ) -> None:
         super().__init__(strength, samples, batch_size, last_task, apply, share, state_dtype, state_device)
         self.estimator = check_choice("estimator", estimator, ESTIMATORS)
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay={decay!r}: expected a number above 0 and at most 1 (1 forgets nothing)")
+        check_positive("decay", decay, "a number above 0 and at most 1 (1 forgets nothing)", most=1)
         self.mode = check_choice("mode", mode, ("online", "separate"))
         self.decay, self.normalize, self.outputs = decay, normalize, outputs
 

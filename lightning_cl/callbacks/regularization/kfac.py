@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice, check_integer
 from lightning_cl.callbacks.regularization.ewc import EWC
 from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.placement import clean_name, full_cpu, trainable_parameters
 from lightning_cl.functional.kfac import (
     FactorSums,
@@ -24,7 +24,7 @@ from lightning_cl.functional.kfac import (
     spectrum,
 )
 from lightning_cl.passes.fisher_losses import Estimator
-from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.logits import OutputsFunction
 from lightning_cl.passes.sample_sums import sum_over_samples
 
 
@@ -105,8 +105,7 @@ class KFACEWC(EWC):
     ) -> None:
         if estimator == "batched":
             raise ValueError("estimator='batched': the factors are moments over single positions; use 'empirical'")
-        if isinstance(largest, bool) or not isinstance(largest, int) or largest < 1:
-            raise ValueError(f"largest={largest!r}: expected a positive integer")
+        check_integer("largest", largest, 1)
         check_choice("mode", mode, ("online",))
         super().__init__(
             strength,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, StateDevice, StateDtype, Strength
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.placement import full_cpu, tensor_bytes, trainable_parameters
 
 

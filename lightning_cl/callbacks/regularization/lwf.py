@@ -12,13 +12,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.arguments import check_choice, check_strength
+from lightning_cl.arguments import check_choice, check_integer, check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.contents import rows_mask
 from lightning_cl.functional.lwf import head_kl_divergence
-from lightning_cl.passes.passes import OutputsFunction, aligned, leaving_no_trace, loss_positions
+from lightning_cl.passes.logits import OutputsFunction, aligned, loss_positions
+from lightning_cl.passes.passes import leaving_no_trace
 from lightning_cl.passes.student import Call, Student
 from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.passes.teacher import Teacher
@@ -87,8 +88,8 @@ class LwF(ContinualCallback):
             raise ValueError("temperature=0: expected a number above 0, as 2 in the paper")
         self.teacher_is = check_choice("teacher", teacher, ("previous", "base"))
         self.where = check_choice("where", where, ("all", "new", "replayed"))
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k={top_k!r}: expected a positive number of tokens, or None for all")
+        if top_k is not None:
+            check_integer("top_k", top_k, 1, "a positive number of tokens, or None for all")
         if teacher_dtype is not None:
             check_choice("teacher_dtype", teacher_dtype, _DTYPES)
         self.top_k, self.outputs = top_k, outputs

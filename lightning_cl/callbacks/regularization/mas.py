@@ -19,7 +19,7 @@ from lightning_cl.core.placement import trainable_parameters
 from lightning_cl.functional import normalize_importance
 from lightning_cl.functional.cross_entropy import CHUNK_BYTES
 from lightning_cl.passes.fisher_losses import select
-from lightning_cl.passes.passes import LogitsReader, OutputsFunction
+from lightning_cl.passes.logits import LogitsReader, OutputsFunction
 from lightning_cl.passes.sample_sums import LossesOf, look_at_one, sum_over_samples
 
 

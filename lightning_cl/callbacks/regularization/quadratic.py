@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice, check_positive, check_strength
 from lightning_cl.callbacks.regularization.auto_strength import FIRST_CHOICE, AutoStrength
 from lightning_cl.callbacks.regularization.diagnosis import (
     advice_of,
@@ -21,7 +21,6 @@ from lightning_cl.callbacks.regularization.diagnosis import (
     sentences_of,
     warning_of,
 )
-from lightning_cl.core.arguments import check_choice, check_strength
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import (
     Streamed,
@@ -401,11 +400,7 @@ def check_damping(damping: float | str) -> float | Literal["auto"]:
     """
     if damping == "auto":
         return "auto"
-    if isinstance(damping, (str, bool)) or not isinstance(damping, (int, float)):
-        raise ValueError(f"damping={damping!r}: expected a positive, finite number, or 'auto'")
-    if not math.isfinite(damping) or damping <= 0:
-        raise ValueError(f"damping={damping!r}: expected a positive, finite number, or 'auto'")
-    return float(damping)
+    return check_positive("damping", damping, "a positive, finite number, or 'auto'")
 
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:

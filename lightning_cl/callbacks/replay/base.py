@@ -14,14 +14,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.buffers import DiskStore, ReplayBuffer
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.disk.encoding import encode
-from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.policies import PolicyName
+from lightning_cl.buffers.tokens import label_of
 from lightning_cl.callbacks.replay.filling import Extras, cost_of, offer_batch, offer_task
 from lightning_cl.callbacks.replay.mix import check_plannable
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.method import ContinualCallback

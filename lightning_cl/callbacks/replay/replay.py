@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage
 from lightning_cl.callbacks.replay.interference import Interference
 from lightning_cl.callbacks.replay.mix import check_plannable, check_together, mix_into_loader
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.questions import Need
 from lightning_cl.data.batch_source import TaskBatches, is_stream

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.replay.base import MemoryCallback
 from lightning_cl.callbacks.replay.mix import check_plannable, check_together, mix_into_loader
 from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
 from lightning_cl.callbacks.replay.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.callbacks.replay.sample_writer import SampleWriter, WritingSettings
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.questions import Need
 from lightning_cl.data.batch_source import TaskBatches, is_stream
