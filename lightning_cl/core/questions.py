@@ -77,6 +77,9 @@ class Questions(Callback):
     ends_long: bool = False
     """True if its part of a task's end can take long: a checkpoint is written before, so that no training is lost."""
 
+    replays_first: bool = False
+    """True if samples that it replays are there in the first task already."""
+
     boundary_order: int = 0
     """Lower evaluates first between tasks."""
 

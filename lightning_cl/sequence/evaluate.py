@@ -91,7 +91,7 @@ def describe_replay(trainer: L.Trainer, data: TaskDataModule) -> str:
     mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
     for index, task in enumerate(data.trained_tasks):
         # In the first task there are no earlier ones; general data and the model's own is there.
-        present = [method for method in mixing if index > 0 or not getattr(method, "takes_in", True)]
+        present = [method for method in mixing if index > 0 or method.replays_first]
         loader = data.train_loader(task)
         if is_indexed(loader) and present:
             for method in present:
