@@ -21,6 +21,7 @@ from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
 from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.questions import Need
 from lightning_cl.core.run_state import named
 from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
@@ -284,6 +285,12 @@ class TaskMatrix(ContinualCallback):
             rank_zero_info(format_report(report, folder))
 
     # ------------------------------------------------------------------ what others read
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        if need != "begin":
+            return None
+        return "Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC or SelfReplay"
 
     def trained_matrix(self) -> Tensor:
         """Returns the matrix for scores: no watched tasks, NaN where a row was measured on other data than the last."""

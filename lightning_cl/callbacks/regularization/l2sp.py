@@ -74,7 +74,7 @@ class L2SP(QuadraticPenalty):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.anchored_to == "previous":
             self._hold(pl_module, list(trainable_parameters(pl_module)))
         self.diagnose(self.importance, "There is no trainable parameter.")

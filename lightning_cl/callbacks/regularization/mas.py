@@ -119,7 +119,7 @@ class MAS(SampledImportance):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
         samples = self.task_samples(trainer, f"{type(self).__name__}: {self.task}")
         parameters = trainable_parameters(pl_module)

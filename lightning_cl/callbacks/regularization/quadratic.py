@@ -197,13 +197,13 @@ class QuadraticPenalty(ContinualCallback):
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         held = self._describe_hold(trainer, pl_module)
-        self.consolidate(trainer, pl_module)
+        self.update_importance(trainer, pl_module)
         if self._diagnosis:
             self._diagnosis[-1].update(held)
 
     # ------------------------------------------------------------------ what a subclass answers
 
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task ends: measure its importance and set the anchor."""
         raise NotImplementedError
 

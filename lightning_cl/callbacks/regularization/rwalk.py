@@ -176,7 +176,7 @@ class RWalk(PathImportance):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         spoilt = self._watch.end(type(self).__name__, self.task)
         self._close_window(all_parameters(pl_module))
         for name, new in self._task_score.items():

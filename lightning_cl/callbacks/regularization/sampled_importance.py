@@ -102,7 +102,7 @@ class SampledImportance(QuadraticPenalty):
             self._loader = data.train_loader(data.trained_tasks[owed["index"]])
         self.task = TaskPosition(owed["index"], owed["name"], owed["count"])
         try:
-            self.consolidate(trainer, pl_module)
+            self.update_importance(trainer, pl_module)
             if self._diagnosis:
                 self._diagnosis[-1].update(owed["held"])
         finally:

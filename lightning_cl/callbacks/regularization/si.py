@@ -115,7 +115,7 @@ class SI(PathImportance):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         spoilt = self._watch.end(type(self).__name__, self.task)
         parameters = trainable_parameters(pl_module)
         omega = {name: omega for name, omega in self.omega.items() if name in parameters}
