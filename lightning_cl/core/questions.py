@@ -193,8 +193,8 @@ class Questions(Callback):
         """Names what could be changed of this method, by what it saw in the run; None for nothing.
 
         Args:
-            need: ``keep`` more of earlier tasks, ``learn`` more of a new one, or ``begin`` to keep, which is asked where
-                no method has an answer to ``keep``.
+            need: ``keep`` more of earlier tasks, ``learn`` more of a new one, or ``begin`` to keep, which is asked
+                where no method has an answer to ``keep``.
         """
         return None
 
