@@ -82,7 +82,7 @@ class DiskStore:
         Args:
             folder: of this run.
             first: number of the first new segment, :meth:`first_free` as one rank saw it.
-            writes: whether this rank writes.
+            writes: True if this rank writes.
         """
         self._folder, self._next, self.writes = Path(folder), first, writes
         self._read_removed()
