@@ -37,6 +37,7 @@ from lightning_cl.cli.yaml_files import check_files
 from lightning_cl.core.loops import plan_limits
 from lightning_cl.data import TaskDataModule
 from lightning_cl.data.preview import printable, wants_colour
+from lightning_cl.lightning_internals import has_no_version_yet
 from lightning_cl.sequence.evaluate import evaluate_tasks
 from lightning_cl.sequence.fit import fit_tasks, run_folder
 from lightning_cl.sequence.predict import predict_tasks
@@ -326,7 +327,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _has_own_folder(trainer: L.Trainer) -> bool:
     """Returns True if the logger chooses a folder that no run has yet; to be asked before it has chosen."""
-    return isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)) and trainer.logger._version is None
+    return isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)) and has_no_version_yet(trainer.logger)
 
 
 def _quiet() -> None:

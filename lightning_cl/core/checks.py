@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.core.questions import Questions
 from lightning_cl.core.run_state import named as named
+from lightning_cl.lightning_internals import starts_processes_of_its_own
 
 FORMAT = 3
 """Of the ``lightning_cl`` entry of a checkpoint."""
@@ -26,7 +26,7 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     Raises:
         MisconfigurationException: saying what to do instead.
     """
-    if isinstance(trainer.strategy.launcher, (_MultiProcessingLauncher, _XLALauncher)):
+    if starts_processes_of_its_own(trainer):
         raise MisconfigurationException(
             "Trainer(strategy=…): spawned and forked processes lose what callbacks learnt when a fit ends; use"
             " strategy='ddp' and start the training as a script"

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,16 +18,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_cl.core.checkpoint_io import read_checkpoint
+from lightning_cl.core.begun_batch import BegunBatch
+from lightning_cl.core.best_weights import load_best
 from lightning_cl.core.checks import FORMAT, check_state, check_trainer, methods_of, named
 from lightning_cl.core.loops import (
-    batches_in_flight,
-    batches_of_open_window,
-    batches_ready,
     count_from,
     forget_restart,
     let_methods_mix,
-    load_weights,
 )
 from lightning_cl.core.precision import amp_scale, reshard, scale_learning_rate
 from lightning_cl.core.questions import Questions
@@ -42,7 +39,6 @@ from lightning_cl.stopping import heed
 from lightning_cl.tasks import TaskPosition
 
 CHECKPOINT_KEY = "lightning_cl"
-_FEW = 1_000_000
 
 
 class TaskCoordinator(Callback):
@@ -64,16 +60,13 @@ class TaskCoordinator(Callback):
         self._seconds_before = 0.0
         self._clock: float | None = None
         self._handles: list[RemovableHandle] = []
-        self._batch: Any = None
-        self._begun_with = 0
+        self._batch = BegunBatch()
         self._resumed: dict[str, Any] | None = None
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
         self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
         self.before_end: Path | None = None  # what was written before the methods' ends
-        self._moved = False  # whether the weights have moved since the batch began
-        self._at_batch: dict[str, Any] | None = None  # random states and buffers when the batch began
         self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
         self._stop = False  # the checkpoint was written when training had been told to stop
 
@@ -210,16 +203,12 @@ class TaskCoordinator(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = batch
-        self._moved = False
-        # Where an exception leads to a checkpoint, the batch that it came in is trained on anew, with the same random
-        # numbers and the running statistics of before.
-        self._at_batch = _before_batch(pl_module) if saves_on_exception(trainer) else None
+        self._batch.begin(trainer, pl_module, batch)
         loader: Any = trainer.train_dataloader
         self.run.kinds = trained = None
         if isinstance(loader, TaskBatches):
             self.run.kinds, trained = loader.begin()
-            self._begun_with = batches_ready(trainer)
+            self._batch.loader_told(trainer)
         if trained is not None:
             for method in self.methods(trainer):
                 method.on_batch(trainer, pl_module, trained)
@@ -227,7 +216,7 @@ class TaskCoordinator(Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         for method in self.methods(trainer):
-            extra = method.extra_loss(trainer, pl_module, self._batch)
+            extra = method.extra_loss(trainer, pl_module, self._batch.content)
             if extra is not None:
                 # The loss already carries the accumulation's division and the loss scale.
                 factor = amp_scale(trainer) / trainer.accumulate_grad_batches
@@ -250,7 +239,7 @@ class TaskCoordinator(Callback):
 
     def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         methods = self._in_edit_order(trainer)
-        self._moved = True
+        self._batch.weights_moved()
         self.run.applied.clear()
         for method in methods:
             method.edit_weights(trainer, pl_module, optimizer)
@@ -261,7 +250,7 @@ class TaskCoordinator(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = self._at_batch = None
+        self._batch.end()
         for method, name in named(self.methods(trainer)):
             for key, value in method.scalars.items():
                 pl_module.log(f"continual/{name}/{key}", value, on_step=True, on_epoch=False, batch_size=1)
@@ -311,7 +300,7 @@ class TaskCoordinator(Callback):
         start = time.monotonic()
         reshard(pl_module)
         if self.load_best:
-            self._load_best(trainer, pl_module)
+            load_best(trainer, self.run.position)
         self._undo_end(trainer)
         # All or nothing: a checkpoint that is written from here on, because of an exception, is one of before the end,
         # and who resumes from it ends the task from its beginning. The loader, the buffers and the random states are
@@ -335,17 +324,6 @@ class TaskCoordinator(Callback):
             }
         )
 
-    def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The weights of the task's best checkpoint take the place of the last ones."""
-        saver = best_of(trainer)
-        path = saver.best_model_path if saver is not None else ""
-        if not path or not Path(path).is_file():
-            rank_zero_warn(
-                f"load_best: no checkpoint of {self.run.position} has a best score; it ends with its last weights"
-            )
-            return
-        load_weights(trainer, read_checkpoint(path))
-
     def _save_before_end(self, trainer: L.Trainer) -> None:
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
         if not self.run.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
@@ -366,7 +344,7 @@ class TaskCoordinator(Callback):
 
     def _sample_counts(self, trainer: L.Trainer) -> dict[str, float]:
         loader = trainer.train_dataloader
-        place = self._position_in(trainer, loader)
+        place = self._batch.position_in(trainer, loader)
         if place is None:
             return {}
         given = place["counts"]
@@ -440,7 +418,7 @@ class TaskCoordinator(Callback):
     def _entry(self, trainer: L.Trainer, states: list[Any] | None = None) -> dict[str, Any]:
         """Returns the part of a checkpoint that is the sequence's and its methods'; `states`: other random states."""
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
-        begun = self._begun_batch(trainer)
+        begun = self._batch.state(trainer) if loader is not None else None
         if self.at_boundary and self._resumed is not None:
             states = self._resumed["random_states"]
         states = states or self._boundary_states
@@ -457,24 +435,20 @@ class TaskCoordinator(Callback):
             "train_seconds": self._train_seconds(),
             "fingerprint": self.run.data.fingerprint() if self.run.data is not None else None,
             "costs": [dict(cost) for cost in self.run.costs],
-            "loader": self._position_in(trainer, loader),
+            "loader": self._batch.position_in(trainer, loader),
             "random_states": states or from_all_ranks(begun["random"] if begun is not None else get_random_state()),
             "methods": {
                 name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
                 for method, name in named(self.methods(trainer))
             },
             "stop": trainer.should_stop and not self.at_boundary,
-            "inexact": self._why_inexact(trainer) if loader is not None else None,
+            "inexact": self._batch.why_inexact(trainer) if loader is not None else None,
         }
-
-    def _begun_batch(self, trainer: L.Trainer) -> dict[str, Any] | None:
-        """Returns the state at the start of a batch that an exception cut off, if the weights have not changed."""
-        fitting = trainer.state.fn == TrainerFn.FITTING and not self.at_boundary
-        return self._at_batch if fitting and batches_in_flight(trainer) and not self._moved else None
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        begun = self._begun_batch(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING and not self.at_boundary
+        begun = self._batch.state(trainer) if fitting else None
         if begun is not None:
             checkpoint["state_dict"] |= {
                 n: b for n, b in (begun["buffers"] or {}).items() if n in checkpoint["state_dict"]
@@ -485,24 +459,6 @@ class TaskCoordinator(Callback):
             checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
             for pristine in self.pristine.values():
                 checkpoint["callbacks"].pop(pristine.callback.state_key, None)
-
-    def _why_inexact(self, trainer: L.Trainer) -> str | None:
-        """Why a run that resumes from a checkpoint of this moment is not the one that was stopped, bit for bit."""
-        if batches_in_flight(trainer):
-            if self._moved:
-                return "inside a step, when the weights had moved already"
-            if self._at_batch is None or self._at_batch["buffers"] is None:
-                return "inside a step, of which the beginning was not kept"
-        window = batches_of_open_window(trainer)
-        return f"inside an accumulation window: the gradients of {window} batches are lost" if window else None
-
-    def _position_in(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
-        """Returns the loader's position, if it knows it: after the last batch that was trained on."""
-        if not isinstance(loader, TaskBatches):
-            return None
-        # An exception in another callback's hook can come before a stream was told of a batch.
-        told = not loader.is_stream or self._begun_with == batches_ready(trainer)
-        return loader.position(batches_in_flight(trainer) if told else 0)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -544,28 +500,6 @@ class TaskCoordinator(Callback):
         for method, name in named(self.methods(trainer)):
             method.tasks_done = state["methods"][name]["tasks_done"]
             method.load_continual_state(state["methods"][name]["state"])
-
-
-def best_of(trainer: L.Trainer) -> ModelCheckpoint | None:
-    """The first ModelCheckpoint that looks for a best score."""
-    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return next((saver for saver in savers if saver.monitor is not None), None)
-
-
-def _before_batch(pl_module: L.LightningModule) -> dict[str, Any]:
-    """Returns all that a forward pass changes: random states, and running statistics where they are few."""
-    buffers = dict(pl_module.named_buffers())
-    are_few = sum(buffer.numel() for buffer in buffers.values()) <= _FEW
-    kept = {name: buffer.detach().clone() for name, buffer in buffers.items()} if are_few else None
-    return {"random": get_random_state(), "buffers": kept}
-
-
-def saves_on_exception(trainer: L.Trainer) -> bool:
-    """Tells if an exception leads to a checkpoint."""
-    return any(
-        isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
-        for callback in trainer.checkpoint_callbacks
-    )
 
 
 def _after_step_hook(coordinator: TaskCoordinator, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:

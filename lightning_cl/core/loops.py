@@ -1,4 +1,4 @@
-"""Lightning's loops: the only file that touches their internals, all of them measured on 2.6.6.
+"""Lightning's loops: the only file that changes them, all of it measured on 2.6.6.
 
 * A repeated ``fit`` trains nothing, without an error: the epochs of the last fit count. So they are reset.
 * ``max_steps`` counts the steps of all fits. So it is raised for each task, after optimizers and schedules were made.
@@ -24,6 +24,7 @@ from lightning_cl.core.run_state import Limits
 from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
+from lightning_cl.lightning_internals import shards_loaders
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task
 
@@ -258,6 +259,6 @@ def steps_of_task(trainer: L.Trainer) -> int | None:
 
 def _shards_of_lightning(trainer: L.Trainer) -> dict[str, int]:
     """Rank and number of ranks over which Lightning shards a plain loader; empty where it does not."""
-    if not trainer._accelerator_connector.use_distributed_sampler:
+    if not shards_loaders(trainer):
         return {}
     return trainer.distributed_sampler_kwargs or {}

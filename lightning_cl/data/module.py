@@ -36,6 +36,7 @@ from lightning_cl.data.text.text_tasks import (
 )
 from lightning_cl.data.text.tokenizer import TrainedBPE, fingerprint, load_tokenizer, pad_token_id, read_template
 from lightning_cl.data.text.tokens import TokenCollator, TokenDataset
+from lightning_cl.lightning_internals import shards_loaders, trains_on
 from lightning_cl.tasks import Task
 
 
@@ -256,7 +257,7 @@ class TaskDataModule(L.LightningDataModule):
         """Reads and tokenises all tasks, once."""
         # After fit_tasks the Trainer still holds this module; a fit on other data is not our business. Without a
         # Trainer, somebody looks at the data.
-        trains = self.trainer is not None and self.trainer.fit_loop._data_source.instance is self
+        trains = self.trainer is not None and trains_on(self.trainer, self)
         if stage == "fit" and not self.driven and trains and len(self.trained_tasks) > 1:
             raise RuntimeError(
                 f"trainer.fit would train only one of these {len(self.trained_tasks)} tasks and look finished: use"
@@ -521,7 +522,7 @@ class TaskDataModule(L.LightningDataModule):
         """``Trainer(use_distributed_sampler=False)``: whoever made a loader shards it over ranks himself."""
         if self.trainer is None or self.trainer.world_size == 1:
             return False
-        return not self.trainer._accelerator_connector.use_distributed_sampler
+        return not shards_loaders(self.trainer)
 
     def _ranks(self) -> dict[str, Any]:
         # Data parallel ranks: under tensor parallelism several processes share one batch.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from lightning_cl.lightning_internals import before_transfer
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.stopping import heed
 
@@ -122,7 +123,7 @@ def progress(trainer: L.Trainer, items: Iterable[Any], label: str, total: int | 
 def to_device(trainer: L.Trainer, batch: Any) -> Any:
     """A batch as ``training_step`` gets it, through the transfer hooks of module and DataModule."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = before_transfer(trainer, batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_cl.core.best_weights import best_of
 from lightning_cl.core.checkpoint_io import (
     DurableCheckpointIO,
     TorchCheckpointIO,
@@ -31,12 +32,13 @@ from lightning_cl.core.checkpoint_io import (
     run_folder,
 )
 from lightning_cl.core.checks import check_state, check_trainer, methods_of
-from lightning_cl.core.coordinator import CHECKPOINT_KEY, TaskCoordinator, best_of
+from lightning_cl.core.coordinator import CHECKPOINT_KEY, TaskCoordinator
 from lightning_cl.core.loops import forget_progress, limit_to_task, restored_limits
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.run_state import Limits, named
 from lightning_cl.core.task_files import boundary_file
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.lightning_internals import nothing_trained_since, requeued_file
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.sequence.evaluate import describe_plan, describe_replay
 from lightning_cl.sequence.foreign_callbacks import Pristine, check_foreign, starts_clean
@@ -190,8 +192,8 @@ def _check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
         raise MisconfigurationException(
             f"Trainer(overfit_batches={overfit}): not with a sequence of tasks; use limit_train_batches"
         )
-    if trainer._checkpoint_connector._hpc_resume_path is not None:
-        path = trainer._checkpoint_connector._hpc_resume_path
+    path = requeued_file(trainer)
+    if path is not None:
         raise MisconfigurationException(
             f"{path}: Lightning would resume every task from this file of a requeued job; move it away and give it to"
             " fit_tasks as ckpt_path"
@@ -287,7 +289,7 @@ def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task
             base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
             callback.dirpath = str(base / f"{index}-{task.slug}")
             # "Nothing has been trained since": else its first save falls into the middle of an accumulation window.
-            callback._last_global_step_saved = trainer.global_step
+            nothing_trained_since(callback, trainer.global_step)
 
 
 def _boundary(
