@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 
-def is_integer(value: Any, least: float = -math.inf) -> bool:
+def is_integer(value: Any, least: float = -math.inf) -> TypeGuard[int]:
     """Returns True for an ``int`` of at least `least`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -33,8 +33,7 @@ def check_integer(argument: str, value: Any, least: int | None = None, expected:
     if not is_integer(value, -math.inf if least is None else least):
         usual = {None: "an integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
         raise ValueError(f"{argument}={value!r}: expected {expected or usual}")
-    result: int = value
-    return result
+    return value
 
 
 def check_positive(

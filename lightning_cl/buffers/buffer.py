@@ -277,7 +277,7 @@ class ReplayBuffer:
         """
         self.store.commit()
         found = erase_found(self.store, predicate)
-        self._evict(self._slots.release([slot for slot in self._slots if self._slots[slot] in found[0]]))
+        self._evict(self._slots.release([slot for slot in self._slots.filled() if self._slots[slot] in found[0]]))
         self.write_index()
         return sum(map(len, found))
 
@@ -394,4 +394,6 @@ class ReplayBuffer:
         self._slots.load_state_dict(state, numbers)
         self._hold()
         # What was removed after the checkpoint was written.
-        self._evict(self._slots.release([slot for slot in self._slots if self.store.is_erased(self._slots[slot])]))
+        self._evict(
+            self._slots.release([slot for slot in self._slots.filled() if self.store.is_erased(self._slots[slot])])
+        )

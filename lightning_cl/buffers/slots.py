@@ -46,7 +46,7 @@ class Slots:
     def __getitem__(self, slot: int) -> int:
         return self._numbers[slot]
 
-    def __iter__(self) -> Iterator[int]:
+    def filled(self) -> Iterator[int]:
         """The slots that are filled."""
         return (slot for slot, number in enumerate(self._numbers) if number >= 0)
 
@@ -60,7 +60,7 @@ class Slots:
     @property
     def tasks(self) -> array[int]:
         """For each filled slot the index of its task in :attr:`task_names`."""
-        return array("i", (self._tasks[slot] for slot in self))
+        return array("i", (self._tasks[slot] for slot in self.filled()))
 
     def pick(self, value: int, task: str | None, slots: int | None) -> int | None:
         """The record that a large random number stands for (:meth:`~lightning_cl.buffers.ReplayBuffer.pick`)."""
@@ -104,7 +104,7 @@ class Slots:
     def renumber(self, numbers: Sequence[int]) -> None:
         """Says the new numbers of all records, in the order of the filled slots."""
         new = dict(zip(self.numbers, numbers, strict=True))
-        for slot in self:
+        for slot in self.filled():
             self._numbers[slot] = new[self._numbers[slot]]
         if self.held is not None:
             self.held = array("q", (new[number] for number in self.held if number in new))
@@ -143,7 +143,7 @@ class Slots:
         numbers += [number for number in held if number not in stored]
         positions = {number: position for position, number in enumerate(numbers)}
         return numbers, {
-            **self._selection.state_dict(list(self)),
+            **self._selection.state_dict(list(self.filled())),
             "tasks": torch.tensor(self.tasks.tolist(), dtype=torch.int32),
             "task_names": list(self.task_names),
             "held": None if self.held is None else as_numbers([positions[number] for number in held]),

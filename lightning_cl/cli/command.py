@@ -58,7 +58,7 @@ forgot.
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc.yaml --strengths 0.001,0.01,0.1
   lightning-cl preview --config configs/quickstart.yaml                  a sample of each task, with what bears loss
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
-  lightning-cl runs runs                                                 what each run holds, and needs of others
+  lightning-cl runs runs                                                 what is in each run, and which others it needs
   lightning-cl fit --help                                                what is set first; --help all: everything
 """
 
@@ -82,7 +82,7 @@ _EARLY_OPTIONS = {
     ),
     "--add": (
         "NAME=PATH",
-        "With --run: a new task behind those of the run, as in mails=data/mails.jsonl. May be repeated.",
+        "With --run: a new task after those of the run, as in mails=data/mails.jsonl. May be repeated.",
     ),
     "--seeds": (
         "N|S,S,…",

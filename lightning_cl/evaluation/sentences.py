@@ -88,7 +88,7 @@ def _history(summary: dict[str, Any], values: list[float], row: int, methods: Se
         worse = gain < 0 and gain <= -least
         said = f"made {metric} worse, {ends}" if worse else f"left {metric} about where it was, {ends}"
         now = "" if is_last else f"; {format_number(last)} now{_worse(lost)}"
-        # Nothing holds the first task back: there is nothing before it to keep.
+        # The first task learns freely: there is nothing before it to keep.
         return f"not learnt: its training {said}{now}. {advice('learn', methods if row > 1 else ())}"
     if is_last:
         return f"learnt last, {metric} is {format_number(last)}."

@@ -28,7 +28,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from typing_extensions import override
 
 Transform = Callable[[Tensor], Tensor]
-"""What becomes of each sample's gradient before the sum over samples, in place: ``square_``, ``abs_``."""
+"""A change of each sample's gradient before the sum over samples, in place: ``square_``, ``abs_``."""
 
 _BLOCK = 262_144
 """Numbers of single-sample gradients that exist at a time: a megabyte, so that they stay in the cache."""

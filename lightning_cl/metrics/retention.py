@@ -63,7 +63,7 @@ class AverageAccuracy(_MatrixMetric):
     """``mean_j R[T, j]``: the mean score over all tasks at the end.
 
     Args:
-        mode: whether higher (``max``) or lower (``min``) scores are better; the mean is the same.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are; the mean is the same.
         kwargs: of ``torchmetrics.Metric``.
     """
 
@@ -78,7 +78,7 @@ class MeanWhenLearnt(_MatrixMetric):
     """``mean_j R[j, j]``: the mean score of each task right after its own training.
 
     Args:
-        mode: whether higher (``max``) or lower (``min``) scores are better; the mean is the same.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are; the mean is the same.
         kwargs: of ``torchmetrics.Metric``.
     """
 
@@ -93,7 +93,7 @@ class BackwardTransfer(_MatrixMetric):
     """``Σ_{j<T} (R[T, j] − R[j, j])`` over ``T − 1`` (preset ``gem``) or ``T`` (``trace``, ``sapt``): positive is good.
 
     Args:
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         preset: whose definition.
         kwargs: of ``torchmetrics.Metric``.
     """
@@ -120,7 +120,7 @@ class ForwardTransfer(_MatrixMetric):
     Positive is good.
 
     Args:
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         preset: whose definition.
         single_task: ``s``, ``[tasks]``: scores of models trained on one task alone, for ``sapt``.
         kwargs: of ``torchmetrics.Metric``.
@@ -150,7 +150,7 @@ class Forgetting(_MatrixMetric):
     """``mean_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])``: positive is bad.
 
     Args:
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         kwargs: of ``torchmetrics.Metric``.
     """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_cl.arguments import check_choice, check_share
+from lightning_cl.arguments import check_choice, check_share, is_integer
 
 
 class WarmupDecay(LambdaLR):
@@ -132,7 +132,7 @@ class InfiniteLR(LambdaLR):
             ValueError: if it is no such number.
             RuntimeError: if a step has been taken.
         """
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        if not is_integer(index, 0):
             raise ValueError(f"begin_task(index={index!r}): expected the task's number, from 0")
         if self.last_epoch != 0:
             raise RuntimeError(

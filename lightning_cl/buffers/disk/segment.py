@@ -59,7 +59,7 @@ class Segment:
 
     Args:
         folder: of an existing segment.
-        writable: whether this process is its writer.
+        writable: True if this process is its writer.
 
     Raises:
         FileNotFoundError: if a file is missing.

@@ -31,6 +31,22 @@ class Segments:
         self._expected = 0  # records that another rank has in the newest segment
         self._expected_folder = Path()
 
+    @classmethod
+    def of_one(cls, segment: Segment | Path, count: int) -> Segments:
+        """One segment that has all records.
+
+        Args:
+            segment: the one that this process writes, or the folder of another rank's.
+            count: its records.
+        """
+        segments = cls()
+        if isinstance(segment, Path):
+            segments.expect_in(segment)
+        else:
+            segments.write(segment)
+        segments._expected = count
+        return segments
+
     def __iter__(self) -> Iterator[Segment]:
         return iter(self._segments)
 
@@ -74,21 +90,6 @@ class Segments:
         start = self.first_number | self._expected
         self._expected += count
         return range(start, start + count)
-
-    def replaced(self, fresh: Segment | Path, count: int) -> Segments:
-        """Segments with one that has all records.
-
-        Args:
-            fresh: it, or its folder if another rank writes it.
-            count: its records.
-        """
-        new = Segments()
-        if isinstance(fresh, Path):
-            new.expect_in(fresh)
-        else:
-            new.write(fresh)
-        new._expected = count
-        return new
 
     # ------------------------------------------------------------------ reading
 

@@ -82,7 +82,7 @@ class DiskStore:
         Args:
             folder: of this run.
             first: number of the first new segment, :meth:`first_free` as one rank saw it.
-            writes: whether this rank writes.
+            writes: True if this rank writes.
         """
         self._folder, self._next, self.writes = Path(folder), first, writes
         self._read_removed()
@@ -240,7 +240,7 @@ class DiskStore:
         else:
             fresh = self._new_folder()
         self._outdated = [segment.folder for segment in old if segment.folder.parent.resolve() == self.folder.resolve()]
-        self._segments = self._segments.replaced(fresh, len(numbers))
+        self._segments = Segments.of_one(fresh, len(numbers))
         return range(len(numbers))
 
     def free_bytes(self) -> int:
