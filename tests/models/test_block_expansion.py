@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_cl.models import expansion
 from lightning_cl.models.block_copies import _OUTPUTS
 from lightning_cl.models.expansion import (
     active_blocks,
@@ -215,10 +217,15 @@ def test_new_parameters_are_trainable_copies_and_old_ones_keep_their_flag():
     assert all(module.config is model.config for module in model.modules() if hasattr(module, "config"))
 
 
+def test_the_examples_run():
+    result = doctest.testmod(expansion)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
 def test_insertion_takes_no_random_number():
-    state = torch.get_rng_state()
     model = build("gpt2")
-    torch.set_rng_state(state)
+    state = torch.get_rng_state()
     expand_blocks(model, 2)
     assert torch.equal(torch.get_rng_state(), state)
 
