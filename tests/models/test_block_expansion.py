@@ -52,6 +52,7 @@ SETTINGS = {
     "gpt_neo": COMMON
     | {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]]}
     | {"window_size": 5},
+    "gptj": COMMON | OLD | {"rotary_dim": 4},
     "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": LLAMA | EXPERTS | {"num_experts": 4, "mlp_only_layers": [1]},
 }
@@ -61,7 +62,7 @@ IDS = torch.tensor([[5, 9, 33, 2, 60, 17, 8, 41, 25, 13], [7, 7, 12, 50, 3, 66, 
 def build(kind, seed=0, **settings):
     """A tiny model of the architecture, its biases and norms shaken so that none is 0 or 1 by accident."""
     torch.manual_seed(seed)
-    given = SETTINGS.get(kind, LLAMA) | settings
+    given = SETTINGS.get(kind, COMMON | OLD if kind == "gpt_bigcode" else LLAMA) | settings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
