@@ -56,9 +56,8 @@ def test_a_position_of_zeros_has_no_part():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_outputs_are_summed_in_fp32(dtype):
-    h = torch.full(
-        (5000, 2), 3e4, dtype=dtype
-    )  # in fp16 the norm of one position overflows, in bf16 a sum stops at 256
+    """In fp16 the norm of one position would overflow, in bf16 the sum would stop at 256."""
+    h = torch.full((5000, 2), 4e4, dtype=dtype)
     found = output_magnitudes(h)
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx([2500, 2500])
@@ -134,7 +133,7 @@ def test_nothing_masked_is_no_change():
 def test_what_does_not_fit_is_refused():
     n = torch.ones(4)
     for masked in (-0.1, 1.5, math.nan):
-        with pytest.raises(ValueError, match="masked: .*expected a number from 0 to 1"):
+        with pytest.raises(ValueError, match=r"masked: .*expected a number from 0 to 1"):
             row_mask(n, masked)
     with pytest.raises(ValueError, match=r"masked: 1\.0, expected below 1, since no row would be updated"):
         row_mask(n, 1.0)

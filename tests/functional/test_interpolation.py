@@ -155,7 +155,7 @@ def test_averaging_with_a_period_of_one_is_wise_ft():
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan, math.inf])
 def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(ValueError, match="share: .*expected a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"share: .*expected a number from 0 to 1"):
         interpolate(torch.zeros(2), torch.zeros(2), share)
 
 
@@ -177,5 +177,5 @@ def test_impossible_averaging_is_refused():
     with pytest.raises(ValueError, match="steps: 0, expected at least 1"):
         averaging_steps(0, 0.5)
     for period in (0.0, 1.5, math.nan):
-        with pytest.raises(ValueError, match="period: .*above 0 and up to 1"):
+        with pytest.raises(ValueError, match=r"period: .*above 0 and up to 1"):
             averaging_steps(10, period)

@@ -185,5 +185,5 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"delta: shape \[7\], expected a matrix"):
         to_low_rank(b[:, 0], 1)
     for scale in (0.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="scale: .*finite number that is not 0"):
+        with pytest.raises(ValueError, match=r"scale: .*finite number that is not 0"):
             low_rank_sum([(a, b)], scale=scale)

@@ -299,7 +299,7 @@ def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="method: 'sum', expected one of mean, arithmetic, ties, dare, magmax"):
         merge(base, vectors, "sum")
     for density in (0.0, -0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="density: .*expected a number above 0 and up to 1"):
+        with pytest.raises(ValueError, match=r"density: .*expected a number above 0 and up to 1"):
             merge(base, vectors, "ties", density=density)
     with pytest.raises(ValueError, match="scale: inf, expected a finite number"):
         merge(base, vectors, scale=math.inf)
