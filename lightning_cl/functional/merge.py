@@ -31,7 +31,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_cl.functional.tensors import check_fits, check_share, count_of, largest, wide
+from lightning_cl.functional.tensors import check_fits, check_share, check_whole, count_of, largest, wide
 
 Method: TypeAlias = Literal["mean", "arithmetic", "ties", "dare", "magmax"]
 """A way to merge task vectors."""
@@ -94,7 +94,7 @@ def merge(
 
     Raises:
         ValueError: if there are no task vectors, if names, shapes or types do not fit, or if an argument is out of
-            range. ``ties`` refuses NaN.
+            range. ``ties`` refuses NaN. ``ties`` and ``dare`` refuse tensors that are sharded over processes.
 
     Example:
         >>> import torch
@@ -263,9 +263,10 @@ def dare(vector: Tensor, density: float, generator: torch.Generator | None = Non
         A new tensor in fp32, or in fp64 if the vector is.
 
     Raises:
-        ValueError: if the density is out of range.
+        ValueError: if the density is out of range, or if the vector is sharded over processes.
     """
     check_share("density", density)
+    check_whole("vector", vector)
     vector = wide(vector)
     if density == 1.0:
         return vector.clone()

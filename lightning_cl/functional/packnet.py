@@ -57,7 +57,7 @@ def claim(base: Tensors, now: Tensors, owner: Tensors, task: int, share: float) 
 
     Raises:
         ValueError: if an argument is out of range, if names, shapes or types do not fit, if the task owns entries
-            already, or if a weight is NaN.
+            already, or if a weight is NaN or sharded over processes.
     """
     _check_task(task, least=1)
     check_share("share", share)

@@ -41,8 +41,9 @@ def largest(magnitudes: Tensor, count: int, among: Tensor | None = None) -> Tens
         A boolean tensor of the shape of `magnitudes`.
 
     Raises:
-        ValueError: if an entry is NaN, or if `count` does not fit.
+        ValueError: if an entry is NaN, if `count` does not fit, or if the tensor is sharded over processes.
     """
+    check_whole("magnitudes", magnitudes)
     if bool(magnitudes.isnan().any()):
         raise ValueError("magnitudes: some are NaN, expected numbers; the weights may have diverged")
     available = magnitudes.numel() if among is None else int(among.sum())
@@ -58,6 +59,20 @@ def largest(magnitudes: Tensor, count: int, among: Tensor | None = None) -> Tens
     missing = count - int(above.sum())
     chosen = above | (equal & (equal.cumsum(0) <= missing))
     return chosen.reshape(magnitudes.shape)
+
+
+def check_whole(argument: str, tensor: Tensor) -> None:
+    """Refuses a sharded tensor: a process would choose among its own part, or draw for it.
+
+    Args:
+        argument: its name, for the message.
+        tensor: the tensor.
+
+    Raises:
+        ValueError: if it is a DTensor.
+    """
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(f"{argument}: a sharded tensor, expected a whole one; gather it with `full_tensor()` first")
 
 
 def check_share(argument: str, value: float, zero: bool = False) -> None:

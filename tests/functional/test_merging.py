@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_cl.functional import accumulate, merge, task_vector
 from lightning_cl.functional.merge import METHODS, combine, dare, generator_of, magmax, ties, trim
@@ -344,3 +345,28 @@ def test_whole_numbers_are_refused():
 def test_ties_refuses_nan_by_its_own_name():
     with pytest.raises(ValueError, match="NaN"):
         merge({"w": torch.zeros(2)}, [{"w": torch.tensor([math.nan, 1.0])}], "ties")
+
+
+# parts of parameters
+
+
+@pytest.fixture
+def mesh():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_tensors_are_merged_entry_by_entry_or_refused(mesh):
+    """To choose the largest, or to draw, a process would have to see the whole."""
+    whole = [{"weight": normal(seed)["weight"]} for seed in range(40, 43)]
+    sharded = [{"weight": distribute_tensor(tensors["weight"], mesh, [Shard(0)])} for tensors in whole]
+    for method in ("mean", "arithmetic", "magmax"):
+        found = merge(sharded[0], sharded[1:], method)["weight"].full_tensor()
+        torch.testing.assert_close(found, merge(whole[0], whole[1:], method)["weight"], rtol=0, atol=0)
+    for method in ("ties", "dare"):
+        with pytest.raises(ValueError, match="a sharded tensor, expected a whole one"):
+            merge(sharded[0], sharded[1:], method)
