@@ -12,7 +12,10 @@ from lightning_cl.functional.ewc import (
     sampled_label_loss,
     squared_gradients,
 )
+from lightning_cl.functional.interpolate import averaging_steps, interpolate
+from lightning_cl.functional.low_rank import low_rank_product, low_rank_sum, mean_of_products, to_low_rank
 from lightning_cl.functional.lwf import kl_divergence
+from lightning_cl.functional.merge import accumulate, merge, task_vector
 from lightning_cl.functional.penalty import (
     add_penalty_gradient_,
     merge_quadratics,
@@ -20,6 +23,11 @@ from lightning_cl.functional.penalty import (
     proximal_step_,
     quadratic_penalty,
     zero_non_finite_,
+)
+from lightning_cl.functional.product_penalty import (
+    add_product_penalty_gradient_,
+    product_penalty,
+    product_penalty_gradients,
 )
 from lightning_cl.functional.retention import (
     average_score,
@@ -36,8 +44,11 @@ from lightning_cl.functional.si import path_importance, path_integral_step_, rel
 __all__ = [
     "Projection",
     "SampleGradients",
+    "accumulate",
     "add_penalty_gradient_",
+    "add_product_penalty_gradient_",
     "average_score",
+    "averaging_steps",
     "backward_transfer",
     "dark_loss",
     "expected_label_losses",
@@ -45,19 +56,28 @@ __all__ = [
     "forgetting",
     "forward_transfer",
     "herding",
+    "interpolate",
     "k_center",
     "kl_divergence",
+    "low_rank_product",
+    "low_rank_sum",
+    "mean_of_products",
     "mean_when_learnt",
+    "merge",
     "merge_quadratics",
     "normalize_importance",
     "path_importance",
     "path_integral_step_",
+    "product_penalty",
+    "product_penalty_gradients",
     "project_",
     "proximal_step_",
     "quadratic_penalty",
     "relative_damping",
     "sampled_label_loss",
     "squared_gradients",
+    "task_vector",
+    "to_low_rank",
     "top_logits",
     "with_worst",
     "zero_non_finite_",
