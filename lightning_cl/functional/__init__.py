@@ -12,10 +12,21 @@ from lightning_cl.functional.ewc import (
     sampled_label_loss,
     squared_gradients,
 )
+from lightning_cl.functional.inflora import design_down_projection
+from lightning_cl.functional.input_space import add_second_moment_, grow_basis, project_inputs_, protected_outputs
 from lightning_cl.functional.interpolate import averaging_steps, interpolate
 from lightning_cl.functional.low_rank import low_rank_product, low_rank_sum, mean_of_products, to_low_rank
 from lightning_cl.functional.lwf import kl_divergence
 from lightning_cl.functional.merge import accumulate, merge, task_vector
+from lightning_cl.functional.orthogonal_lora import (
+    down_overlap,
+    earlier_basis,
+    orthogonality_gradient,
+    orthogonality_penalty,
+    overlap_gradient,
+    overlap_penalty,
+    project_down_,
+)
 from lightning_cl.functional.penalty import (
     add_penalty_gradient_,
     merge_quadratics,
@@ -29,6 +40,7 @@ from lightning_cl.functional.product_penalty import (
     product_penalty,
     product_penalty_gradients,
 )
+from lightning_cl.functional.progressive import fold_gated_adapters, lateral_sum
 from lightning_cl.functional.retention import (
     average_score,
     backward_transfer,
@@ -40,25 +52,43 @@ from lightning_cl.functional.retention import (
 from lightning_cl.functional.sample_gradients import SampleGradients
 from lightning_cl.functional.selection import herding, k_center
 from lightning_cl.functional.si import path_importance, path_integral_step_, relative_damping
+from lightning_cl.functional.subspace import (
+    PrincipalSubspace,
+    orthonormal_basis,
+    principal_subspace,
+    project_weights_,
+    protected_share,
+    protected_square,
+    remove_span_,
+    subspace_overlap,
+)
 
 __all__ = [
+    "PrincipalSubspace",
     "Projection",
     "SampleGradients",
     "accumulate",
     "add_penalty_gradient_",
     "add_product_penalty_gradient_",
+    "add_second_moment_",
     "average_score",
     "averaging_steps",
     "backward_transfer",
     "dark_loss",
+    "design_down_projection",
+    "down_overlap",
+    "earlier_basis",
     "expected_label_losses",
     "fisher_diagonal",
+    "fold_gated_adapters",
     "forgetting",
     "forward_transfer",
+    "grow_basis",
     "herding",
     "interpolate",
     "k_center",
     "kl_divergence",
+    "lateral_sum",
     "low_rank_product",
     "low_rank_sum",
     "mean_of_products",
@@ -66,16 +96,30 @@ __all__ = [
     "merge",
     "merge_quadratics",
     "normalize_importance",
+    "orthogonality_gradient",
+    "orthogonality_penalty",
+    "orthonormal_basis",
+    "overlap_gradient",
+    "overlap_penalty",
     "path_importance",
     "path_integral_step_",
+    "principal_subspace",
     "product_penalty",
     "product_penalty_gradients",
     "project_",
+    "project_down_",
+    "project_inputs_",
+    "project_weights_",
+    "protected_outputs",
+    "protected_share",
+    "protected_square",
     "proximal_step_",
     "quadratic_penalty",
     "relative_damping",
+    "remove_span_",
     "sampled_label_loss",
     "squared_gradients",
+    "subspace_overlap",
     "task_vector",
     "to_low_rank",
     "top_logits",

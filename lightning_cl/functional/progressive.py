@@ -1,4 +1,19 @@
-"""Progressive networks (Rusu et al. 2016): lateral connections from the frozen columns of earlier tasks."""
+"""Lateral connections of progressive networks (Rusu et al. 2016), and their linear form for adapters.
+
+A column is the model of one task. Column ``k`` sees what the earlier columns ``j < k`` have at the same depth through
+small bottlenecks (Rusu et al. 2016, arXiv:1606.04671, eq. 2, here added to a residual stream)::
+
+    h_k ← h_k + Σ_{j<k} U_j σ(α_j V_j h_j)
+
+``U`` starts at zero, so a new column computes what it computed without the connections, bit for bit.
+
+The form that LoRAs allow keeps one model and one adapter per task. Earlier adapters are frozen, and a scalar gate per
+layer and earlier task, 0 at the start, says how much of each the new task uses::
+
+    y = W x + s · B_t A_t x + Σ_{i<t} g_i · s · B_i A_i x
+
+It is linear, so a task's adapters fold into one of rank ``Σ r_i`` (:func:`fold_gated_adapters`).
+"""
 
 from __future__ import annotations
 
@@ -11,40 +26,66 @@ from torch import Tensor
 
 def lateral_sum(
     hidden: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    gates: Sequence[Tensor],
     activation: Callable[[Tensor], Tensor] = torch.relu,
 ) -> Tensor:
-    """The sum that earlier columns add to one layer of a new column: Σ_j U_j σ(α_j V_j h_j) (equation 2).
+    """``Σ_j U_j σ(α_j V_j h_j)``: what the earlier columns add to the newest at one depth.
 
-    ``h_j`` is what column j has one layer below. With all ``U_j`` zero the sum is 0 to the bit.
+    Compute: ``4 · positions · width · r`` operations per earlier column; parameters: ``2 · width · r + 1``.
 
     Args:
-        hidden: for each earlier column ``h_j``, ``[…, inputs_j]``.
-        down: for each of them ``V_j``, ``[width, inputs_j]``.
-        up: for each of them ``U_j``, ``[outputs, width]``.
-        scales: for each of them ``α_j``, a number.
-        activation: σ, elementwise.
+        hidden: ``h_j``, each ``[..., width]``, of the earlier columns; at least one.
+        downs: ``V_j``, each ``[r, width]``.
+        ups: ``U_j``, each ``[width, r]``; zeros at the start.
+        gates: ``α_j``, each a scalar or ``[r]``. A gate of 0 with a ``U`` of zeros would never get a gradient.
+        activation: ``σ``, entry by entry.
 
     Returns:
-        ``[…, outputs]``.
+        ``[..., width]``, to be added to the newest column's stream.
 
     Raises:
-        ValueError: if there is no earlier column, or the lists differ in length.
-
-    Compute: ``width · (inputs_j + outputs)`` multiplications for each row and column.
-
-    Example:
-        >>> h, one = torch.tensor([[2.0, -1.0]]), torch.eye(2)
-        >>> lateral_sum([h], [one], [one], [torch.tensor(0.5)])
-        tensor([[1., 0.]])
+        ValueError: if there is no earlier column, or the numbers of the parts differ.
     """
-    counts = {"hidden": len(hidden), "down": len(down), "up": len(up), "scales": len(scales)}
-    if not hidden or len(set(counts.values())) > 1:
-        raise ValueError(f"{counts}: expected one entry for each earlier column in all four lists, and at least one")
-    terms = [activation(scale * (h @ v.T)) @ u.T for h, v, u, scale in zip(hidden, down, up, scales, strict=True)]
-    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+    _check_counts("hidden", hidden, {"downs": downs, "ups": ups, "gates": gates})
+    parts = [activation(g * (h @ v.T)) @ u.T for h, v, u, g in zip(hidden, downs, ups, gates, strict=True)]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+@torch.no_grad()
+def fold_gated_adapters(
+    downs: Sequence[Tensor], ups: Sequence[Tensor], gates: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """One adapter that computes ``Σ_i g_i B_i A_i``, exactly: the factors next to each other.
+
+    Memory: ``Σ r_i · (in + out)`` numbers; the product itself is never made.
+
+    Args:
+        downs: ``A_i``, each ``[r_i, in]``; at least one.
+        ups: ``B_i``, each ``[out, r_i]``.
+        gates: ``g_i``; 1 for the newest task's own adapter. Where scales differ, hand in ``g_i · s_i / s``.
+
+    Returns:
+        The down projection ``[Σ r_i, in]`` and the up projection ``[out, Σ r_i]``, which holds the gates.
+
+    Raises:
+        ValueError: if there is no adapter, if the numbers of the parts differ, or if the factors of one do not fit.
+
+    Example::
+
+        >>> one, two = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> down, up = fold_gated_adapters([one, two], [one.T, one.T], gates=[0.5, 1.0])
+        >>> up @ down
+        tensor([[0.5000, 1.0000],
+                [0.0000, 0.0000]])
+    """
+    _check_counts("downs", downs, {"ups": ups, "gates": gates})
+    for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
+        if up.shape[-1] != down.shape[0] or up.shape[0] != ups[0].shape[0] or down.shape[-1] != downs[0].shape[-1]:
+            expected = f"[{ups[0].shape[0]}, r] and [r, {downs[0].shape[-1]}]"
+            raise ValueError(f"ups[{i}], downs[{i}]: {list(up.shape)} and {list(down.shape)}, expected {expected}")
+    return torch.cat(list(downs)), torch.cat([up * gate for up, gate in zip(ups, gates, strict=True)], dim=1)
 
 
 def count_parameters(widths: Sequence[int], columns: int, lateral_width: int) -> int:
@@ -74,3 +115,11 @@ def count_parameters(widths: Sequence[int], columns: int, lateral_width: int) ->
     column = sum(inputs * outputs + outputs for inputs, outputs in pairs)
     lateral = sum(lateral_width * (inputs + outputs) + 1 for inputs, outputs in pairs[1:])
     return columns * column + columns * (columns - 1) // 2 * lateral
+
+
+def _check_counts(name: str, first: Sequence[object], others: dict[str, Sequence[object]]) -> None:
+    if not first:
+        raise ValueError(f"{name}: no entry, expected at least one")
+    for other, parts in others.items():
+        if len(parts) != len(first):
+            raise ValueError(f"{other}: {len(parts)} entries, expected {len(first)} as in `{name}`")

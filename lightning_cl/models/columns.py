@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_cl.core.arguments import check_choice
+from lightning_cl.arguments import check_choice
 from lightning_cl.functional.progressive import lateral_sum
 
 

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_named():
         net.add_column(2, init="base")
     with pytest.raises(ValueError, match=r"hidden=\[\]"):
         ProgressiveColumns(5, [])
-    with pytest.raises(ValueError, match="'up': 0"):
+    with pytest.raises(ValueError, match="ups: 0 entries"):
         lateral_sum([X], [X], [], [X])
     with pytest.raises(ValueError, match=r"widths=\[5\]"):
         count_parameters([5], 1, 1)
