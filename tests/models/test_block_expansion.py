@@ -334,7 +334,10 @@ def test_the_blocks_of_other_tasks_can_leave_the_path(kind, tmp_path):
         assert torch.equal(model.generate(IDS, **settings), model.generate(IDS, use_cache=False, **settings))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), first)
     assert torch.equal(logits(model), both)
-    assert model.config.to_dict() == config
+    named_when_saved = {"dtype", "architectures"}
+    assert {k: v for k, v in model.config.to_dict().items() if k not in named_when_saved} == {
+        k: v for k, v in config.items() if k not in named_when_saved
+    }
     assert indices(model) == [{0}, {1}, {2}, {3}, {4}, {5}, {6}]
     with (
         pytest.raises(ValueError, match=r"tasks=\[2\]: the model has the blocks of 2 tasks"),
