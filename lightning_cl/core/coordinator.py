@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from typing_extensions import override
 from lightning_cl.core.begun_batch import BegunBatch
 from lightning_cl.core.best_weights import load_best
 from lightning_cl.core.checks import FORMAT, check_state, check_trainer, methods_of, named
+from lightning_cl.core.deployment import deployed
 from lightning_cl.core.loops import (
     count_from,
     forget_restart,
     let_methods_mix,
 )
 from lightning_cl.core.precision import amp_scale, reshard, scale_learning_rate
-from lightning_cl.core.questions import Questions
+from lightning_cl.core.questions import Questions, answers
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.core.run_state import RunState
+from lightning_cl.core.structure import Structure, names_of
 from lightning_cl.core.task_files import before_end_file
 from lightning_cl.data import TaskDataModule
 from lightning_cl.data.batch_source import TaskBatches, is_indexed, is_stream
@@ -56,6 +58,9 @@ class TaskCoordinator(Callback):
         self.lr: float | None = None
         self.pristine: dict[int, Any] = {}  # other people's callbacks as they were before the first task
         self.load_best = False
+        self.loads = False  # the coming fit of a sequence begins with a checkpoint
+        self._structure = Structure()
+        self._view: AbstractContextManager[None] | None = None  # in which the model is asked now
         self._steps_at_fit = 0
         self._seconds_before = 0.0
         self._clock: float | None = None
@@ -68,6 +73,7 @@ class TaskCoordinator(Callback):
         self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
+        self._consolidated = False  # the checkpoint was written when the weights of the task's end were changed
         self._stop = False  # the checkpoint was written when training had been told to stop
 
     @classmethod
@@ -123,9 +129,20 @@ class TaskCoordinator(Callback):
             if not self.run.driven:
                 self.run.names, self.at_boundary = [], False
             check_trainer(trainer, pl_module)
+        self._structure.attach(
+            trainer, pl_module, self.run, CHECKPOINT_KEY, lambda: self._tasks_to_build() if stage == "fit" else None
+        )
+        if stage == "fit":
             let_methods_mix(
                 trainer, self.methods(trainer), check=not self.run.driven, on_loader=self._before_first_batch
             )
+
+    def _tasks_to_build(self) -> int | None:
+        """Counts the tasks that a fit needs parts for; None where a checkpoint's structure is built first."""
+        if self.loads:
+            return None
+        done = max((method.tasks_done for method in self.run.methods), default=0)
+        return (self.run.position.index if self.run.driven else done) + 1
 
     def _before_first_batch(self, trainer: L.Trainer, loader: Any) -> None:
         """The last moment before Lightning looks where to continue, and fetches the first batch of a stream."""
@@ -308,6 +325,7 @@ class TaskCoordinator(Callback):
         self._seconds_before = trained
         self._frozen = self._entry(trainer)
         self._save_before_end(trainer)
+        self._consolidate(trainer, pl_module)
         for method in self.methods(trainer):
             heed(trainer, all_ranks=True)
             method.on_task_end(trainer, pl_module)
@@ -324,11 +342,29 @@ class TaskCoordinator(Callback):
             }
         )
 
+    def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets the methods change the weights, once: who resumes from here on finds them changed."""
+        methods = self.methods(trainer)
+        changing = [method for method in methods if answers(method, "consolidate")]
+        done, self._consolidated = self._consolidated, False
+        assert self._frozen is not None
+        if done:
+            self._frozen["consolidated"] = True
+        if done or not changing:
+            return
+        for method in methods:
+            method.close_path(trainer, pl_module)
+        self._frozen["inexact"] = "while a method changed the weights at a task's end"
+        for method in sorted(changing, key=lambda method: (method.consolidate_order, type(method).__name__)):
+            method.consolidate(trainer, pl_module)
+        self._frozen = self._entry(trainer) | {"consolidated": True}
+
     def _save_before_end(self, trainer: L.Trainer) -> None:
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
         if not self.run.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
-        if any(method.ends_long for method in self.methods(trainer)) and self.run.data is not None:
+        changes = any(answers(method, "consolidate") for method in self.methods(trainer))
+        if (changes or any(method.ends_long for method in self.methods(trainer))) and self.run.data is not None:
             index = self.run.position.index
             self.before_end = before_end_file(trainer, self.run.data.trained_tasks[index], index)
             trainer.save_checkpoint(self.before_end, weights_only=False)
@@ -337,6 +373,7 @@ class TaskCoordinator(Callback):
         """The end of a task has failed and nothing was loaded since: no method has done its end."""
         frozen, self._frozen = self._frozen, None
         if frozen is not None:
+            self._consolidated = bool(frozen.get("consolidated"))
             self._load_methods(trainer, frozen)
 
     def _train_seconds(self) -> float:
@@ -355,10 +392,52 @@ class TaskCoordinator(Callback):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._remove_handles()
+        self._leave_view()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove_handles()
+        self._leave_view()
+        self._structure.detach()
+
+    # ------------------------------------------------------------------ the model is asked
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # in a fit, the current task is validated as it is trained
+            self._enter_view(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._enter_view(trainer, pl_module)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._enter_view(trainer, pl_module)
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+
+    def _enter_view(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+        data = getattr(trainer, "datamodule", None)
+        task = data.shown.name if isinstance(data, TaskDataModule) and data.shown is not None else None
+        self._view = deployed(trainer, pl_module, task)
+        self._view.__enter__()
+
+    def _leave_view(self) -> None:
+        view, self._view = self._view, None
+        if view is not None:
+            view.__exit__(None, None, None)
 
     def _remove_handles(self) -> None:
         for handle in self._handles:
@@ -469,6 +548,14 @@ class TaskCoordinator(Callback):
                     " the module instead of resuming from it"
                 )
             self.load(trainer, checkpoint[CHECKPOINT_KEY])
+            done = max((method.tasks_done for method in self.run.methods), default=0)
+            count = (self.run.position.index if self.run.driven else done) + 1
+            self._structure.build(trainer, pl_module, self.run, names_of(self.run.names, count))
+        elif CHECKPOINT_KEY in checkpoint:
+            kept = checkpoint[CHECKPOINT_KEY]["methods"]
+            for method, name in named(self.methods(trainer)):
+                if name in kept and (answers(method, "deployed") or answers(method, "build")):
+                    method.load_continual_state(kept[name]["state"])
 
     def load(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Restores itself and all methods from a checkpoint's entry, once.
@@ -484,6 +571,7 @@ class TaskCoordinator(Callback):
         self.run.position = TaskPosition(state["index"], state["name"], max(len(self.run.names), state["index"] + 1))
         self.started, self.ended, self.run.first_step = state["started"], state["ended"], state["first_step"]
         self._frozen = None
+        self._consolidated = bool(state.get("consolidated"))
         self._stop = bool(state.get("stop"))  # earlier checkpoints do not have it
         if state.get("inexact"):
             rank_zero_warn(

@@ -185,7 +185,8 @@ class TaskDataModule(L.LightningDataModule):
                 self.watch = before
 
     @property
-    def _shown(self) -> Task:
+    def shown(self) -> Task:
+        """The task whose loaders for validation, test and prediction are given out now."""
         return self.current if self.watch is None else self.tasks[self.watch]
 
     def check(self) -> None:
@@ -295,13 +296,13 @@ class TaskDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Validation batches of the current task; of the watched one while the matrix is measured."""
-        task = self._shown
+        task = self.shown
         loader = self.val_loader(task)
         return [] if loader is None else loader
 
     def test_dataloader(self) -> Any:
         """Test batches of the task that is evaluated."""
-        task = self._shown
+        task = self.shown
         test = self._data(task).test
         if test is None and self.has_test_data(task):
             test = task.train
@@ -313,7 +314,7 @@ class TaskDataModule(L.LightningDataModule):
         A batch is ``{"prompt", "reference"}``, lists of token ids: what comes before the last part that bears loss (the
         conversation up to the last answer; of a text without prompt, its beginning), and that part.
         """
-        task = self._shown
+        task = self.shown
         data = self._data(task)
         source = next((part for part in (data.test, data.val, data.train) if isinstance(part, TokenDataset)), None)
         if source is None:
@@ -333,7 +334,7 @@ class TaskDataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Handed on to the task's own DataModule, if it is one."""
-        task = self._shown
+        task = self.shown
         if isinstance(task.train, L.LightningDataModule):
             return task.train.transfer_batch_to_device(batch, device, dataloader_idx)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -541,7 +542,7 @@ class TaskDataModule(L.LightningDataModule):
         return [task.train for task in self.tasks if isinstance(task.train, L.LightningDataModule)]
 
     def _delegate(self, hook: str, batch: Any, dataloader_idx: int) -> Any:
-        task = self._shown
+        task = self.shown
         if isinstance(task.train, L.LightningDataModule):
             return getattr(task.train, hook)(batch, dataloader_idx)
         return batch

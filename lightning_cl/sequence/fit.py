@@ -136,6 +136,7 @@ def _train(
         _reset_per_task(trainer, coordinator, tasks[index], index)
         rank_zero_info(position.title)
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
+        coordinator.loads = resume_from is not None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
         heed(trainer, all_ranks=True)
         _check_finished(coordinator, position)
@@ -148,6 +149,8 @@ def _train(
     if start == len(tasks) and checkpoint_path is not None:
         rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go behind them in the list")
         _load_weights(trainer, module, data, checkpoint_path)
+    for method in methods_of(trainer):
+        method.on_sequence_end(trainer, module)
     return told
 
 
@@ -262,7 +265,9 @@ def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataM
             trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
         else:
             module.configure_model()
-            module.load_state_dict(read_checkpoint(path)["state_dict"])
+            checkpoint = read_checkpoint(path)
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
     finally:
         trainer.loggers = loggers
 

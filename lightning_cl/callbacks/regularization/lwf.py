@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_cl.arguments import check_choice, check_integer, check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.method import ContinualCallback
-from lightning_cl.core.questions import Need
+from lightning_cl.core.questions import Need, Trait
 from lightning_cl.data.mixing.contents import rows_mask
 from lightning_cl.functional.lwf import head_kl_divergence
 from lightning_cl.passes.logits import OutputsFunction, aligned, loss_positions
@@ -69,6 +69,8 @@ class LwF(ContinualCallback):
         >>> method.temperature
         2.0
     """
+
+    relies_on: frozenset[Trait] = frozenset({"earlier outputs"})
 
     def __init__(
         self,

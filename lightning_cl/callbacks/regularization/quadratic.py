@@ -32,7 +32,7 @@ from lightning_cl.core.placement import (
     trainable_parameters,
     whole,
 )
-from lightning_cl.core.questions import Need
+from lightning_cl.core.questions import Need, Trait
 from lightning_cl.functional import add_penalty_gradient_, proximal_step_, zero_non_finite_
 
 Apply = Literal["gradient", "proximal"]
@@ -77,6 +77,8 @@ class QuadraticPenalty(ContinualCallback):
     Raises:
         ValueError: if an argument is out of its range.
     """
+
+    relies_on: frozenset[Trait] = frozenset({"shared parameters"})
 
     def __init__(
         self,

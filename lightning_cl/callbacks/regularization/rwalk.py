@@ -176,6 +176,11 @@ class RWalk(PathImportance):
 
     @override
     @torch.no_grad()
+    def close_path(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close_window(all_parameters(pl_module))
+
+    @override
+    @torch.no_grad()
     def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         spoilt = self._watch.end(type(self).__name__, self.task)
         self._close_window(all_parameters(pl_module))

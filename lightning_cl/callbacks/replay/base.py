@@ -23,7 +23,7 @@ from lightning_cl.callbacks.replay.location import Storage as Storage
 from lightning_cl.callbacks.replay.mixer import check_plannable
 from lightning_cl.callbacks.replay.stored import BufferCallback
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.questions import EndCost
+from lightning_cl.core.questions import EndCost, Trait
 from lightning_cl.core.run_state import named
 from lightning_cl.data.batch_source import is_stream
 from lightning_cl.data.foreign_loader import task_indices
@@ -65,6 +65,8 @@ class MemoryCallback(BufferCallback):
     Raises:
         ValueError: if an argument is out of its range.
     """
+
+    relies_on: frozenset[Trait] = frozenset({"earlier samples"})
 
     def __init__(
         self,

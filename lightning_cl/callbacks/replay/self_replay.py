@@ -24,7 +24,7 @@ from lightning_cl.callbacks.replay.rehearsal_prompts import UserTurn, beginning_
 from lightning_cl.callbacks.replay.sample_writer import SampleWriter, WritingSettings
 from lightning_cl.callbacks.replay.stored import BufferCallback
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.questions import Need
+from lightning_cl.core.questions import Need, Trait
 from lightning_cl.data.batch_source import TaskBatches, is_stream
 from lightning_cl.data.foreign_loader import task_indices
 from lightning_cl.data.mixing.plan import MixMode, seed_of
@@ -97,6 +97,8 @@ class SelfReplay(BufferCallback):
 
     owns = "the buffer of SelfReplay"
     replays_first = True
+
+    relies_on: frozenset[Trait] = frozenset({"earlier samples"})
 
     def __init__(
         self,
