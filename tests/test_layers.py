@@ -19,7 +19,7 @@ LAYERS = [
     ["cli"],
     ["sequence"],
     ["callbacks/__init__"],
-    [f"callbacks/{family}" for family in ("architecture", "monitoring", "regularization", "replay")],
+    [f"callbacks/{family}" for family in ("architecture", "merging", "monitoring", "regularization", "replay")],
     ["models"],
     ["passes"],
     ["core"],
