@@ -19,11 +19,12 @@ _BASE = "__base__"  # peft's word
 def adapters_per_row(module: nn.Module, tasks: Sequence[str | None]) -> Iterator[None]:
     """Inside, each row of a batch is computed with the adapter of its own task.
 
-    Every row gets, to the last bit, what the whole batch gives under its adapter. It works through the ``PeftModel``,
-    through its decoder alone, and in ``generate`` with its cache and left padding; where a search repeats each row
-    (beams), its task is repeated. In evaluation mode only.
+    Every row gets, to the last bit, what the whole batch gives under its adapter. Around a quantised base that holds up
+    to rounding; with ``int8`` the rows of a batch influence each other in the base already. It works through the
+    ``PeftModel``, through its decoder alone, and in ``generate`` with its cache and left padding; where a search
+    repeats each row (beams), its task is repeated. In evaluation mode only.
 
-    Compute: one pass of the base for all rows, and for each row its own adapter.
+    Compute: one pass of the base, and one of each adapter that a row has, over all rows.
 
     Args:
         module: contains a ``PeftModel``.
@@ -60,8 +61,8 @@ def adapters_per_row(module: nn.Module, tasks: Sequence[str | None]) -> Iterator
 def _check(model: Any, layers: Sequence[tuple[str, Any]], rows: _Rows) -> None:
     if not rows.names:
         raise ValueError("tasks: it is empty; expected a task, or None, for each row")
-    for name in {*rows.names} - {_BASE}:
-        if model.peft_config[name].use_dora:
+    for name in dict.fromkeys(rows.names):
+        if name != _BASE and model.peft_config[name].use_dora:
             raise ValueError(
                 f"tasks: the adapter of {task_name(name) or name!r} is a DoRA one, which works on whole batches only;"
                 " use one task at a time"
@@ -134,6 +135,7 @@ class _After:
             if name not in layer.lora_A:
                 continue
             down, up = layer.lora_A[name], layer.lora_B[name]
-            added = up(down(layer.lora_dropout[name](x[places].to(down.weight.dtype)))) * layer.scaling[name]
-            result[places] = (result[places] + added).to(result.dtype)
+            # Of all rows: products of fewer rows may be rounded in another way.
+            added = up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
+            result[places] = (result[places] + added[places]).to(result.dtype)
         return result

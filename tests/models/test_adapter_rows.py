@@ -67,7 +67,11 @@ def test_on_a_quantised_base(tmp_path, quantization):
     with adapters_per_row(module, ROWS):
         found = logits(module.lm)
     for i in range(3):
-        assert torch.equal(found[i], expected[i])
+        if quantization == "nf4":
+            assert torch.equal(found[i], expected[i])
+        else:  # columns with an outlier in any row are multiplied in 16 bits for all rows
+            torch.testing.assert_close(found[i], expected[i], rtol=0.1, atol=0.1)
+            assert (found[i] - expected[(i + 2) % 3]).abs().max() > 0.5
 
 
 def test_through_the_decoder_alone():
