@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from lightning_cl.arguments import is_integer, is_number
 
 _LONGEST_NAME = 150  # in bytes; file systems take 255, and checkpoints add to it
 
@@ -59,9 +60,9 @@ class Task:
             )
         for argument in ("max_epochs", "max_steps", "batch_size"):
             value = getattr(self, argument)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and not is_integer(value, 1):
                 raise ValueError(f"Task({self.name!r}, {argument}={value!r}): expected a positive integer or None")
-        if self.lr is not None and not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
+        if self.lr is not None and not (is_number(self.lr) and self.lr > 0):
             raise ValueError(f"Task({self.name!r}, lr={self.lr!r}): expected a positive, finite number or None")
         if self.train is None and self.val is None:
             raise ValueError(

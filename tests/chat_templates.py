@@ -6,7 +6,7 @@ import copy
 
 from lightning_cl.data.text.chat import encode_chats
 from lightning_cl.data.text.formats import as_document
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.tokenizer import TrainedBPE
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|tool|>"]

@@ -129,9 +129,9 @@ def test_the_shares_of_all_ranks_are_joined(monkeypatch):
     def gather(parts, ours):
         parts[:] = [ours, {"a": [{"prompt": "2"}], "b": None}]
 
-    monkeypatch.setattr(cli_predict.torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(cli_predict.torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(cli_predict.torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     joined = cli_predict._of_all_ranks({"a": [{"prompt": "1"}], "b": []})
     assert joined == {"a": [{"prompt": "1"}, {"prompt": "2"}], "b": None}
 

@@ -22,7 +22,7 @@ from lightning_cl.buffers import DiskStore, ReplayBuffer
 from lightning_cl.buffers.disk import layout
 from lightning_cl.core.checkpoint_io import DurableCheckpointIO, find_last_checkpoint, is_whole
 from lightning_cl.data.text.dataset import TokenDataset
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.token_cache import cached
 from lightning_cl.sequence.evaluate import evaluate_tasks
 

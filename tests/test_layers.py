@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ LAYERS = [
     ["cli"],
     ["sequence"],
     ["callbacks/__init__"],
-    [f"callbacks/{family}" for family in ("architecture", "monitoring", "regularization", "replay")],
+    [f"callbacks/{family}" for family in ("architecture", "merging", "monitoring", "regularization", "replay")],
     ["models"],
     ["passes"],
     ["core"],
@@ -27,7 +28,8 @@ LAYERS = [
     ["data"],
     ["buffers"],
     ["functional"],
-    ["tasks", "files", "random_state", "checksum", "stopping"],
+    ["tasks", "files", "random_state", "checksum", "stopping", "lightning_internals"],
+    ["arguments"],
 ]
 
 
@@ -106,3 +108,26 @@ def test_there_is_no_circle():
 
 def test_every_module_has_a_layer():
     assert [module for module in modules() if layer_of(module) is None] == []
+
+
+@pytest.mark.parametrize("module", modules())
+def test_two_files_touch_lightnings_internals(module):
+    if module in ("lightning_internals", "core/loops"):
+        return
+    tree, theirs = (
+        ast.parse(modules()[module].read_text()),
+        re.compile("trainer|loop|strategy|connector|saver|callback"),
+    )
+    hidden = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and theirs.search(ast.unparse(node.value))
+    ]
+    hidden += [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning.")
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not hidden

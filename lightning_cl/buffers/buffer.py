@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import random
-import zipfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_cl.buffers.disk.encoding import encode
-from lightning_cl.buffers.disk.folder import Stored, found_in
-from lightning_cl.buffers.disk.layout import ALIGNMENT, RECORD, DamagedFileError
+from lightning_cl.arguments import check_choice
+from lightning_cl.buffers.budget import Unit as Unit
+from lightning_cl.buffers.budget import check_budget, check_fits, cost_of, cost_of_tokens
+from lightning_cl.buffers.disk.folder import Stored, erase_found
+from lightning_cl.buffers.disk.index import read_state, write_live, write_state
 from lightning_cl.buffers.disk.store import DiskStore
-from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.memory import MemoryStore
-from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key
-from lightning_cl.buffers.selection import Selection, spread
-from lightning_cl.buffers.store import Info, Store, as_numbers, wait_for_all_ranks, was_removed
-from lightning_cl.buffers.tokens import token_count
-from lightning_cl.files import replace_file
-from lightning_cl.random_state import seed_of
-
-Unit = Literal["samples", "tokens", "bytes"]
-_EMPTY, _WAITING = -1, -2
-_STATE = "buffer.pt"
-_RECORD_BYTES = RECORD.itemsize  # what a record takes next to its content
+from lightning_cl.buffers.policies import POLICIES, PolicyName, draw_key, group_of
+from lightning_cl.buffers.slots import Slots
+from lightning_cl.buffers.store import Info, Store, was_removed
+from lightning_cl.buffers.tokens import label_of
 
 
 class ReplayBuffer:
     """Samples of earlier tasks, each with the name of its task.
 
-    A sample is anything that a data set returns, as long as it is made of tensors, arrays, numbers, texts and plain
-    containers. A token sequence takes 4 bytes and a bit per token, and 64 bytes. Insertion takes O(log n), a rejection
-    O(1). With the same seed and the same stream the content is the same in every process.
+    A sample is what a data set returns: tensors, arrays, numbers and texts, in plain containers. A token sequence takes
+    4 bytes and a bit per token, and 64 bytes. Insertion takes O(log n), a rejection O(1). With the same seed and the
+    same stream the content is the same in every process.
 
     Args:
         capacity: the budget.
         policy: ``reservoir``: uniform over everything seen. ``task_balanced``, ``class_balanced``: equal shares for the
-            tasks or classes, uniform within each; what a small one does not need, the others get. ``fifo``: the newest.
+            tasks or classes, uniform within each; the others get what a small one does not need. ``fifo``: the newest.
             ``surprise``: in proportion to a weight. ``herding``, ``k_center``: by a rank within the task, equal shares
             for the tasks.
         seed: seed of the random choices.
@@ -68,32 +58,19 @@ class ReplayBuffer:
         unit: Unit = "samples",
         store: Store | None = None,
     ) -> None:
-        if unit not in ("samples", "tokens", "bytes"):
-            raise ValueError(f"unit={unit!r}: expected 'samples', 'tokens' or 'bytes'")
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"buffer_size={capacity!r}: expected a positive number of {unit}")
-        if policy not in POLICIES:
-            raise ValueError(f"policy={policy!r}: expected one of {sorted(POLICIES)}")
+        check_budget(capacity, unit)
+        check_choice("policy", policy, sorted(POLICIES))
         self.capacity, self.policy_name, self.unit = capacity, policy, unit
         self.policy = POLICIES[policy]
         self.store: Store = MemoryStore() if store is None else store
         self._rng = random.Random(seed)
         self.seen_of: Counter[str] = Counter()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._selection = Selection(self.capacity)
-        # One entry per slot of it: the record's number, or one of the marks, and the task.
-        self._numbers, self._tasks = array("q"), array("i")
-        self._task_names: list[str] = []
-        self._count = 0
-        self._per_task: Counter[str] = Counter()
-        self._held: array[int] | None = None
+        self._slots = Slots(self.capacity)
 
     # ------------------------------------------------------------------ looking
 
     def __len__(self) -> int:
-        return self._count
+        return self._slots.count
 
     def __getitem__(self, index: int) -> Any:
         return self.store.get(self.numbers[index])
@@ -101,9 +78,7 @@ class ReplayBuffer:
     @property
     def numbers(self) -> Sequence[int]:
         """The record numbers of the stored samples."""
-        if self._count == len(self._numbers):
-            return self._numbers
-        return array("q", (number for number in self._numbers if number >= 0))
+        return self._slots.numbers
 
     @property
     def held(self) -> Sequence[int]:
@@ -111,7 +86,7 @@ class ReplayBuffer:
 
         Among them may be some that were removed since.
         """
-        return self.numbers if self._held is None else self._held
+        return self.numbers if self._slots.held is None else self._slots.held
 
     @property
     def items(self) -> list[Any]:
@@ -121,17 +96,17 @@ class ReplayBuffer:
     @property
     def tasks(self) -> list[str]:
         """For each stored sample the name of its task."""
-        return [self._task_names[self._tasks[slot]] for slot in self._slots()]
+        return [self._slots.task_names[task] for task in self._slots.tasks]
 
     @property
     def task_names(self) -> list[str]:
         """The tasks of all samples that ever were in the buffer, in order."""
-        return list(self._task_names)
+        return list(self._slots.task_names)
 
     @property
     def slots(self) -> int:
-        """Places for records, filled or not."""
-        return len(self._numbers)
+        """The number of slots, filled or not."""
+        return len(self._slots)
 
     def pick(self, value: int, task: str | None = None, slots: int | None = None) -> int | None:
         """The record that a large random number stands for, in O(1); of a task, as many tries as it is rare.
@@ -141,12 +116,7 @@ class ReplayBuffer:
             task: only of this task.
             slots: only of the first so many (:attr:`slots`); all, by default.
         """
-        wanted = None if task is None else self._task_names.index(task)
-        slots = min(slots or len(self._numbers), len(self._numbers))
-        for place in chain((seed_of(value, i) % slots for i in range(256)), range(slots)):
-            if self._numbers[place] >= 0 and wanted in (None, self._tasks[place]):
-                return self._numbers[place]
-        return None
+        return self._slots.pick(value, task, slots)
 
     @property
     def seen(self) -> int:
@@ -170,17 +140,17 @@ class ReplayBuffer:
         return self.store.info(number)
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
-        """Of records: ``length``, ``loss_tokens`` and ``task`` (its place in :attr:`task_names`)."""
+        """Of records: ``length``, ``loss_tokens`` and ``task`` (its index in :attr:`task_names`)."""
         if array("q", numbers) == array("q", self.numbers):
-            tasks = array("i", (self._tasks[slot] for slot in self._slots()))
+            tasks = self._slots.tasks
         else:
-            places = {name: place for place, name in enumerate(self._task_names)}
-            tasks = array("i", (places[self.store.info(number).task] for number in numbers))
+            index = {name: i for i, name in enumerate(self.task_names)}
+            tasks = array("i", (index[self.store.info(number).task] for number in numbers))
         return {**self.store.columns(numbers), "task": tasks}
 
     def counts(self) -> dict[str, int]:
         """Counts the stored samples of each task."""
-        return {task: count for task, count in self._per_task.items() if count}
+        return {task: count for task, count in self._slots.per_task.items() if count}
 
     def size_in_bytes(self) -> int:
         """The bytes of the stored samples."""
@@ -205,7 +175,7 @@ class ReplayBuffer:
             task: the name of its task.
             weight: for ``surprise``.
             rank: for ``herding`` and ``k_center``.
-            position: its place in the task's data.
+            position: its position in the task's data.
             extra: tensors to be stored next to it.
 
         Returns:
@@ -219,20 +189,11 @@ class ReplayBuffer:
 
     def cost(self, sample: Any) -> int:
         """Returns a sample's cost in the budget."""
-        if self.unit == "samples":
-            return 1
-        if self.unit == "tokens":
-            tokens = token_count(sample)
-            if tokens == 0:
-                raise ValueError("unit='tokens': a sample is no token sequence; give unit='samples' or 'bytes'")
-            return tokens
-        encoded = encode(sample)
-        return encoded.size + 4 * (-encoded.length % ALIGNMENT) + _RECORD_BYTES
+        return cost_of(sample, self.unit)
 
     def cost_of_tokens(self, length: int) -> int:
         """Returns the cost of a token sequence of this length in the budget."""
-        blocks = -(-length // ALIGNMENT)  # each takes a byte of the mask
-        return {"samples": 1, "tokens": length, "bytes": blocks * (4 * ALIGNMENT + 1) + _RECORD_BYTES}[self.unit]
+        return cost_of_tokens(length, self.unit)
 
     def choose_slot(
         self, task: str, cost: int = 1, label: int | None = None, weight: float = 1.0, rank: int | None = None
@@ -249,34 +210,15 @@ class ReplayBuffer:
         Raises:
             ValueError: if it is larger than the whole budget, or has no label where one is needed.
         """
-        if cost > self.capacity:
-            raise ValueError(
-                f"buffer_size={self.capacity}: a sample of task {task!r} takes {cost} {self.unit}, more than the whole"
-                f" budget; give at least {cost}"
-            )
+        check_fits(cost, task, self.capacity, self.unit)
         key = draw_key(self.policy, self._rng, self.seen, weight, rank)
         self.seen_of[task] += 1
-        slot, gone = self._selection.choose(self._group(task, label), key, cost)
-        for left in gone:
-            self._let_go(left)
-        if slot is None:
-            return None
-        if task not in self._task_names:
-            self._task_names.append(task)
-        if slot == len(self._numbers):
-            self._numbers.append(_WAITING)
-            self._tasks.append(0)
-        self._numbers[slot], self._tasks[slot] = _WAITING, self._task_names.index(task)
+        slot, left = self._slots.choose(group_of(self.policy, task, label), key, cost, task)
+        self._evict(left)
         return slot
 
     def put(
-        self,
-        slot: int,
-        sample: Any,
-        task: str,
-        *,
-        position: int = -1,
-        extra: dict[str, Tensor] | None = None,
+        self, slot: int, sample: Any, task: str, *, position: int = -1, extra: dict[str, Tensor] | None = None
     ) -> int:
         """Stores a sample under the slot that :meth:`choose_slot` gave.
 
@@ -304,133 +246,83 @@ class ReplayBuffer:
 
     def put_number(self, slot: int, number: int) -> None:
         """Says which record of the store is in a slot."""
-        self._numbers[slot] = number
-        self._count += 1
-        self._per_task[self._task_names[self._tasks[slot]]] += 1
+        self._slots.put(slot, number)
 
     def is_waiting(self, slot: int) -> bool:
-        """True if a slot of :meth:`choose_slot` is still to be filled: a later sample may have taken its place."""
-        return self._numbers[slot] == _WAITING
+        """Returns True if a slot of :meth:`choose_slot` still waits for its sample; a later one may have taken it."""
+        return self._slots.is_waiting(slot)
 
     def give_back(self, slot: int) -> None:
         """Leaves a slot of :meth:`choose_slot` empty after all."""
-        self._drop([slot])
+        self._evict(self._slots.release([slot]))
 
-    def _group(self, task: str, label: int | None) -> str:
-        kind = self.policy.group
-        if kind == "class" and label is None:
-            raise ValueError(
-                f"policy='class_balanced': a sample of task {task!r} has no class; expected (input, class) or a"
-                " dictionary with `label` or `labels`, a whole number"
-            )
-        return {"all": "", "task": task, "class": str(label)}[kind]
-
-    def _let_go(self, slot: int) -> None:
-        number = self._numbers[slot]
-        if number >= 0:
-            self._count -= 1
-            self._per_task[self._task_names[self._tasks[slot]]] -= 1
+    def _evict(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
             self.store.evict(number)
-        self._numbers[slot] = _EMPTY
 
     # ------------------------------------------------------------------ removing
 
     def remove(self, predicate: Callable[[Stored], bool]) -> int:
-        """Removes samples for good: from now on they are not drawn, and their content is overwritten on the disk.
+        """Removes samples for good: they are not drawn any more, and their content is overwritten on the disk.
 
-        They are not stored again, also not by a run that resumes from an older checkpoint. What no buffer can reach:
-        the data sets, their cache of tokens, batches that are already on their way, and for a buffer in memory the
-        checkpoints that were written before. Call it on all ranks.
+        They are not stored again, also not by a run that resumes from an older checkpoint. No buffer can reach the
+        data sets, their cache of tokens, and batches that are already loaded. A buffer in memory cannot reach the
+        checkpoints that were written before, either. Call it on all ranks.
 
         Args:
-            predicate: gets a :class:`Stored`, says whether it shall go.
+            predicate: gets a :class:`Stored`, returns True if it is to be removed.
 
         Returns:
             how many records were removed, with copies that other or earlier runs have left in the folder.
         """
         self.store.commit()
-        wait_for_all_ranks()
-        # Everything that is on the disk, and not only what may still be drawn.
-        stores = [self.store, *self.store.copies()]
-        found = [found_in(store, predicate) for store in stores]
-        wait_for_all_ranks()  # they have read what is about to be erased
-        for store, keys in zip(stores, found, strict=True):
-            store.erase(keys)
-        self._drop([slot for slot in self._slots() if self._numbers[slot] in found[0]])
+        found = erase_found(self.store, predicate)
+        self._evict(self._slots.release([slot for slot in self._slots.filled() if self._slots[slot] in found[0]]))
         self.write_index()
         return sum(map(len, found))
 
-    def _slots(self) -> Iterator[int]:
-        return (slot for slot, number in enumerate(self._numbers) if number >= 0)
-
-    def _drop(self, slots: Sequence[int]) -> None:
-        self._selection.release(slots)
-        for slot in slots:
-            self._let_go(slot)
-
     def clear(self) -> None:
-        """Lets all samples go; what was seen is forgotten too."""
-        for slot in list(self._slots()):
-            self.store.evict(self._numbers[slot])
+        """Removes all samples from the buffer, and forgets what was seen."""
+        self._evict(self.numbers)
         self.seen_of.clear()
-        self._clear()
+        self._slots = Slots(self.capacity)
 
     # ------------------------------------------------------------------ keeping
 
     def hold(self) -> None:
-        """Plans are made from what is stored now, until the next call: whatever comes in, and after a resume too.
-
-        For a buffer that takes in samples while its others are replayed by a plan.
-        """
-        self._held = array("q", self.numbers)
-        self.store.hold(self._held)
+        """Keeps what is stored now for plans, until the next call; a buffer may take in samples meanwhile."""
+        self._slots.hold()
+        self._hold()
 
     def move_to(self, store: DiskStore) -> None:
-        """Keeps samples in another store from now on; what is there goes along."""
+        """Moves all samples to another store, which is used from now on."""
         old, self.store = self.store, store
-        store.refuse(old.removed)
-        slots = list(self._slots())
-        before = [self._numbers[slot] for slot in slots]
-        if store.writes:
-            for slot, number in zip(slots, before, strict=True):
-                info, extra = old.info(number), old.extra(number)
-                self._numbers[slot] = store.append(old.get(number), info.task, info.position, info.label, extra)
-            store.commit()
-        else:
-            self._number(slots, store.expect(len(slots)))
-        self._renumber_held(before, [self._numbers[slot] for slot in slots])
+        self._renumber(store.take_over(old, self.numbers))
 
-    def _number(self, slots: Sequence[int], numbers: Sequence[int]) -> None:
-        for slot, number in zip(slots, numbers, strict=True):
-            self._numbers[slot] = number
+    def _renumber(self, numbers: Sequence[int]) -> None:
+        self._slots.renumber(numbers)
+        self._hold()
 
-    def _renumber_held(self, before: Sequence[int], after: Sequence[int]) -> None:
-        if self._held is not None:
-            new = dict(zip(before, after, strict=True))
-            self._held = array("q", (new[number] for number in self._held if number in new))
-            self.store.hold(self._held)
+    def _hold(self) -> None:
+        if self._slots.held is not None:
+            self.store.hold(self._slots.held)
 
     def adopt(self) -> None:
-        """Goes on with what an earlier run has left in the folder, if anything.
+        """Resumes from what an earlier run has left in the folder, if anything.
 
         Raises:
             ValueError: if it was of another budget, policy or tokenizer.
             DamagedFileError: if a file is damaged; it is named.
         """
-        if isinstance(self.store, DiskStore) and (self.store.folder / _STATE).is_file():
-            path = self.store.folder / _STATE
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    part = archive.testzip()  # by their checksums, which torch.load does not look at
-                if part is not None:
-                    raise ValueError(f"the checksum of {part} does not fit")
-                state = torch.load(path, weights_only=True)
-            except Exception as error:  # of any kind, from a damaged archive
-                raise DamagedFileError(f"{path}: damaged ({error})") from error
+        if not isinstance(self.store, DiskStore):
+            return
+        folder = self.store.folder
+        state = read_state(folder)
+        if state is not None:
             try:
                 self.load_state_dict(state)
             except ValueError as error:
-                raise type(error)(f"folder={str(self.store.folder)!r}: {error}") from error
+                raise type(error)(f"folder={str(folder)!r}: {error}") from error
 
     def flush(self) -> None:
         """Lets other processes see what was stored."""
@@ -441,24 +333,20 @@ class ReplayBuffer:
         self.store.commit()
 
     def compact(self, least: int = 1 << 20, agreed: Callable[[bool], bool] = bool) -> None:
-        """Gives room on the disk back, if most of it is taken by samples that were let go; between tasks.
+        """Frees the disk space of samples that the buffer has let go, if that is most of it; between tasks.
 
-        What is replaced is deleted the next time: checkpoints from before cannot be gone on with then.
+        Replaced files are deleted at the next call. From then on no run resumes from a checkpoint that needs them.
 
         Args:
             least: bytes that are worth it.
-            agreed: gets whether this process would do it, and gives whether all do.
+            agreed: gets True if this process would do it, and returns True if all processes would.
         """
         if not isinstance(self.store, DiskStore):
             return
         self.store.delete_replaced()
-        slots = list(self._slots())
-        before = [self._numbers[slot] for slot in slots]
-        if not agreed(self.store.is_wasteful(before, least)):
+        if not agreed(self.store.is_wasteful(self.numbers, least)):
             return
-        numbers = self.store.rewrite(before)
-        self._number(slots, numbers)
-        self._renumber_held(before, numbers)
+        self._renumber(self.store.rewrite(self.numbers))
         self.write_index()
 
     def write_index(self) -> None:
@@ -466,30 +354,19 @@ class ReplayBuffer:
         store = self.store
         if not isinstance(store, DiskStore) or not store.writes or not store.has_folder:
             return
-        content = json.dumps(store.describe(self.numbers))
-        replace_file(store.folder / "live.json", lambda path: path.write_text(content, encoding="utf-8"))
-        state = self.state_dict()
-        replace_file(store.folder / _STATE, lambda path: torch.save(state, path))
+        write_live(store.folder, store.describe(self.numbers))
+        write_state(store.folder, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain containers; of a buffer on disk, which records are in it."""
-        slots = list(self._slots())
-        numbers = [self._numbers[slot] for slot in slots]
-        stored = set(numbers)
-        held = [number for number in self._held or () if number in stored or not self.store.is_erased(number)]
-        numbers += [number for number in held if number not in stored]
-        places = {number: place for place, number in enumerate(numbers)}
-
+        """The whole state, as tensors and plain containers; a buffer on disk names its records only."""
+        numbers, slots = self._slots.state_dict(self.store.is_erased)
         return {
             "capacity": self.capacity,
             "unit": self.unit,
             "policy_name": self.policy_name,
             "rng": self._rng.getstate(),
             "seen_of": dict(self.seen_of),
-            **self._selection.state_dict(slots),
-            "tasks": torch.tensor([self._tasks[slot] for slot in slots], dtype=torch.int32),
-            "task_names": list(self._task_names),
-            "held": None if self._held is None else as_numbers([places[number] for number in held]),
+            **slots,
             "store": self.store.state_dict(numbers),
         }
 
@@ -508,20 +385,15 @@ class ReplayBuffer:
         for name, ours in (("capacity", self.capacity), ("unit", self.unit), ("policy_name", self.policy_name)):
             if state[name] != ours:
                 argument = {"capacity": "buffer_size", "policy_name": "policy"}.get(name, name)
-                raise ValueError(
-                    f"{argument}={ours!r} does not fit the checkpoint, which was written with {state[name]!r}"
-                )
+                theirs = f"the checkpoint, which was written with {state[name]!r}"
+                raise ValueError(f"{argument}={ours!r} does not fit {theirs}")
         numbers = self.store.load_state_dict(state["store"], folders)
-        self._clear()
+        self._slots = Slots(self.capacity)
         self._rng.setstate(state["rng"])
         self.seen_of = Counter(state["seen_of"])
-        self._selection.load_state_dict(state)
-        self._count = len(state["slots"])  # behind them are some that are only held
-        self._numbers = spread("q", state, numbers[: self._count], _EMPTY)
-        self._tasks, self._task_names = spread("i", state, state["tasks"]), list(state["task_names"])
-        if state["held"] is not None:
-            self._held = array("q", numbers[state["held"]].tolist())
-            self.store.hold(self._held)
-        self._per_task = Counter(self.tasks)
+        self._slots.load_state_dict(state, numbers)
+        self._hold()
         # What was removed after the checkpoint was written.
-        self._drop([slot for slot in self._slots() if self.store.is_erased(self._numbers[slot])])
+        self._evict(
+            self._slots.release([slot for slot in self._slots.filled() if self.store.is_erased(self._slots[slot])])
+        )

@@ -1,4 +1,4 @@
-"""Records in memory; checkpoints hold them."""
+"""Records in memory; checkpoints have them too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MemoryStore:
     """Samples in RAM, as bytes. What the buffer lets go is forgotten at once.
 
     ``erase`` reaches the samples in memory and every checkpoint that is written from then on; checkpoints that were
-    written before still hold them.
+    written before still have them.
     """
 
     writes = True
@@ -119,12 +119,12 @@ class MemoryStore:
         """Nothing."""
 
     def commit(self) -> None:
-        """Nothing: checkpoints hold the samples."""
+        """Nothing: checkpoints have the samples."""
 
     def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The samples themselves: many small ones joined into few large tensors, which are saved much faster."""
         samples, infos = [self._samples[n] for n in numbers], [self._info[n] for n in numbers]
-        forms = {form: place for place, form in enumerate(dict.fromkeys(sample.form for sample in samples))}
+        forms = {form: index for index, form in enumerate(dict.fromkeys(sample.form for sample in samples))}
         parts = {name: [getattr(sample, name) for sample in samples] for name in _PARTS}
         return {
             "kind": "memory",
@@ -159,12 +159,12 @@ class MemoryStore:
         content = {name: memoryview(state[name].numpy()) for name in _PARTS}
         ends = np.cumsum(np.concatenate([np.zeros((1, 3), np.int64), state["sizes"].numpy()]), axis=0).tolist()
         columns = [state[name].tolist() for name in ("form", "length", "loss_tokens", "position", "label", "numbers")]
-        for place, (form, length, loss, position, label, number) in enumerate(zip(*columns, strict=True)):
+        for index, (form, length, loss, position, label, number) in enumerate(zip(*columns, strict=True)):
             self._next = number  # as it was: others may have remembered it
-            begin, end = ends[place], ends[place + 1]
+            begin, end = ends[index], ends[index + 1]
             ids, mask, blob = (bytes(content[name][begin[i] : end[i]]) for i, name in enumerate(_PARTS))
             encoded = Encoded(ids, mask, blob, state["forms"][form], length, loss)
-            self._keep(encoded, state["tasks"][place], position, label)
+            self._keep(encoded, state["tasks"][index], position, label)
         self._removed, self._next = set(state["removed"]), state["next"]
         result: Tensor = state["numbers"]
         return result

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_cl.buffers.heap import LargestFirst
 from lightning_cl.buffers.store import as_numbers
 
 
@@ -67,7 +66,7 @@ class Selection:
         return self._enter(number, key, cost), gone
 
     def release(self, slots: Sequence[int]) -> None:
-        """Frees slots for other reasons than the rule's: later ones may take their places."""
+        """Frees slots for other reasons than the rule's; later samples may take them."""
         for group, heap in enumerate(self._heaps):
             mine = {slot for slot in slots if self._groups[slot] == group}
             if mine:
@@ -129,6 +128,60 @@ class Selection:
             members[self._groups[slot]].append(slot)
             self._used[self._groups[slot]] += self._costs[slot]
         self._heaps = [LargestFirst(self._keys, mine) for mine in members]
+
+
+class LargestFirst:
+    """Gives the slot with the largest key; O(log n).
+
+    A heap with its keys in one flat array: 12 bytes per slot, where tuples would take a hundred.
+
+    Args:
+        keys: the key of every slot, shared with the owner.
+        slots: what is in it at first.
+    """
+
+    def __init__(self, keys: array[float], slots: Iterable[int] = ()) -> None:
+        self._keys = keys
+        # A list in falling order is a heap.
+        self._heap = array("i", sorted(slots, key=lambda slot: -keys[slot]))
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def largest(self) -> float:
+        """The largest key; −∞ without slots."""
+        return self._keys[self._heap[0]] if self._heap else -math.inf
+
+    def push(self, slot: int) -> None:
+        """Adds a slot."""
+        heap, keys = self._heap, self._keys
+        heap.append(slot)
+        key, at = keys[slot], len(heap) - 1
+        while at and keys[heap[(at - 1) >> 1]] < key:
+            heap[at] = heap[(at - 1) >> 1]
+            at = (at - 1) >> 1
+        heap[at] = slot
+
+    def pop(self) -> int:
+        """Takes out the slot with the largest key."""
+        heap, keys = self._heap, self._keys
+        top, last = heap[0], heap.pop()
+        size = len(heap)
+        if size:
+            key, at = keys[last], 0
+            while (child := 2 * at + 1) < size:
+                if child + 1 < size and keys[heap[child + 1]] > keys[heap[child]]:
+                    child += 1
+                if keys[heap[child]] <= key:
+                    break
+                heap[at] = heap[child]
+                at = child
+            heap[at] = last
+        return top
+
+    def remove(self, gone: set[int]) -> None:
+        """Takes out some slots; O(n log n)."""
+        self._heap = array("i", sorted((s for s in self._heap if s not in gone), key=lambda slot: -self._keys[slot]))
 
 
 def spread(kind: str, state: dict[str, Any], values: Tensor, empty: int = 0) -> array[Any]:

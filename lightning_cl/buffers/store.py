@@ -21,7 +21,7 @@ class Info(NamedTuple):
         length: tokens; 0 for a sample that is no token sequence.
         loss_tokens: those that bear loss; −1 for a sample that is no token sequence.
         size: bytes of its content.
-        position: its place in its task's data; −1: unknown.
+        position: its position in its task's data; −1: unknown.
         label: its class; −1: none.
     """
 

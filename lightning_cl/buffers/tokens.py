@@ -1,10 +1,12 @@
-"""Tokens of a sample, counted."""
+"""Token counts and the class of a sample."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def loss_tokens(sample: Any) -> int | None:
@@ -26,3 +28,18 @@ def loss_tokens(sample: Any) -> int | None:
 def token_count(sample: Any) -> int:
     """Tokens of a sample; 0 for one that is no token sequence."""
     return len(sample["input_ids"]) if loss_tokens(sample) is not None else 0
+
+
+def label_of(sample: Any) -> int | None:
+    """The class of ``(input, class)`` or of a dictionary with ``label`` or ``labels``; None where there is none."""
+    if isinstance(sample, dict):
+        value = sample.get("label", sample.get("labels"))
+    elif isinstance(sample, (tuple, list)) and len(sample) == 2:
+        value = sample[1]
+    else:
+        return None
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        if tuple(value.shape) not in ((), (1,)):
+            return None
+        value = value.item()
+    return int(value) if isinstance(value, int) else None

@@ -1,5 +1,6 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -31,6 +32,7 @@ __all__ = [
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",
+    "Interpolate",
     "KLToBase",
     "LwF",
     "MemoryCallback",

@@ -37,6 +37,7 @@ from lightning_cl.cli.yaml_files import check_files
 from lightning_cl.core.loops import plan_limits
 from lightning_cl.data import TaskDataModule
 from lightning_cl.data.preview import printable, wants_colour
+from lightning_cl.lightning_internals import has_no_version_yet
 from lightning_cl.sequence.evaluate import evaluate_tasks
 from lightning_cl.sequence.fit import fit_tasks, run_folder
 from lightning_cl.sequence.predict import predict_tasks
@@ -57,7 +58,7 @@ forgot.
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc.yaml --strengths 0.001,0.01,0.1
   lightning-cl preview --config configs/quickstart.yaml                  a sample of each task, with what bears loss
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
-  lightning-cl runs runs                                                 what each run holds, and needs of others
+  lightning-cl runs runs                                                 what is in each run, and which others it needs
   lightning-cl fit --help                                                what is set first; --help all: everything
 """
 
@@ -81,7 +82,7 @@ _EARLY_OPTIONS = {
     ),
     "--add": (
         "NAME=PATH",
-        "With --run: a new task behind those of the run, as in mails=data/mails.jsonl. May be repeated.",
+        "With --run: a new task after those of the run, as in mails=data/mails.jsonl. May be repeated.",
     ),
     "--seeds": (
         "N|S,S,…",
@@ -326,7 +327,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _has_own_folder(trainer: L.Trainer) -> bool:
     """Returns True if the logger chooses a folder that no run has yet; to be asked before it has chosen."""
-    return isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)) and trainer.logger._version is None
+    return isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)) and has_no_version_yet(trainer.logger)
 
 
 def _quiet() -> None:

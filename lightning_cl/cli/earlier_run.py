@@ -1,8 +1,8 @@
 """``--run RUN`` and ``--add name=path``: a command that resumes from an earlier run.
 
-What the two options mean is written as the options that they stand for, before the parser sees the command line: the
-run's saved configuration, with the new tasks behind the old ones, as the first ``--config``, and its checkpoint as
-``--ckpt_path``. Whatever else is on the command line therefore overrides as usual.
+Before the parser sees the command line, the two options are replaced by those that they stand for. The run's saved
+configuration, with the new tasks after the old ones, becomes the first ``--config``; its checkpoint becomes
+``--ckpt_path``. All other options therefore override as usual.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class EarlierRun:
 
     Args:
         folder: its folder; `fit` writes nothing there.
-        checkpoint: what is gone on from.
+        checkpoint: the one that it resumes from.
         added: the names of the new tasks.
     """
 
@@ -84,8 +84,8 @@ def expand_run(arguments: Sequence[str], subcommands: Sequence[str]) -> tuple[li
         if additions:
             raise ValueError(f"--add={additions[0]}: a task is added to an earlier run; give its folder too: {_RUN}")
         return rest, None
-    place = next((place for place, argument in enumerate(rest) if argument in subcommands), None)
-    if place is None:
+    position = next((position for position, argument in enumerate(rest) if argument in subcommands), None)
+    if position is None:
         return rest, None  # the parser says what is missing
     if len(runs) > 1:
         raise ValueError(f"--run: given {len(runs)} times; a run goes on from one folder")
@@ -94,7 +94,7 @@ def expand_run(arguments: Sequence[str], subcommands: Sequence[str]) -> tuple[li
             "--run and --ckpt_path: give one of them; --run finds the checkpoint of a run, --ckpt_path needs the"
             " configuration beside it: --config RUN/config.yaml --ckpt_path RUN/tasks/…"
         )
-    subcommand, folder = rest[place], Path(runs[0])
+    subcommand, folder = rest[position], Path(runs[0])
     if additions and subcommand != "fit":
         raise ValueError(f"--add={additions[0]}: only `fit` trains a new task; for {subcommand}, give --run alone")
     config = _saved_config(folder, subcommand)
@@ -112,8 +112,8 @@ def expand_run(arguments: Sequence[str], subcommands: Sequence[str]) -> tuple[li
     else:
         checkpoint = last_boundary(folder)
     # As JSON, whose strings no reader of YAML takes for numbers.
-    start = [*rest[: place + 1], "--config", json.dumps(config, default=str)]
-    return [*start, *rest[place + 1 :], f"--ckpt_path={checkpoint}"], EarlierRun(folder, checkpoint, tuple(names))
+    start = [*rest[: position + 1], "--config", json.dumps(config, default=str)]
+    return [*start, *rest[position + 1 :], f"--ckpt_path={checkpoint}"], EarlierRun(folder, checkpoint, tuple(names))
 
 
 def last_boundary(run: Path) -> Path:
@@ -160,7 +160,7 @@ def _saved_config(folder: Path, subcommand: str) -> dict[str, Any]:
 
 
 def _add(config: dict[str, Any], addition: str) -> str:
-    """Puts a new task behind the old ones; its name."""
+    """Puts a new task after the old ones, and returns its name."""
     name, equals, path = addition.partition("=")
     name = name.strip()
     if not (name and equals and path):

@@ -44,9 +44,9 @@ def contents(arguments: Sequence[str]) -> list[dict[str, Any]]:
 def merged_overlays(arguments: Sequence[str], folder: Path) -> list[str]:
     """A command line whose later files keep what earlier ones say in the same dictionary.
 
-    The parser merges the settings of objects, and replaces dictionaries that are values, as the architecture of a model
-    or the arguments of LoRA: an overlay that changes one of their keys would lose the others. Lists are replaced, and
-    ``callbacks+:`` appends, as always. ``data.tasks`` is a sequence, and a later one replaces it.
+    The parser merges the settings of objects. It replaces dictionaries that are values, as the architecture of a model
+    or the arguments of LoRA, so an overlay that changes one of their keys would lose the others. Lists are replaced,
+    and ``callbacks+:`` appends, as always. ``data.tasks`` is a sequence, and a later one replaces it.
 
     Args:
         arguments: the command line.

@@ -65,7 +65,7 @@ def take_flag(arguments: Sequence[str], flag: str) -> tuple[bool, list[str]]:
     """Takes all occurrences of an option without a value out of a command line.
 
     Returns:
-        whether it was there, and the arguments that are left.
+        True if it was there, and the arguments that are left.
     """
     rest = [argument for argument in arguments if argument != flag]
     return len(rest) < len(arguments), rest

@@ -59,7 +59,7 @@ def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
 
     Args:
         folder: the run's folder.
-        own: whether no other run writes there.
+        own: True if no other run writes there.
         ckpt_path: what the run resumes from.
 
     Raises:

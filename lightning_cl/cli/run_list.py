@@ -1,4 +1,4 @@
-"""``lightning-cl runs``: what the runs below a folder hold, which runs need files of others, and how one is forgotten.
+"""``lightning-cl runs``: what is in the runs below a folder, which runs need files of others, and how one is forgotten.
 
 A run that resumes from another one's checkpoint (``--add``, or a resume with a folder of its own) has its own weights
 and importances. The samples of a buffer on disk stay where they were written: they are needed there.
@@ -102,11 +102,11 @@ def _read(folder: Path, all_runs: set[Path]) -> Run:
             read_from += map(Path, _texts(read_yaml(folder / "config.yaml", "runs")))
     others = all_runs - {folder}
     for path in {path.absolute() for path in read_from if path.exists()}:
-        place = path.resolve()
-        # The innermost run: one without a logger may hold others.
-        owner = next((above for above in (place, *place.parents) if above in all_runs), None)
+        resolved = path.resolve()
+        # The innermost run: one without a logger may have others inside.
+        owner = next((above for above in (resolved, *resolved.parents) if above in all_runs), None)
         if owner in others and owner not in folder.parents:
-            run.needs.add(place)
+            run.needs.add(resolved)
     return run
 
 
@@ -155,16 +155,16 @@ def _table(runs: Sequence[Run]) -> list[str]:
 
 
 def _forget(folder: Path, around: Path | None) -> None:
-    place = folder.resolve()
+    resolved = folder.resolve()
     # Runs of one name lie next to each other, and those of other names one folder above.
-    root = around or (place.parent.parent if re.fullmatch(r"version_\d+", place.name) else place.parent)
+    root = around or (resolved.parent.parent if re.fullmatch(r"version_\d+", resolved.name) else resolved.parent)
     runs = find_runs(root)
-    if place not in {run.folder for run in runs}:
+    if resolved not in {run.folder for run in runs}:
         raise FileNotFoundError(f"--forget={folder}: this is no run: there is no config.yaml and no tasks/*.ckpt in it")
     for run in runs:
-        if run.folder == place:
+        if run.folder == resolved:
             continue
-        needed = sorted(_shown(path) for path in run.needs if place in (path, *path.parents))
+        needed = sorted(_shown(path) for path in run.needs if resolved in (path, *path.parents))
         if needed:
             raise ValueError(
                 f"--forget={folder}: {_shown(run.folder)} needs {', '.join(needed)}; forget that run first"
@@ -174,16 +174,16 @@ def _forget(folder: Path, around: Path | None) -> None:
                 f"--forget={folder}: {_shown(run.unread[0])} cannot be read, so that what {_shown(run.folder)} needs is"
                 " not known; remove that file first"
             )
-    freed = next(run.size for run in runs if run.folder == place)
-    for path in list(place.iterdir()):
+    freed = next(run.size for run in runs if run.folder == resolved)
+    for path in list(resolved.iterdir()):
         if _OF_A_RUN.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    left = sorted(path.name for path in place.iterdir())
+    left = sorted(path.name for path in resolved.iterdir())
     if left:
-        freed -= sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        freed -= sum(path.stat().st_size for path in resolved.rglob("*") if path.is_file())
         print(f"  {folder}: not of a run, and left there: {', '.join(left)}")
     else:
-        place.rmdir()
+        resolved.rmdir()
     print(f"  {folder}: forgotten, {freed / 1e6:.1f} MB; no other run below {_shown(root.resolve())} needs it")
 
 

@@ -1,9 +1,9 @@
 """``--strengths 0.001,0.01,0.1``: finds a penalty's strength on the first tasks alone, then trains all of them with it.
 
-A strength that was chosen by the result of the whole sequence has seen the future: at the time when the choice had to
-be made, the later tasks were not there (De Lange et al. 2022, section 4; Chaudhry et al. 2019, section 5). Here each
-strength is tried on the first tasks, by the average over *their* validation data, and the best one then trains the
-whole sequence from its start. Each run is a process of its own.
+A strength that was chosen by the result of the whole sequence has seen the future: the later tasks were not there when
+the choice had to be made (De Lange et al. 2022, section 4; Chaudhry et al. 2019, section 5). Here each strength is
+tried on the first tasks, by the average over *their* validation data, and the best one then trains the whole sequence
+from its start. Each run is a process of its own.
 """
 
 from __future__ import annotations

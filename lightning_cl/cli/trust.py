@@ -25,7 +25,7 @@ def ask_for_trust(folder: Path, config: Any, trusted: bool) -> None:
     Args:
         folder: of the run.
         config: its configuration.
-        trusted: whether ``--trust`` was given.
+        trusted: True if ``--trust`` was given.
 
     Raises:
         ValueError: if nobody agreed; the message lists what would be imported.

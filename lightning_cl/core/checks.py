@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_cl.core.questions import Questions
+from lightning_cl.core.questions import Questions, answers
+from lightning_cl.core.run_state import named as named
+from lightning_cl.lightning_internals import starts_processes_of_its_own
 
 FORMAT = 3
 """Of the ``lightning_cl`` entry of a checkpoint."""
@@ -19,24 +21,13 @@ def methods_of(trainer: L.Trainer) -> list[Questions]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Questions)]  # type: ignore[attr-defined]
 
 
-def named(methods: list[Questions]) -> list[tuple[Questions, str]]:
-    """Each method with a name that is unique in its Trainer: the class, and a number from the second on."""
-    seen: dict[str, int] = {}
-    result = []
-    for method in methods:
-        name = type(method).__name__
-        seen[name] = seen.get(name, 0) + 1
-        result.append((method, name if seen[name] == 1 else f"{name}-{seen[name]}"))
-    return result
-
-
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Checks that these methods can work with this Trainer and module at all.
 
     Raises:
         MisconfigurationException: saying what to do instead.
     """
-    if isinstance(trainer.strategy.launcher, (_MultiProcessingLauncher, _XLALauncher)):
+    if starts_processes_of_its_own(trainer):
         raise MisconfigurationException(
             "Trainer(strategy=…): spawned and forked processes lose what callbacks learnt when a fit ends; use"
             " strategy='ddp' and start the training as a script"
@@ -55,6 +46,28 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             )
         if method.owns is not None:
             owners[method.owns] = name
+    deployers = [name for method, name in named(methods_of(trainer)) if answers(method, "deployed")]
+    if len(deployers) > 1:
+        raise MisconfigurationException(
+            f"Trainer(callbacks=…): {' and '.join(deployers)} each decide with which weights the model answers; keep"
+            " one of them"
+        )
+    _check_pairs(methods_of(trainer))
+
+
+def _check_pairs(methods: list[Questions]) -> None:
+    """Refuses pairs of which one takes away what the other relies on, and warns where it leaves only a part."""
+    for method, name in named(methods):
+        for other, others_name in named(methods):
+            if other is method:
+                continue
+            for trait in sorted(other.relies_on):
+                if trait in method.takes_away:
+                    raise MisconfigurationException(
+                        f"Trainer(callbacks=…): {others_name} with {name}: {method.takes_away[trait]}"
+                    )
+                if trait in method.weakens:
+                    rank_zero_warn(f"{others_name} with {name}: {method.weakens[trait]}")
 
 
 def refuse_sharded(trainer: L.Trainer, reason: str) -> None:

@@ -4,46 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_cl.core.checkpoint_io import read_checkpoint
+from lightning_cl.core.begun_batch import BegunBatch
+from lightning_cl.core.best_weights import load_best
 from lightning_cl.core.checks import FORMAT, check_state, check_trainer, methods_of, named
+from lightning_cl.core.deployment import deployed
 from lightning_cl.core.loops import (
-    Limits,
-    batches_in_flight,
-    batches_of_open_window,
-    batches_ready,
     count_from,
     forget_restart,
     let_methods_mix,
-    load_weights,
 )
-from lightning_cl.core.questions import Questions
+from lightning_cl.core.precision import amp_scale, reshard, scale_learning_rate
+from lightning_cl.core.questions import Questions, answers
 from lightning_cl.core.ranks import from_all_ranks
+from lightning_cl.core.run_state import RunState
+from lightning_cl.core.structure import Structure, names_of
 from lightning_cl.core.task_files import before_end_file
 from lightning_cl.data import TaskDataModule
-from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.batch_source import TaskBatches, is_indexed, is_stream
 from lightning_cl.data.mixing.contents import Kinds
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.random_state import get_random_state, set_random_state, untouched_random_state
 from lightning_cl.stopping import heed
 from lightning_cl.tasks import TaskPosition
 
 CHECKPOINT_KEY = "lightning_cl"
-_FEW = 1_000_000
 
 
 class TaskCoordinator(Callback):
@@ -54,50 +51,58 @@ class TaskCoordinator(Callback):
     """
 
     def __init__(self) -> None:
-        self.position = TaskPosition(0, "task", 1)
-        self.names: list[str] = []
-        self.driven = False
+        self.run = RunState()
         self.started = False
         self.ended = False
         self.at_boundary = False
-        self.first_step = 0
-        self.limits: Limits | None = None
-        self.run_limits: Limits | None = None  # the Trainer's own, which tasks may have others than
         self.lr: float | None = None
-        self.data: TaskDataModule | None = None
         self.pristine: dict[int, Any] = {}  # other people's callbacks as they were before the first task
         self.load_best = False
+        self.loads = False  # the coming fit of a sequence begins with a checkpoint
+        self._structure = Structure()
+        self._view: AbstractContextManager[None] | None = None  # in which the model is asked now
         self._steps_at_fit = 0
-        self.costs: list[dict[str, float]] = []
-        self.applied: dict[str, Tensor] = {}  # what several proximal penalties have applied in this step
-        self.begin_seconds = 0.0  # what methods spent before this task's training
         self._seconds_before = 0.0
         self._clock: float | None = None
         self._handles: list[RemovableHandle] = []
-        self._batch: Any = None
-        self.kinds: Kinds | None = None  # which parts of this batch are replayed; None: nothing
-        self._begun_with = 0
+        self._batch = BegunBatch()
         self._resumed: dict[str, Any] | None = None
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
-        self.checkpoint_path: Path | None = None  # that a sequence resumes from
         self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
         self.before_end: Path | None = None  # what was written before the methods' ends
-        self._moved = False  # whether the weights have moved since the batch began
-        self._at_batch: dict[str, Any] | None = None  # random states and buffers when the batch began
         self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
+        self._consolidated = False  # the checkpoint was written when the weights of the task's end were changed
         self._stop = False  # the checkpoint was written when training had been told to stop
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
-        """The Trainer's coordinator; made, and put at the end of the callbacks, if there is none yet."""
+        """Returns the Trainer's coordinator, and makes it where there is none yet; all methods get its run."""
+        found = [callback for callback in trainer.callbacks if isinstance(callback, cls)]  # type: ignore[attr-defined]
+        coordinator = found[0] if found else cls()
+        if not found:
+            trainer.callbacks.append(coordinator)  # type: ignore[attr-defined]
+        coordinator.run.methods = methods_of(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, cls):
-                return callback
-        coordinator = cls()
-        trainer.callbacks.append(coordinator)  # type: ignore[attr-defined]
+            if isinstance(getattr(callback, "run", None), RunState):
+                callback.run = coordinator.run
         return coordinator
+
+    @property
+    def position(self) -> TaskPosition:
+        """The current task's position in the sequence."""
+        return self.run.position
+
+    @property
+    def kinds(self) -> Kinds | None:
+        """The replayed parts of the current batch; None where nothing is replayed."""
+        return self.run.kinds
+
+    @property
+    def costs(self) -> list[dict[str, float]]:
+        """Steps, seconds and sample counts of each task that has ended."""
+        return self.run.costs
 
     @staticmethod
     def methods(trainer: L.Trainer) -> list[Questions]:
@@ -108,12 +113,12 @@ class TaskCoordinator(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.data is not None and not self._checked:
+        if self.run.data is not None and not self._checked:
             self._checked = True
             with untouched_random_state():
-                for task in self.data.trained_tasks:
-                    loader = self.data.train_loader(task)
-                    if isinstance(loader, TaskLoader) and len(loader) == 0:
+                for task in self.run.data.trained_tasks:
+                    loader = self.run.data.train_loader(task)
+                    if is_indexed(loader) and len(loader) == 0:
                         raise MisconfigurationException(
                             f"task {task.name!r}: its training loader gives no batch (is the data empty, or smaller"
                             " than a batch with drop_last=True?)"
@@ -121,10 +126,23 @@ class TaskCoordinator(Callback):
                     for method in self.methods(trainer):
                         method.check_loader(loader, task.name)
         if stage == "fit":
-            if not self.driven:
-                self.names, self.at_boundary = [], False
+            if not self.run.driven:
+                self.run.names, self.at_boundary = [], False
             check_trainer(trainer, pl_module)
-            let_methods_mix(trainer, self.methods(trainer), check=not self.driven, on_loader=self._before_first_batch)
+        self._structure.attach(
+            trainer, pl_module, self.run, CHECKPOINT_KEY, lambda: self._tasks_to_build() if stage == "fit" else None
+        )
+        if stage == "fit":
+            let_methods_mix(
+                trainer, self.methods(trainer), check=not self.run.driven, on_loader=self._before_first_batch
+            )
+
+    def _tasks_to_build(self) -> int | None:
+        """Counts the tasks that a fit needs parts for; None where a checkpoint's structure is built first."""
+        if self.loads:
+            return None
+        done = max((method.tasks_done for method in self.run.methods), default=0)
+        return (self.run.position.index if self.run.driven else done) + 1
 
     def _before_first_batch(self, trainer: L.Trainer, loader: Any) -> None:
         """The last moment before Lightning looks where to continue, and fetches the first batch of a stream."""
@@ -132,8 +150,8 @@ class TaskCoordinator(Callback):
             return
         if not self.started:
             forget_restart(trainer)
-        elif not self.ended and isinstance(loader, StreamLoader) and self._resumed["loader"] is not None:
-            loader.go_to(self._resumed["loader"])
+        elif not self.ended and is_stream(loader) and self._resumed["loader"] is not None:
+            loader.resume_from(self._resumed["loader"])
 
     # ------------------------------------------------------------------ start
 
@@ -142,8 +160,8 @@ class TaskCoordinator(Callback):
         self._steps_at_fit = trainer.global_step
         if self._stop and self._resumed is not None and self.started:
             trainer.should_stop = True  # as when it was written: Lightning forgets it, and would train on
-        if self.limits is not None:
-            count_from(trainer, self.limits, self.first_step)
+        if self.run.limits is not None:
+            count_from(trainer, self.run.limits, self.run.first_step)
         if self.lr is not None:
             for optimizer in trainer.optimizers:
                 schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -155,22 +173,22 @@ class TaskCoordinator(Callback):
         reshard(pl_module)
         self._undo_end(trainer)
         resumed, self._resumed = self._resumed, None
-        if not self.started or (self.ended and not self.driven):
-            if not self.driven:
+        if not self.started or (self.ended and not self.run.driven):
+            if not self.run.driven:
                 done = max((m.tasks_done for m in methods), default=0)
-                self.position = TaskPosition(done, f"task-{done}", done + 1)
+                self.run.position = TaskPosition(done, f"task-{done}", done + 1)
             # All or nothing, as the end: an exception in here leads to a checkpoint that starts the task.
             self._frozen = self._entry(trainer, resumed["random_states"] if resumed is not None else None)
-            self.started, self.ended, self.first_step = True, False, trainer.global_step
+            self.started, self.ended, self.run.first_step = True, False, trainer.global_step
             self._seconds_before = 0.0
             for method in methods:
-                method.task = self.position
+                method.task = self.run.position
                 method.on_task_start(trainer, pl_module)
             self._frozen = resumed_inside = None
         else:
             resumed_inside = resumed
         for method in methods:
-            method.task = self.position
+            method.task = self.run.position
             method.place(trainer, pl_module)
         for optimizer in trainer.optimizers:
             hook = _after_step_hook(self, trainer, pl_module)
@@ -182,11 +200,12 @@ class TaskCoordinator(Callback):
     def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
         """The loader's place and the random states, so that the next batch is the one that would have come."""
         self._states_to_restore = resumed["random_states"]
-        loader = trainer.train_dataloader
-        if inside and isinstance(loader, TaskLoader) and resumed["loader"] is not None:
+        loader: Any = trainer.train_dataloader
+        # A stream was resumed before its first batch was fetched.
+        if inside and is_indexed(loader) and resumed["loader"] is not None:
             # Not through Lightning's own state of the loops: it is lost as soon as a module reads
             # `trainer.estimated_stepping_batches` in `configure_optimizers`.
-            loader.load_state_dict(resumed["loader"], on_resumed=lambda: self._restore_random_state(trainer))
+            loader.resume_from(resumed["loader"], on_resumed=lambda: self._restore_random_state(trainer))
         else:
             self._restore_random_state(trainer)
 
@@ -201,18 +220,12 @@ class TaskCoordinator(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = batch
-        self._moved = False
-        # Where an exception leads to a checkpoint, the batch that it came in is trained on anew, with the same random
-        # numbers and the running statistics of before.
-        self._at_batch = _before_batch(pl_module) if saves_on_exception(trainer) else None
+        self._batch.begin(trainer, pl_module, batch)
         loader: Any = trainer.train_dataloader
-        self.kinds = trained = None
-        if isinstance(loader, StreamLoader):
-            self.kinds, trained = loader.begin()
-            self._begun_with = batches_ready(trainer)
-        elif isinstance(loader, TaskLoader) and loader.given:
-            self.kinds, trained = loader.given.popleft()
+        self.run.kinds = trained = None
+        if isinstance(loader, TaskBatches):
+            self.run.kinds, trained = loader.begin()
+            self._batch.loader_told(trainer)
         if trained is not None:
             for method in self.methods(trainer):
                 method.on_batch(trainer, pl_module, trained)
@@ -220,7 +233,7 @@ class TaskCoordinator(Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         for method in self.methods(trainer):
-            extra = method.extra_loss(trainer, pl_module, self._batch)
+            extra = method.extra_loss(trainer, pl_module, self._batch.content)
             if extra is not None:
                 # The loss already carries the accumulation's division and the loss scale.
                 factor = amp_scale(trainer) / trainer.accumulate_grad_batches
@@ -243,8 +256,8 @@ class TaskCoordinator(Callback):
 
     def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         methods = self._in_edit_order(trainer)
-        self._moved = True
-        self.applied.clear()
+        self._batch.weights_moved()
+        self.run.applied.clear()
         for method in methods:
             method.edit_weights(trainer, pl_module, optimizer)
         for method in methods:
@@ -254,7 +267,7 @@ class TaskCoordinator(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = self._at_batch = None
+        self._batch.end()
         for method, name in named(self.methods(trainer)):
             for key, value in method.scalars.items():
                 pl_module.log(f"continual/{name}/{key}", value, on_step=True, on_epoch=False, batch_size=1)
@@ -274,19 +287,19 @@ class TaskCoordinator(Callback):
         if self.started and not self.ended and resumed is not None:
             pl_module.to(trainer.strategy.root_device)
             for method in self.methods(trainer):
-                method.task = self.position
+                method.task = self.run.position
                 method.place(trainer, pl_module)
-            loader = trainer.train_dataloader
-            if isinstance(loader, TaskLoader) and resumed["loader"] is not None:
-                loader.load_state_dict(resumed["loader"])
+            loader: Any = trainer.train_dataloader
+            if is_indexed(loader) and resumed["loader"] is not None:
+                loader.resume_from(resumed["loader"])
             self._states_to_restore = resumed["random_states"]
             self._end_task(trainer, pl_module)
             pl_module.cpu()
-        elif self.driven and self.started and resumed is not None:
+        elif self.run.driven and self.started and resumed is not None:
             # From a checkpoint that was written between the task's end and its boundary checkpoint.
             self._states_to_restore = resumed["random_states"]
             self._restore_random_state(trainer)
-        elif not self.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):
+        elif not self.run.driven and trainer.global_step == self._steps_at_fit and self.methods(trainer):
             rank_zero_warn(
                 "trainer.fit has trained no step, and the methods have seen nothing: the Trainer's max_epochs or"
                 " max_steps had been reached before (they count all fits of a Trainer, and what a checkpoint has"
@@ -304,7 +317,7 @@ class TaskCoordinator(Callback):
         start = time.monotonic()
         reshard(pl_module)
         if self.load_best:
-            self._load_best(trainer, pl_module)
+            load_best(trainer, self.run.position)
         self._undo_end(trainer)
         # All or nothing: a checkpoint that is written from here on, because of an exception, is one of before the end,
         # and who resumes from it ends the task from its beginning. The loader, the buffers and the random states are
@@ -312,15 +325,16 @@ class TaskCoordinator(Callback):
         self._seconds_before = trained
         self._frozen = self._entry(trainer)
         self._save_before_end(trainer)
+        self._consolidate(trainer, pl_module)
         for method in self.methods(trainer):
             heed(trainer, all_ranks=True)
             method.on_task_end(trainer, pl_module)
             method.tasks_done += 1
         self.ended, self._frozen = True, None
-        begun, self.begin_seconds = self.begin_seconds, 0.0
-        self.costs.append(
+        begun, self.run.begin_seconds = self.run.begin_seconds, 0.0
+        self.run.costs.append(
             {
-                "steps": trainer.global_step - self.first_step,
+                "steps": trainer.global_step - self.run.first_step,
                 "begin_seconds": begun,
                 "train_seconds": trained,
                 "end_seconds": time.monotonic() - start,
@@ -328,30 +342,38 @@ class TaskCoordinator(Callback):
             }
         )
 
-    def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The weights of the task's best checkpoint take the place of the last ones."""
-        saver = best_of(trainer)
-        path = saver.best_model_path if saver is not None else ""
-        if not path or not Path(path).is_file():
-            rank_zero_warn(
-                f"load_best: no checkpoint of {self.position} has a best score; it ends with its last weights"
-            )
+    def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets the methods change the weights, once: who resumes from here on finds them changed."""
+        methods = self.methods(trainer)
+        changing = [method for method in methods if answers(method, "consolidate")]
+        done, self._consolidated = self._consolidated, False
+        assert self._frozen is not None
+        if done:
+            self._frozen["consolidated"] = True
+        if done or not changing:
             return
-        load_weights(trainer, read_checkpoint(path))
+        for method in methods:
+            method.close_path(trainer, pl_module)
+        self._frozen["inexact"] = "while a method changed the weights at a task's end"
+        for method in sorted(changing, key=lambda method: (method.consolidate_order, type(method).__name__)):
+            method.consolidate(trainer, pl_module)
+        self._frozen = self._entry(trainer) | {"consolidated": True}
 
     def _save_before_end(self, trainer: L.Trainer) -> None:
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
-        if not self.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
+        if not self.run.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
-        if any(method.ends_long for method in self.methods(trainer)) and self.data is not None:
-            index = self.position.index
-            self.before_end = before_end_file(trainer, self.data.trained_tasks[index], index)
+        changes = any(answers(method, "consolidate") for method in self.methods(trainer))
+        if (changes or any(method.ends_long for method in self.methods(trainer))) and self.run.data is not None:
+            index = self.run.position.index
+            self.before_end = before_end_file(trainer, self.run.data.trained_tasks[index], index)
             trainer.save_checkpoint(self.before_end, weights_only=False)
 
     def _undo_end(self, trainer: L.Trainer) -> None:
         """The end of a task has failed and nothing was loaded since: no method has done its end."""
         frozen, self._frozen = self._frozen, None
         if frozen is not None:
+            self._consolidated = bool(frozen.get("consolidated"))
             self._load_methods(trainer, frozen)
 
     def _train_seconds(self) -> float:
@@ -359,7 +381,7 @@ class TaskCoordinator(Callback):
 
     def _sample_counts(self, trainer: L.Trainer) -> dict[str, float]:
         loader = trainer.train_dataloader
-        place = self._place(trainer, loader)
+        place = self._batch.position_in(trainer, loader)
         if place is None:
             return {}
         given = place["counts"]
@@ -370,10 +392,52 @@ class TaskCoordinator(Callback):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._remove_handles()
+        self._leave_view()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove_handles()
+        self._leave_view()
+        self._structure.detach()
+
+    # ------------------------------------------------------------------ the model is asked
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # in a fit, the current task is validated as it is trained
+            self._enter_view(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._enter_view(trainer, pl_module)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._enter_view(trainer, pl_module)
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+
+    def _enter_view(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave_view()
+        data = getattr(trainer, "datamodule", None)
+        task = data.shown.name if isinstance(data, TaskDataModule) and data.shown is not None else None
+        self._view = deployed(trainer, pl_module, task)
+        self._view.__enter__()
+
+    def _leave_view(self) -> None:
+        view, self._view = self._view, None
+        if view is not None:
+            view.__exit__(None, None, None)
 
     def _remove_handles(self) -> None:
         for handle in self._handles:
@@ -384,15 +448,15 @@ class TaskCoordinator(Callback):
 
     def begin_sequence(self, trainer: L.Trainer, data: TaskDataModule, checkpoint_path: Path | None) -> None:
         """A sequence starts, from its beginning or from a checkpoint (called by ``fit_tasks``)."""
-        self.checkpoint_path = checkpoint_path
-        self.driven, self.data = True, data
-        self.names = [task.name for task in data.trained_tasks]
+        self.run.checkpoint_path = checkpoint_path
+        self.run.driven, self.run.data = True, data
+        self.run.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
         self._undo_end(trainer)
         self.before_end = None
         self._boundary_states, self._stop = None, False
-        self.position, self.first_step, self.costs = (
-            TaskPosition(0, self.names[0], len(self.names)),
+        self.run.position, self.run.first_step, self.run.costs = (
+            TaskPosition(0, self.run.names[0], len(self.run.names)),
             trainer.global_step,
             [],
         )
@@ -405,17 +469,18 @@ class TaskCoordinator(Callback):
 
     def end_sequence(self) -> None:
         """``fit_tasks`` returns, or failed: a plain fit is a task by itself again."""
-        self.driven, self.data, self.limits, self.lr, self.checkpoint_path = False, None, None, None, None
+        self.run.driven, self.run.data, self.run.limits, self.run.checkpoint_path = False, None, None, None
+        self.lr = None
         self.load_best = False
 
     def begin_task(self, position: TaskPosition) -> None:
         """A fresh task is about to be fitted (called by ``fit_tasks``)."""
-        self.position, self.started, self.ended, self.at_boundary = position, False, False, False
+        self.run.position, self.started, self.ended, self.at_boundary = position, False, False, False
 
     def reach_boundary(self, trainer: L.Trainer) -> None:
         """The current task is done and evaluated: what is saved now starts the next one (called by ``fit_tasks``)."""
         self.at_boundary = True
-        self.first_step = trainer.global_step
+        self.run.first_step = trainer.global_step
         # Whoever resumes from here starts the next task from these states; so does the run that resumes.
         self._resumed = {"loader": None, "random_states": from_all_ranks(get_random_state())}
 
@@ -432,41 +497,37 @@ class TaskCoordinator(Callback):
     def _entry(self, trainer: L.Trainer, states: list[Any] | None = None) -> dict[str, Any]:
         """Returns the part of a checkpoint that is the sequence's and its methods'; `states`: other random states."""
         loader = trainer.train_dataloader if trainer.state.fn == TrainerFn.FITTING and not self.at_boundary else None
-        begun = self._begun_batch(trainer)
+        begun = self._batch.state(trainer) if loader is not None else None
         if self.at_boundary and self._resumed is not None:
             states = self._resumed["random_states"]
         states = states or self._boundary_states
         return {
             "format": FORMAT,
-            "driven": bool(self.names),
-            "tasks": list(self.names),
-            "index": self.position.index + (1 if self.at_boundary else 0),
-            "name": self.position.name,
+            "driven": bool(self.run.names),
+            "tasks": list(self.run.names),
+            "index": self.run.position.index + (1 if self.at_boundary else 0),
+            "name": self.run.position.name,
             "started": self.started and not self.at_boundary,
             "ended": self.ended and not self.at_boundary,
-            "first_step": self.first_step,
-            "begin_seconds": self.begin_seconds,
+            "first_step": self.run.first_step,
+            "begin_seconds": self.run.begin_seconds,
             "train_seconds": self._train_seconds(),
-            "fingerprint": self.data.fingerprint() if self.data is not None else None,
-            "costs": [dict(cost) for cost in self.costs],
-            "loader": self._place(trainer, loader),
+            "fingerprint": self.run.data.fingerprint() if self.run.data is not None else None,
+            "costs": [dict(cost) for cost in self.run.costs],
+            "loader": self._batch.position_in(trainer, loader),
             "random_states": states or from_all_ranks(begun["random"] if begun is not None else get_random_state()),
             "methods": {
                 name: {"tasks_done": method.tasks_done, "state": method.continual_state()}
                 for method, name in named(self.methods(trainer))
             },
             "stop": trainer.should_stop and not self.at_boundary,
-            "inexact": self._why_inexact(trainer) if loader is not None else None,
+            "inexact": self._batch.why_inexact(trainer) if loader is not None else None,
         }
-
-    def _begun_batch(self, trainer: L.Trainer) -> dict[str, Any] | None:
-        """Returns the state at the start of a batch that an exception cut off, if the weights have not changed."""
-        fitting = trainer.state.fn == TrainerFn.FITTING and not self.at_boundary
-        return self._at_batch if fitting and batches_in_flight(trainer) and not self._moved else None
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        begun = self._begun_batch(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING and not self.at_boundary
+        begun = self._batch.state(trainer) if fitting else None
         if begun is not None:
             checkpoint["state_dict"] |= {
                 n: b for n, b in (begun["buffers"] or {}).items() if n in checkpoint["state_dict"]
@@ -478,24 +539,6 @@ class TaskCoordinator(Callback):
             for pristine in self.pristine.values():
                 checkpoint["callbacks"].pop(pristine.callback.state_key, None)
 
-    def _why_inexact(self, trainer: L.Trainer) -> str | None:
-        """Why a run that resumes from a checkpoint of this moment is not the one that was stopped, bit for bit."""
-        if batches_in_flight(trainer):
-            if self._moved:
-                return "inside a step, when the weights had moved already"
-            if self._at_batch is None or self._at_batch["buffers"] is None:
-                return "inside a step, of which the beginning was not kept"
-        window = batches_of_open_window(trainer)
-        return f"inside an accumulation window: the gradients of {window} batches are lost" if window else None
-
-    def _place(self, trainer: L.Trainer, loader: Any) -> dict[str, Any] | None:
-        """Returns the loader's position, if it knows it: after the last batch that was trained on."""
-        if isinstance(loader, StreamLoader):
-            # An exception in another callback's hook can come before the stream was told of a batch.
-            begun = self._begun_with == batches_ready(trainer)
-            return loader.place(batches_in_flight(trainer) if begun else 0)
-        return loader.state_dict(batches_in_flight(trainer)) if isinstance(loader, TaskLoader) else None
-
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -505,6 +548,14 @@ class TaskCoordinator(Callback):
                     " the module instead of resuming from it"
                 )
             self.load(trainer, checkpoint[CHECKPOINT_KEY])
+            done = max((method.tasks_done for method in self.run.methods), default=0)
+            count = (self.run.position.index if self.run.driven else done) + 1
+            self._structure.build(trainer, pl_module, self.run, names_of(self.run.names, count))
+        elif CHECKPOINT_KEY in checkpoint:
+            kept = checkpoint[CHECKPOINT_KEY]["methods"]
+            for method, name in named(self.methods(trainer)):
+                if name in kept and (answers(method, "deployed") or answers(method, "build")):
+                    method.load_continual_state(kept[name]["state"])
 
     def load(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Restores itself and all methods from a checkpoint's entry, once.
@@ -516,10 +567,11 @@ class TaskCoordinator(Callback):
             return
         self._loaded = True
         check_state(trainer, state)
-        self.names = list(state["tasks"])
-        self.position = TaskPosition(state["index"], state["name"], max(len(self.names), state["index"] + 1))
-        self.started, self.ended, self.first_step = state["started"], state["ended"], state["first_step"]
+        self.run.names = list(state["tasks"])
+        self.run.position = TaskPosition(state["index"], state["name"], max(len(self.run.names), state["index"] + 1))
+        self.started, self.ended, self.run.first_step = state["started"], state["ended"], state["first_step"]
         self._frozen = None
+        self._consolidated = bool(state.get("consolidated"))
         self._stop = bool(state.get("stop"))  # earlier checkpoints do not have it
         if state.get("inexact"):
             rank_zero_warn(
@@ -527,8 +579,8 @@ class TaskCoordinator(Callback):
                 " bit as if it had not been stopped"
             )
         self._seconds_before = state["train_seconds"] if self.started else 0.0
-        self.begin_seconds = state["begin_seconds"] if self.started else 0.0
-        self.costs = [dict(cost) for cost in state["costs"]]
+        self.run.begin_seconds = state["begin_seconds"] if self.started else 0.0
+        self.run.costs = [dict(cost) for cost in state["costs"]]
         self._resumed = {"loader": state["loader"], "random_states": state["random_states"]}
         self._load_methods(trainer, state)
 
@@ -536,55 +588,6 @@ class TaskCoordinator(Callback):
         for method, name in named(self.methods(trainer)):
             method.tasks_done = state["methods"][name]["tasks_done"]
             method.load_continual_state(state["methods"][name]["state"])
-
-
-def best_of(trainer: L.Trainer) -> ModelCheckpoint | None:
-    """The first ModelCheckpoint that looks for a best score."""
-    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return next((saver for saver in savers if saver.monitor is not None), None)
-
-
-def _before_batch(pl_module: L.LightningModule) -> dict[str, Any]:
-    """Returns all that a forward pass changes: random states, and running statistics where they are few."""
-    buffers = dict(pl_module.named_buffers())
-    are_few = sum(buffer.numel() for buffer in buffers.values()) <= _FEW
-    kept = {name: buffer.detach().clone() for name, buffer in buffers.items()} if are_few else None
-    return {"random": get_random_state(), "buffers": kept}
-
-
-def saves_on_exception(trainer: L.Trainer) -> bool:
-    """Tells if an exception leads to a checkpoint."""
-    return any(
-        isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
-        for callback in trainer.checkpoint_callbacks
-    )
-
-
-def reshard(pl_module: L.LightningModule) -> None:
-    """Under FSDP2 the outermost parameters stay gathered after a validation: back to the shards that training steps."""
-    for module in pl_module.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def amp_scale(trainer: L.Trainer) -> float:
-    """The factor of the loss scaler in fp16, else 1."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
-
-
-def scale_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[Any], lr: float) -> None:
-    """Scales an optimizer and its schedules so that the first parameter group's peak learning rate is `lr`."""
-    first = optimizer.param_groups[0]
-    factor = lr / float(first.get("max_lr", first.get("initial_lr", first["lr"])))
-    for group in optimizer.param_groups:
-        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if key in group:
-                group[key] = group[key] * factor
-    for scheduler in schedulers:
-        for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
-            if getattr(part, "optimizer", None) is optimizer and hasattr(part, "base_lrs"):
-                part.base_lrs = [base * factor for base in part.base_lrs]
 
 
 def _after_step_hook(coordinator: TaskCoordinator, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:

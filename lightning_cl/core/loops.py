@@ -1,4 +1,4 @@
-"""Lightning's loops: the only file that touches their internals, all of them measured on 2.6.6.
+"""Lightning's loops: the only file that changes them, all of it measured on 2.6.6.
 
 * A repeated ``fit`` trains nothing, without an error: the epochs of the last fit count. So they are reset.
 * ``max_steps`` counts the steps of all fits. So it is raised for each task, after optimizers and schedules were made.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -21,9 +20,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.core.questions import Questions
+from lightning_cl.core.run_state import Limits
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
-from lightning_cl.data.stream import StreamLoader
+from lightning_cl.lightning_internals import shards_loaders
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task
 
@@ -40,21 +41,6 @@ class _TasksSteps(int):
 
     def __repr__(self) -> str:
         return str(self.own)
-
-
-@dataclass
-class Limits:
-    """Bounds of a fit, in epochs and steps of its own."""
-
-    max_epochs: int | None
-    max_steps: int
-    min_steps: int | None
-    accumulated: int = 1
-    """Batches of an optimizer step; a ``GradientAccumulationScheduler`` changes it while a task is trained."""
-
-    def of_task(self, task: Task) -> tuple[int | None, int]:
-        """The epochs and steps of a task: one that sets a limit has no other."""
-        return _limits_of_task(task, self.max_epochs, self.max_steps)
 
 
 @contextmanager
@@ -77,7 +63,7 @@ def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
     Raises:
         MisconfigurationException: if the task would never end.
     """
-    epochs, steps = _limits_of_task(task, limits.max_epochs, limits.max_steps)
+    epochs, steps = limits.of_task(task)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         epochs, steps = 1, int(trainer.fast_dev_run)  # type: ignore[attr-defined]
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -92,13 +78,6 @@ def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
     loop.max_epochs = epochs if epochs is not None else -1
     loop.epoch_loop.max_steps = steps
     return Limits(epochs, steps, limits.min_steps, limits.accumulated)
-
-
-def _limits_of_task(task: Task, max_epochs: int | None, max_steps: int) -> tuple[int | None, int]:
-    """A task that sets a limit has no other."""
-    if task.max_epochs is None and task.max_steps is None:
-        return max_epochs, max_steps
-    return task.max_epochs if task.max_epochs is not None else -1, task.max_steps or -1
 
 
 def plan_limits(trainer: L.Trainer, max_epochs: int | None, max_steps: int) -> None:
@@ -118,7 +97,8 @@ def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | 
         batches: in an epoch; None for a stream.
     """
     known = (trainer.max_epochs, trainer.max_steps) != (1, int(trainer.fast_dev_run))  # type: ignore[attr-defined]
-    epochs, steps = _limits_of_task(task, *((trainer.max_epochs, trainer.max_steps) if known else (None, -1)))
+    limits = Limits(trainer.max_epochs, trainer.max_steps, None) if known else Limits(None, -1, None)
+    epochs, steps = limits.of_task(task)
     return expected_steps(trainer, epochs, steps, batches)
 
 
@@ -215,11 +195,12 @@ class _MixingSource(_DataLoaderSource):
         methods = [method for method in self.methods if method.mixes]
         if not methods:
             return loader
-        if not isinstance(loader, (TaskLoader, StreamLoader)):
+        if not isinstance(loader, TaskBatches):
             ranks = _shards_of_lightning(self._trainer)
             if not ranks and self._trainer.world_size > 1:
+                name = type(methods[0]).__name__
                 raise MisconfigurationException(
-                    "Trainer(use_distributed_sampler=False): Replay would keep other samples on each rank; let"
+                    f"Trainer(use_distributed_sampler=False): {name} would keep other samples on each rank; let"
                     " Lightning shard the loader"
                 )
             loader = TaskLoader.from_dataloader(
@@ -278,6 +259,6 @@ def steps_of_task(trainer: L.Trainer) -> int | None:
 
 def _shards_of_lightning(trainer: L.Trainer) -> dict[str, int]:
     """Rank and number of ranks over which Lightning shards a plain loader; empty where it does not."""
-    if not trainer._accelerator_connector.use_distributed_sampler:
+    if not shards_loaders(trainer):
         return {}
     return trainer.distributed_sampler_kwargs or {}

@@ -10,6 +10,9 @@ question            when
 on_run_start        a run starts or resumes, before a checkpoint is read
 on_sequence_start   ``fit_tasks`` starts a sequence anew, without a checkpoint
 check_loader        before any training, for the loader of every task
+build               the module is built and its weights are not loaded yet: in a fit, an evaluation, a prediction and
+                    every kind of resume
+choose_trainable    after it, before the optimizers are made
 mix_into            the loader of a task is built
 on_task_start       once per task, never on a resume inside it
 place               whenever training starts or resumes: bring tensors to the model's device
@@ -19,10 +22,15 @@ observe_gradients   gradients are complete, unscaled, reduced over ranks, not cl
 edit_gradients      after all observers, before clipping; in the order of ``edit_order``
 edit_weights        right after a real optimizer step
 after_step          after all weight edits
-on_task_end         once per task, after all other callbacks' ``on_train_end``
+close_path          once per task, after all other callbacks' ``on_train_end``: the last look at the weights as
+                    training left them
+consolidate         after it: change the weights, in the order of ``consolidate_order``
+on_task_end         after it: importances, anchors, teachers, buffers of the weights that the task ends with
+deployed            whenever the model is asked: columns of the matrix, evaluations, predictions, prompts
 at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``; in the order of
                     ``boundary_order``
 after_boundary      when all have answered ``at_boundary``: time to report
+on_sequence_end     ``fit_tasks`` returns: leave the module as it is to be used
 end_cost            the plan is told: what the end of a task will take
 advice              the report is written: what of the method could be changed
 ==================  ====================================================================================
@@ -30,18 +38,35 @@ advice              the report is written: what of the method could be changed
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_cl.data import TaskDataModule, TaskLoader
+from lightning_cl.core.run_state import RunState
+from lightning_cl.data import TaskDataModule
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.mixing.contents import Trained
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.evaluation.sentences import Need
 from lightning_cl.tasks import TaskPosition
+
+Trait = Literal["shared parameters", "earlier outputs", "earlier samples"]
+"""A thing of a run that methods rely on, and that others can take away.
+
+``shared parameters``: later tasks train the parameters that earlier ones trained. ``earlier outputs``: a copy of the
+trainable parameters gives back what the model computed before. ``earlier samples``: samples of earlier tasks may be
+trained on in later ones.
+"""
+
+
+def answers(method: Any, question: str) -> bool:
+    """Tells if a method answers a question with anything but nothing."""
+    return getattr(type(method), question) is not getattr(Questions, question)
 
 
 class EndCost(NamedTuple):
@@ -64,6 +89,7 @@ class Questions(Callback):
     Attributes:
         task: where in the sequence the run is; None before the first task.
         tasks_done: how many tasks this callback has seen to their end.
+        run: what the run knows, from the Trainer's setup on (:class:`~lightning_cl.core.run_state.RunState`).
     """
 
     owns: str | None = None
@@ -75,6 +101,21 @@ class Questions(Callback):
     ends_long: bool = False
     """True if its part of a task's end can take long: a checkpoint is written before, so that no training is lost."""
 
+    consolidate_order: int = 0
+    """Lower changes the weights first at a task's end: merges 0, what cuts a model into parts 1."""
+
+    relies_on: frozenset[Trait] = frozenset()
+    """Things of a run that the method cannot do without."""
+
+    takes_away: Mapping[Trait, str] = MappingProxyType({})
+    """Things of a run that the method leaves to no other, each with the reason and what to do; an error says so."""
+
+    weakens: Mapping[Trait, str] = MappingProxyType({})
+    """Things of a run of which the method leaves others only a part, each with the reason; a warning says so."""
+
+    replays_first: bool = False
+    """True if samples that it replays are there in the first task already."""
+
     boundary_order: int = 0
     """Lower evaluates first between tasks."""
 
@@ -83,6 +124,7 @@ class Questions(Callback):
         self.task: TaskPosition | None = None
         self.tasks_done = 0
         self.scalars: dict[str, float | Tensor] = {}
+        self.run = RunState()
 
     # ------------------------------------------------------------------ questions
 
@@ -105,8 +147,18 @@ class Questions(Callback):
     def check_loader(self, loader: Any, task: str) -> None:
         """Raises an error if the method cannot work with a task's training loader."""
 
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
         """The loader of a task is built: add to it."""
+
+    def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
+        """The module is built, its weights are not loaded: add the parts that these tasks need.
+
+        It is asked often, with more tasks as the run gets on, and adds only what is missing. Random numbers come from a
+        seed of the method's own.
+        """
+
+    def choose_trainable(self, pl_module: L.LightningModule, task: TaskPosition) -> None:
+        """The optimizers are about to be made for a task: set ``requires_grad``."""
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task starts: anchors, snapshots, fresh sums."""
@@ -137,6 +189,24 @@ class Questions(Callback):
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Look at the parameters that this step ended with."""
 
+    def close_path(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task's training is done, and nothing has changed the weights since: the last look at them."""
+
+    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task's training is done: change the weights before anything is measured or anchored."""
+
+    def deployed(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, task: str | None
+    ) -> AbstractContextManager[None]:
+        """Returns a context in which the module computes what its user would get.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            task: the task that is asked about; None: nobody says which.
+        """
+        return nullcontext()
+
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task ends: importances, buffers, teachers."""
 
@@ -155,6 +225,9 @@ class Questions(Callback):
 
     def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
         """All evaluations of this boundary are there; `final`: no task is left."""
+
+    def on_sequence_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """``fit_tasks`` returns after the last task: leave the module as it is to be used."""
 
     # ------------------------------------------------------------------ state
 
@@ -187,7 +260,8 @@ class Questions(Callback):
         """Names what could be changed of this method, by what it saw in the run; None for nothing.
 
         Args:
-            need: ``keep`` more of earlier tasks, or ``learn`` more of a new one.
+            need: ``keep`` more of earlier tasks, ``learn`` more of a new one, or ``begin`` to keep, which is asked
+                where no method has an answer to ``keep``.
         """
         return None
 

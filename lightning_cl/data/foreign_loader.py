@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_cl.data.stream import StreamLoader
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.random_state import untouched_random_state
 
 _KEPT_SETTINGS = ("num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "timeout")
@@ -92,8 +92,10 @@ def task_indices(loader: Any) -> Sequence[int]:
 
 
 def why_not_plannable(loader: Any) -> str | None:
-    """Why a loader's batches cannot be planned by index, in words; None if they can."""
-    if isinstance(loader, StreamLoader):
+    """Returns the reason why a loader's batches cannot be planned by index, in words; None if they can."""
+    if isinstance(loader, TaskBatches) and not loader.is_stream:
+        return None
+    if isinstance(loader, TaskBatches):
         return "its data is a stream without length: it cannot be addressed by index"
     if not isinstance(loader, DataLoader):
         return f"it is a {type(loader).__name__} and no torch DataLoader"

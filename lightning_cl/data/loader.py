@@ -10,31 +10,25 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
+from lightning_cl.data.batch_source import TaskBatches, TaskLength, no_counts
 from lightning_cl.data.foreign_loader import taken_over, task_indices
-from lightning_cl.data.mixing.block_plan import BlockPlan
 from lightning_cl.data.mixing.contents import Kinds, Trained, kinds_of
-from lightning_cl.data.mixing.packing import bucketed_order, fill
-from lightning_cl.data.mixing.plan import (
-    cuts,
-    interleave,
-    mixed_length,
-    plan_batches,
-    plan_mixed_batches,
-    seed_of,
-    share_of_rank,
-)
+from lightning_cl.data.mixing.epoch_plan import EpochPlan
+from lightning_cl.data.mixing.packing import fill
+from lightning_cl.data.mixing.plan import share_of_rank
 from lightning_cl.data.mixing.replayed import Mix as Mix
 from lightning_cl.data.mixing.replayed import NewThenReplayed, Samples
 from lightning_cl.data.mixing.replayed import loss_tokens as loss_tokens
 
 
-class TaskLoader:
+class TaskLoader(TaskBatches):
     """Batches of one task for the Trainer.
 
     A plain ``DataLoader`` silently feeds the wrong batches after a resume in the middle of an epoch, and cannot change
     the share of new samples from batch to batch. This loader plans each epoch as lists of indices, from seeds alone or
-    from the user's own sampler, and lets a ``DataLoader`` fetch and collate them. Where it stands is two numbers and a
+    from the user's own sampler, and lets a ``DataLoader`` fetch and collate them. Its position is two numbers and a
     random state. Lightning takes it as it is; sharding over ranks happens here, so that all ranks together see the
     batches that one process would see.
 
@@ -64,7 +58,7 @@ class TaskLoader:
         ValueError: if a sample is longer than a block, or a `sampler`'s order is to be packed.
     """
 
-    batch_sampler = None  # Lightning looks for it next to `sampler`
+    is_stream = False
 
     def __init__(
         self,
@@ -98,7 +92,7 @@ class TaskLoader:
         self._epoch_rng: dict[str, torch.Tensor] | None = None
         self._resume: dict[str, Any] | None = None
         self._on_resumed: Callable[[], None] | None = None
-        self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
+        self.counts = no_counts()
         # Of the batches given out, until somebody takes them: what is replayed, and all ranks' new samples.
         self.given: deque[tuple[Kinds | None, Trained]] = deque()
         self._draws_random = like is not None or sampler is not None
@@ -112,7 +106,7 @@ class TaskLoader:
         own_order = shuffle and sampler is None and block_length is None
         self._buckets = length_buckets and own_order and hasattr(dataset, "length")
         self._samples = Samples(dataset)
-        self._blocks = self._block_plan()
+        self._plan = self._plan_epochs()
 
     @classmethod
     def from_dataloader(cls, loader: DataLoader[Any], *, for_training: bool = True, **placement: Any) -> TaskLoader:
@@ -129,33 +123,29 @@ class TaskLoader:
         return cls(**taken_over(loader, for_training, placement))
 
     @property
+    @override
     def num_workers(self) -> int:
-        """Worker processes that load samples."""
         return int(self._settings.get("num_workers", 0))
 
-    def mix_in(self, mix: Mix, epochs: float = 1.0, batches: float | None = None, limit: int | float = 1.0) -> None:
-        """Lets the samples of a buffer take part in the batches from now on, next to those of other buffers.
-
-        Args:
-            mix: what, and how much of it.
-            epochs: how many the task has at most; for a share that changes over it.
-            batches: how many batches it has at most.
-            limit: of the batches of an epoch, as ``limit_train_batches``.
-
-        Raises:
-            ValueError: if there is no room for it next to what is mixed in already.
-        """
+    @override
+    def mix_in(self, mix: Mix, length: TaskLength | None = None) -> None:
+        length = length or TaskLength()
+        if not mix.curve.is_constant and math.isinf(length.epochs) and length.batches is None:
+            raise ValueError(
+                "ratio: a share that changes over a task needs to know its length; set max_epochs or max_steps"
+            )
         if len(mix.buffer.held) > 0 and mix.curve.largest > 0:
             mixes = [*self._samples.mixes, mix]
             self._samples = Samples(self.dataset, mixes)
-            self._blocks = self._block_plan()
-            length = len(self)
-            if not self._samples.is_constant and length > 0:
+            self._plan = self._plan_epochs()
+            planned = len(self)
+            if not self._samples.is_constant and planned > 0:
                 # An epoch's length is known now, with what is replayed in it.
-                shown = min(limit, length) if isinstance(limit, int) else int(length * limit)
-                total = min(epochs * shown, math.inf if batches is None else batches)
-                self._samples.epochs, self._samples.shown = max(total, 1.0) / length, shown / length
-                self._blocks = self._block_plan()
+                limit = length.limit
+                shown = min(limit, planned) if isinstance(limit, int) else int(planned * limit)
+                total = min(length.epochs * shown, math.inf if length.batches is None else length.batches)
+                self._samples.epochs, self._samples.shown = max(total, 1.0) / planned, shown / planned
+                self._plan = self._plan_epochs()
 
     def padding_share(self) -> float | None:
         """The share of padding among the places of the epoch's batches, in [0, 1).
@@ -166,30 +156,17 @@ class TaskLoader:
         lengths = self._samples.lengths
         if lengths is None or self.order_sampler is not None:
             return None
-        own = (share_of_rank(batch, self.rank, self.world_size) for batch in self._plan(self._epoch))
+        own = (share_of_rank(batch, self.rank, self.world_size) for batch in self._batches())
         return 1.0 - fill(own, lengths, self.block_length)
 
-    @property
-    def sampler(self) -> TaskLoader:
-        """Lightning calls ``set_epoch`` on a loader's sampler: here, the loader itself."""
-        return self
-
+    @override
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
         if epoch != self._epoch:
             self._position, self._epoch_rng = 0, None
         self._epoch = epoch
 
     def __len__(self) -> int:
-        if self._blocks is not None:
-            return len(self._blocks)
-        size = self.batch_size * self.world_size
-        samples = len(self.order_sampler) if self.order_sampler is not None else len(self.dataset)
-        if self._samples.replays and self._samples.mode == "replace":
-            # What a sampler leaves out or repeats is not known here: the mean weight, then.
-            weight = samples * self._samples.mean_weight(task_indices(self))
-            return mixed_length(samples, weight, self._samples.sources(0), size, self.drop_last)
-        return samples // size if self.drop_last else math.ceil(samples / size)
+        return self._plan.length(lambda: task_indices(self))
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing happens before the first batch is asked for. Lightning makes the iterator before it
@@ -207,7 +184,7 @@ class TaskLoader:
         if self._draws_random:
             # What DataLoader's own iterator draws, so that everything after it is what the user's loader would give.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-        plan = self._plan(self._epoch)[start:]
+        plan = self._batches()[start:]
         self._finish_resume()
         self._position = start
         self.given.clear()
@@ -240,12 +217,12 @@ class TaskLoader:
         new = [index for index in indices if index < len(self.dataset)]
         return Trained(self._epoch, self._position, new, self.dataset.__getitem__)
 
-    def state_dict(self, in_flight: int = 0) -> dict[str, Any]:
-        """Returns the loader's position, and what it has given out in this task.
+    @override
+    def begin(self) -> tuple[Kinds | None, Trained | None]:
+        return self.given.popleft() if self.given else (None, None)
 
-        Args:
-            in_flight: how many of the batches that were given out last have not been trained on.
-        """
+    @override
+    def position(self, in_flight: int = 0) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
             "position": max(self._position - in_flight, 0),
@@ -253,93 +230,37 @@ class TaskLoader:
             "counts": dict(self.counts),
         }
 
-    def load_state_dict(self, state: dict[str, Any], on_resumed: Callable[[], None] | None = None) -> None:
-        """The next iterator resumes from :meth:`state_dict`.
+    @override
+    def resume_from(self, position: dict[str, Any], on_resumed: Callable[[], None] | None = None) -> None:
+        self._resume, self._on_resumed = position, on_resumed
+        self._epoch, self._position, self._epoch_rng = (position[name] for name in ("epoch", "position", "epoch_rng"))
+        self.counts = dict(position["counts"])
 
-        Args:
-            state: of :meth:`state_dict`.
-            on_resumed: called when the order of an epoch that was under way is laid out again, before the first sample
-                is fetched: the place to restore random states, since the order may have drawn from them.
-        """
-        self._resume, self._on_resumed = state, on_resumed
-        self._epoch, self._position, self._epoch_rng = state["epoch"], state["position"], state["epoch_rng"]
-        self.counts = dict(state["counts"])
+    # Lightning saves and restores a loader by these names; what counts is restored by the coordinator.
+    state_dict, load_state_dict = position, resume_from
 
     def _finish_resume(self) -> None:
         on_resumed, self._on_resumed = self._on_resumed, None
         if on_resumed is not None:
             on_resumed()
 
-    def _block_plan(self) -> BlockPlan | None:
-        if self.block_length is None:
-            return None
-        return BlockPlan(
+    def _plan_epochs(self) -> EpochPlan:
+        return EpochPlan(
             self._samples,
-            self.block_length,
             self.batch_size * self.world_size,
             shuffle=self.shuffle,
             seed=self.seed,
+            sampler=self.order_sampler,
             drop_last=self.drop_last,
-            multiple=self.world_size,
+            block_length=self.block_length,
+            buckets=self._buckets,
+            world_size=self.world_size,
+            broadcast=self._broadcast,
         )
 
-    def _plan(self, epoch: int) -> list[list[Any]]:
+    def _batches(self) -> list[list[Any]]:
         """The epoch's batches on all ranks together: lists of indices, or of blocks (tuples of indices)."""
-        size, samples = self.batch_size * self.world_size, self._samples
-        batches: list[Any]
-        if self._blocks is not None:
-            batches = self._blocks.batches(epoch)
-        elif not samples.replays:
-            batches = plan_batches(self._order(epoch), size, self.drop_last)
-        elif samples.mode == "replace" and not samples.is_constant and samples.epochs > 1:
-            batches = self._part_of_task(epoch)
-        else:
-            batches = plan_mixed_batches(
-                self._order(epoch),
-                samples.sources(epoch),
-                samples.weight,
-                size,
-                samples.mode,
-                samples.span(epoch),
-                self.drop_last,
-                length=len(self) if samples.mode == "replace" else None,
-                multiple=self.world_size,
-            )
-        return batches
-
-    def _part_of_task(self, epoch: int) -> list[list[int]]:
-        """An epoch of a task in which the replayed share changes.
-
-        Epochs have equally many batches, and passes over the new samples do not: so all passes are laid out one behind
-        the other, and each epoch is a part of that.
-        """
-        samples, length, size = self._samples, len(self), self.batch_size * self.world_size
-        epochs = max(math.ceil(samples.epochs), epoch + 1)
-        slots: list[int] = []
-        for number in range(epochs):
-            order = self._order(number)
-            room = (epochs * length * size - len(slots) - len(order)) if number == epochs - 1 else None
-            groups = interleave(order, samples.sources(number), samples.weight, samples.span(number), room)
-            slots += [index for group in groups for index in group]
-        if samples.epochs == int(samples.epochs):
-            ends = list(cuts(len(slots), epochs * length, size))[epoch * length : (epoch + 1) * length]
-            return [slots[begin:end] for begin, end in ends]
-        return plan_batches(slots, size)[epoch * length : (epoch + 1) * length]  # it ends within the last epoch
-
-    def _order(self, epoch: int) -> list[int]:
-        if self.order_sampler is not None:
-            if hasattr(self.order_sampler, "set_epoch"):
-                self.order_sampler.set_epoch(epoch)
-            order = list(self.order_sampler)
-            return self._broadcast(order) if self._broadcast is not None and self.world_size > 1 else order
-        if not self.shuffle:
-            return list(range(len(self.dataset)))
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()
-        if not self._buckets:
-            return order
-        lengths = self._samples.lengths_of_new
-        return bucketed_order(order, lengths, self.batch_size * self.world_size, seed_of(self.seed, epoch, 1))
+        return self._plan.batches(self._epoch, lambda: task_indices(self))
 
     def _count(self, rows: Iterable[Any]) -> None:
         for row in rows:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.preview import preview
@@ -21,9 +22,9 @@ from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.chat import has_template
 from lightning_cl.data.text.layout import Layout
 from lightning_cl.data.text.prompts import PromptDataset, join_prompts
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.records import check_text_source, is_text_source, read_texts
 from lightning_cl.data.text.sources import as_tasks, describe_source, is_data, is_stream
-from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.text_tasks import (
     TextSettings,
     TokenStream,
@@ -35,6 +36,7 @@ from lightning_cl.data.text.text_tasks import (
 )
 from lightning_cl.data.text.tokenizer import TrainedBPE, fingerprint, load_tokenizer, pad_token_id, read_template
 from lightning_cl.data.text.tokens import TokenCollator, TokenDataset
+from lightning_cl.lightning_internals import shards_loaders, trains_on
 from lightning_cl.tasks import Task
 
 
@@ -137,7 +139,7 @@ class TaskDataModule(L.LightningDataModule):
         self.expected_fingerprint: str | None = None
         self._prepared: dict[str, _Prepared] | None = None
         self._set_up: set[tuple[int, str]] = set()
-        self._loader: TaskLoader | StreamLoader | None = None
+        self._loader: TaskBatches | None = None
         self._loader_task: str | None = None
         self.check()
 
@@ -183,7 +185,8 @@ class TaskDataModule(L.LightningDataModule):
                 self.watch = before
 
     @property
-    def _shown(self) -> Task:
+    def shown(self) -> Task:
+        """The task whose loaders for validation, test and prediction are given out now."""
         return self.current if self.watch is None else self.tasks[self.watch]
 
     def check(self) -> None:
@@ -255,7 +258,7 @@ class TaskDataModule(L.LightningDataModule):
         """Reads and tokenises all tasks, once."""
         # After fit_tasks the Trainer still holds this module; a fit on other data is not our business. Without a
         # Trainer, somebody looks at the data.
-        trains = self.trainer is not None and self.trainer.fit_loop._data_source.instance is self
+        trains = self.trainer is not None and trains_on(self.trainer, self)
         if stage == "fit" and not self.driven and trains and len(self.trained_tasks) > 1:
             raise RuntimeError(
                 f"trainer.fit would train only one of these {len(self.trained_tasks)} tasks and look finished: use"
@@ -281,7 +284,7 @@ class TaskDataModule(L.LightningDataModule):
     def train_dataloader(self) -> Any:
         """The current task's batches."""
         loader = self.train_loader(self.current)
-        if not isinstance(loader, (TaskLoader, StreamLoader)):
+        if not isinstance(loader, TaskBatches):
             self._loader = None
             return loader
         if self._loader is not None and self._loader_task == self.current.name:
@@ -293,13 +296,13 @@ class TaskDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Validation batches of the current task; of the watched one while the matrix is measured."""
-        task = self._shown
+        task = self.shown
         loader = self.val_loader(task)
         return [] if loader is None else loader
 
     def test_dataloader(self) -> Any:
         """Test batches of the task that is evaluated."""
-        task = self._shown
+        task = self.shown
         test = self._data(task).test
         if test is None and self.has_test_data(task):
             test = task.train
@@ -311,7 +314,7 @@ class TaskDataModule(L.LightningDataModule):
         A batch is ``{"prompt", "reference"}``, lists of token ids: what comes before the last part that bears loss (the
         conversation up to the last answer; of a text without prompt, its beginning), and that part.
         """
-        task = self._shown
+        task = self.shown
         data = self._data(task)
         source = next((part for part in (data.test, data.val, data.train) if isinstance(part, TokenDataset)), None)
         if source is None:
@@ -331,7 +334,7 @@ class TaskDataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Handed on to the task's own DataModule, if it is one."""
-        task = self._shown
+        task = self.shown
         if isinstance(task.train, L.LightningDataModule):
             return task.train.transfer_batch_to_device(batch, device, dataloader_idx)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -520,7 +523,7 @@ class TaskDataModule(L.LightningDataModule):
         """``Trainer(use_distributed_sampler=False)``: whoever made a loader shards it over ranks himself."""
         if self.trainer is None or self.trainer.world_size == 1:
             return False
-        return not self.trainer._accelerator_connector.use_distributed_sampler
+        return not shards_loaders(self.trainer)
 
     def _ranks(self) -> dict[str, Any]:
         # Data parallel ranks: under tensor parallelism several processes share one batch.
@@ -539,7 +542,7 @@ class TaskDataModule(L.LightningDataModule):
         return [task.train for task in self.tasks if isinstance(task.train, L.LightningDataModule)]
 
     def _delegate(self, hook: str, batch: Any, dataloader_idx: int) -> Any:
-        task = self._shown
+        task = self.shown
         if isinstance(task.train, L.LightningDataModule):
             return getattr(task.train, hook)(batch, dataloader_idx)
         return batch

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lightning_cl.data.text.dataset import TokenDataset
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.text_tasks import TokenStream
 from lightning_cl.tasks import Task
 

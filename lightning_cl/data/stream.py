@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from typing_extensions import override
 
+from lightning_cl.data.batch_source import TaskBatches, TaskLength, no_counts
 from lightning_cl.data.mixing.contents import Kinds, Trained
 from lightning_cl.data.mixing.plan import share_of_rank
 from lightning_cl.data.mixing.replayed import Mix, loss_tokens
@@ -18,7 +21,7 @@ from lightning_cl.data.mixing.stream_mix import Item, StreamMix
 Sample = dict[str, Tensor]
 
 
-class StreamLoader:
+class StreamLoader(TaskBatches):
     """Batches from a stream of token samples without length or index.
 
     An epoch is one pass over the stream. All ranks read it, and each takes its share of every batch, so that together
@@ -28,7 +31,7 @@ class StreamLoader:
     packing: new and replayed documents share blocks.
 
     Lightning fetches one batch ahead from a loader without length. So the coordinator says by :meth:`begin` which
-    batches are trained on, and nothing here is called ``state_dict``: Lightning would save and restore the wrong place.
+    batches are trained on, and nothing here is called ``state_dict``: Lightning would save a later position.
 
     Args:
         samples: begins a pass over the stream; gets the number of the epoch.
@@ -39,7 +42,7 @@ class StreamLoader:
         world_size: number of processes.
     """
 
-    batch_sampler = None  # Lightning looks for it next to `sampler`
+    is_stream = True
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class StreamLoader:
     ) -> None:
         self._samples, self.batch_size, self.collate_fn = samples, batch_size, collate_fn
         self.block_length, self.rank, self.world_size = block_length, rank, world_size
-        self.counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
+        self.counts = no_counts()
         self._mix = StreamMix(samples)
         self._open: list[list[Item]] = []  # blocks that are being filled
         self._closed: list[list[Item]] = []  # blocks that wait
@@ -64,25 +67,16 @@ class StreamLoader:
         self._latest: deque[_Given] = deque(maxlen=2)  # of those begun with last
         self._position = 0  # the number of the last of them
         self._goal: dict[str, Any] | None = None
+        self._on_resumed: Callable[[], None] | None = None
 
-    @property
-    def sampler(self) -> StreamLoader:
-        """Lightning calls ``set_epoch`` on a loader's sampler: here, the loader itself."""
-        return self
-
-    def mix_in(self, mix: Mix, batches: float | None = None) -> None:
-        """Lets the samples of a buffer take part in the batches from now on, next to those of other buffers.
-
-        Args:
-            mix: what, and how much of it.
-            batches: of the whole task; for a share that changes over it.
-
-        Raises:
-            ValueError: if there is no room for it next to what is mixed in already, or it is to come on top of batches.
-        """
+    @override
+    def mix_in(self, mix: Mix, length: TaskLength | None = None) -> None:
         if mix.mode == "add":
             raise ValueError("mode='add': a stream's batches keep their size; expected 'replace'")
-        self._mix = StreamMix(self._samples, [*self._mix.mixes, mix], batches)
+        known = (length or TaskLength()).known_batches
+        if not mix.curve.is_constant and math.isinf(known):
+            raise ValueError("ratio: a share that changes over a stream needs to know its length; set max_steps")
+        self._mix = StreamMix(self._samples, [*self._mix.mixes, mix], None if math.isinf(known) else known)
 
     def apart(self) -> StreamLoader:
         """Another one over the same stream, from its beginning and without packing, for extra passes."""
@@ -90,8 +84,8 @@ class StreamLoader:
         # A copy: what is left out there is not counted here.
         return StreamLoader(copy.copy(self._samples), self.batch_size, self.collate_fn, **own)
 
+    @override
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
         if epoch != self._mix.epoch:
             self._start(epoch)
 
@@ -115,6 +109,9 @@ class StreamLoader:
             self._start(self._mix.epoch + 1)
             batches = self._batches()
             first = next(batches, None)
+        on_resumed, self._on_resumed = self._on_resumed, None
+        if on_resumed is not None:
+            on_resumed()
         if first is None:
             raise ValueError(f"{self._samples}: there is no token to predict in it")
         self._waiting.clear()
@@ -126,12 +123,8 @@ class StreamLoader:
             packed = self.block_length is not None
             yield self.collate_fn([[item.sample for item in row] if packed else row[0].sample for row in own])
 
+    @override
     def begin(self) -> tuple[Kinds | None, Trained | None]:
-        """The next batch of those given out is being trained on.
-
-        Returns:
-            which parts of it are replayed, and the new samples of all ranks.
-        """
         if not self._waiting:
             return None, None
         given = self._waiting.popleft()
@@ -142,15 +135,10 @@ class StreamLoader:
         new = [item.sample for row in given.rows for item in row if not item.part.replayed]
         return (given.kinds if self._mix.mixes else None), Trained(self._mix.epoch, given.number, new)
 
-    def place(self, in_flight: int = 0) -> dict[str, Any]:
-        """Returns the loader's position, and what was trained on in this task.
-
-        Batches that were put together and not trained on are a part of it: what is replayed in them was drawn from the
-        buffer as it was then.
-
-        Args:
-            in_flight: how many of the batches that were begun with last have not been trained on.
-        """
+    @override
+    def position(self, in_flight: int = 0) -> dict[str, Any]:
+        # Batches that were fetched but not yet trained on are a part of it: what is replayed in them was drawn from
+        # the buffer as it was then.
         counts = dict(self.counts)
         begun = list(self._latest)
         untrained = begun[len(begun) - in_flight :]
@@ -163,15 +151,15 @@ class StreamLoader:
         position = max(self._position - in_flight, 0)
         return {"epoch": self._mix.epoch, "counts": counts, "position": position, "pending": pending, **self._here()}
 
-    def go_to(self, place: dict[str, Any]) -> None:
-        """The next iterator resumes from a :meth:`place`."""
-        self._goal = place
-        self._mix.epoch, self._position = place["epoch"], place["position"]
-        self.counts = dict(place["counts"])
+    @override
+    def resume_from(self, position: dict[str, Any], on_resumed: Callable[[], None] | None = None) -> None:
+        self._goal, self._on_resumed = position, on_resumed
+        self._mix.epoch, self._position = position["epoch"], position["position"]
+        self.counts = dict(position["counts"])
         self._latest.clear()
 
     def _continue(self, goal: dict[str, Any]) -> list[list[list[Item]]]:
-        """Restores a :meth:`place`, and gives the batches that were put together already."""
+        """Restores a :meth:`position`, and gives the batches that were put together already."""
         self._mix.go_to(goal["epoch"], goal["mix"])
         self._open, self._closed = (self._recalled(goal[name]) for name in ("open", "closed"))
         self._surplus = list(goal["surplus"])
@@ -260,7 +248,7 @@ def _used(block: Sequence[Item]) -> int:
 
 def _size(rows: Sequence[Sequence[Item]]) -> dict[str, int]:
     """Samples, and tokens that bear loss, of a batch."""
-    counts = {"new_samples": 0, "replayed_samples": 0, "new_tokens": 0, "replayed_tokens": 0}
+    counts = no_counts()
     for item in chain.from_iterable(rows):
         kind = "replayed" if item.part.replayed else "new"
         counts[f"{kind}_samples"] += 1

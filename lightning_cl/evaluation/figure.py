@@ -1,4 +1,4 @@
-"""The picture of a run: the matrix as a heat map, and each task's score over the sequence."""
+"""The pictures of a run: its matrix as a heat map and as curves, and the importance over the model's layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 from lightning_cl.evaluation.fonts import readable
 from lightning_cl.evaluation.sentences import row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number, text_width
+from lightning_cl.files import replace_file
 
 _LONGEST = 18  # characters of a name; a longer one is shortened
 _UPRIGHT = 9  # columns that stand next to each other without being turned
 _LEAST = 0.1  # of the highest score: a change of so much has the full colour, if no change is larger
 _BETTER, _WORSE, _NOT_YET, _BROKEN = "#2166ac", "#b2182b", "#d9d9d9", "#3f0010"
 _OTHER_DATA = "#e67e00"
+_MOST_KINDS = 14  # rows of a panel of importance
 _COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
 
 
@@ -156,8 +158,8 @@ def _heat_map(
             Rectangle((tasks.index(name) - 0.5, i + 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.8)
         )
     for change in report["data_changes"]:
-        place = tasks.index(change["task"])
-        ends = (place - 0.5, place + 0.5)
+        column = tasks.index(change["task"])
+        ends = (column - 0.5, column + 0.5)
         axes.plot(ends, [change["row"] - 0.5] * 2, color=_OTHER_DATA, linewidth=4, clip_on=False, zorder=5)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -210,7 +212,7 @@ def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[floa
     _turn(axes, tasks)
     axes.set_ylabel(f"{report['monitor']} ({'lower' if report['mode'] == 'min' else 'higher'} is better)")
     axes.grid(axis="y", alpha=0.3)
-    # Beside the curves: inside there may be no place without one. Labels are set afterwards: one that begins with an
+    # Next to the curves: inside there may be no free room. Labels are set afterwards: one that begins with an
     # underscore would be left out.
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     shown = [f"{index}" for index in range(len(tasks))]
@@ -220,3 +222,79 @@ def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[floa
         text.set_text(name)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def write_importance(report: dict[str, Any], folder: Path) -> None:
+    """Writes ``importance.png``, whole or not at all, if a method of the run measures importance."""
+    label = dict(zip(report["tasks"], readable(report["tasks"])[0], strict=True))
+    panels = [
+        (name, method["importance"][-1] | {"task": label.get(last := method["importance"][-1]["task"], last)})
+        for name, method in report["methods"].items()
+        if method.get("importance") and method["importance"][-1].get("layers")
+    ]
+    if panels:
+        replace_file(folder / "importance.png", lambda path: draw_importance(panels, path))
+
+
+def draw_importance(panels: list[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """Draws the mean importance of each kind of tensor in each layer, one panel per method.
+
+    Args:
+        panels: a method's name, and the diagnosis of its importance
+            (:func:`~lightning_cl.callbacks.regularization.diagnosis.describe_importance`, with ``task``).
+        path: the PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tables = [_layer_table(diagnosis["layers"]) for _, diagnosis in panels]
+    heights = [1.2 + 0.3 * len(kinds) for kinds, _, _ in tables]
+    columns = max(len(layers) for _, layers, _ in tables)
+    figure = Figure(figsize=(max(6.5, 4.5 + 0.42 * columns), sum(heights)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, diagnosis), table in zip(rows, panels, tables, strict=True):
+        _layer_panel(figure, axes, f"{name}: importance after {diagnosis['task']}", *table)
+    families = readable([f"{name} {diagnosis['task']}" for name, diagnosis in panels])[1]
+    for axes in rows:
+        axes.title.set(fontfamily=families, parse_math=False)
+    figure.savefig(path, format="png")
+
+
+def _layer_table(by_kind: dict[str, dict[str, float]]) -> tuple[list[str], list[str], list[list[float]]]:
+    """Kinds, layers, and ``log10`` of the means; NaN where there is no such tensor, or its importance is zero."""
+    numbers = sorted({int(layer) for means in by_kind.values() for layer in means if layer})
+    outside = [""] if any("" in means for means in by_kind.values()) else []
+    layers = [*map(str, numbers), *outside]
+    kinds = sorted(by_kind, key=lambda kind: -max(by_kind[kind].values()))[:_MOST_KINDS]
+    kinds = [kind for kind in by_kind if kind in kinds]  # in the order of the model
+    values = [
+        [math.log10(value) if (value := by_kind[kind].get(layer, 0.0)) > 0 else math.nan for layer in layers]
+        for kind in kinds
+    ]
+    return kinds, layers, values
+
+
+def _layer_panel(
+    figure: Any, axes: Any, title: str, kinds: list[str], layers: list[str], values: list[list[float]]
+) -> None:
+    image = axes.imshow(values, cmap="viridis", aspect="auto")
+    short = [_short_kind(kind) for kind in kinds]
+    names = [name if short.count(name) == 1 else kind for name, kind in zip(short, kinds, strict=True)]
+    axes.set_yticks(range(len(kinds)), names, fontsize=8)
+    axes.set_xticks(range(len(layers)), [layer or "outside" for layer in layers], fontsize=8)
+    axes.set_xlabel("layer", fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.set_label("mean importance, powers of ten\n(white: none, or exactly 0)", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _short_kind(kind: str) -> str:
+    """The last parts of a name, without what every name ends with."""
+    parts = [part for part in kind.split(".") if part not in ("weight", "default", "base_layer")]
+    inside = parts[parts.index("*") + 1 :] if "*" in parts else parts
+    return ".".join((inside or parts)[-3:]) or kind

@@ -16,7 +16,7 @@ def readable(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Makes names that can be drawn.
 
     A sign that no installed font has is written by its Unicode name (``[rocket]``); a name with letters that no font
-    has becomes ``task 2``, by its place in the list.
+    has becomes ``task 2``, by its position in the list.
 
     Args:
         names: of the tasks, no two alike.

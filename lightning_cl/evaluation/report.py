@@ -110,7 +110,7 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
 
 
 def _kept_on_disk(report: dict[str, Any]) -> list[str]:
-    """Names the folders of buffers: a checkpoint alone does not hold them."""
+    """Names the folders of buffers: a checkpoint alone does not have them."""
     methods = {name: method for name, method in report["methods"].items() if method.get("folders")}
     return [
         f"  {', '.join(method['folders'])}: the {sum(method['stored'].values()):,} samples that {name} keeps; its"

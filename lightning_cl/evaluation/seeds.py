@@ -22,7 +22,7 @@ _FEWEST = 3  # the interval of two seeds is twelve times their spread
 def summarize(
     runs: Sequence[dict[str, Any]], arguments: list[str], seeds: Sequence[int], failed: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Everything that ``seeds.json`` holds.
+    """Everything that is in ``seeds.json``.
 
     Args:
         runs: of each finished seed: ``seed``, ``folder``, ``final``, the scores, and what they are about.

@@ -8,13 +8,14 @@ from typing import Any, Literal, Protocol
 
 from lightning_cl.evaluation.tables import format_number
 
-Need = Literal["keep", "learn"]
-"""The aim that a report asks a method's advice for."""
+Need = Literal["keep", "learn", "begin"]
+"""The aim that a report asks a method's advice for: keep more of earlier tasks, learn more of a new one, or begin to
+keep, where no method of the run has an answer."""
 
 
 _LEARNT = 0.005  # the least gain, relative to the score before, that is called learning
 _KEPT = 0.9  # a larger share that was kept needs no advice
-_TO_BEGIN_WITH = "Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC or SelfReplay"
+_TO_BEGIN_WITH = "add a method that replays earlier samples or holds the weights"
 _DIVERGED = "The run diverged: try a lower learning rate, or Trainer(gradient_clip_val=1.0)."
 
 
@@ -87,7 +88,7 @@ def _history(summary: dict[str, Any], values: list[float], row: int, methods: Se
         worse = gain < 0 and gain <= -least
         said = f"made {metric} worse, {ends}" if worse else f"left {metric} about where it was, {ends}"
         now = "" if is_last else f"; {format_number(last)} now{_worse(lost)}"
-        # Nothing holds the first task back: there is nothing before it to keep.
+        # The first task learns freely: there is nothing before it to keep.
         return f"not learnt: its training {said}{now}. {advice('learn', methods if row > 1 else ())}"
     if is_last:
         return f"learnt last, {metric} is {format_number(last)}."
@@ -115,7 +116,8 @@ def advice(need: Need, methods: Sequence[Method]) -> str:
     answers = [answer for method in methods if (answer := method.advice(need)) is not None]
     if need == "learn":
         return f"To learn more: {'; or '.join([*answers, 'look at its learning rate, its steps and its data'])}."
-    return f"To keep more: {'; or '.join(answers) or _TO_BEGIN_WITH}."
+    begin = [answer for method in methods if not answers and (answer := method.advice("begin")) is not None]
+    return f"To keep more: {'; or '.join([*answers, *begin]) or _TO_BEGIN_WITH}."
 
 
 def _change(metric: str, values: list[float], rows: list[str], first: int, mode: str) -> str:

@@ -1,7 +1,7 @@
 """The mathematics of continual learning in plain torch.
 
-Nothing in this folder imports Lightning: these functions can be used in any loop, and they are what the tests hold
-against closed forms and independent references.
+Nothing in this folder imports Lightning: these functions can be used in any loop. The tests compare them with
+closed forms and independent references.
 """
 
 from lightning_cl.functional.agem import Projection, project_
@@ -14,7 +14,10 @@ from lightning_cl.functional.ewc import (
 )
 from lightning_cl.functional.inflora import design_down_projection
 from lightning_cl.functional.input_space import add_second_moment_, grow_basis, project_inputs_, protected_outputs
+from lightning_cl.functional.interpolate import averaging_steps, interpolate
+from lightning_cl.functional.low_rank import low_rank_product, low_rank_sum, mean_of_products, to_low_rank
 from lightning_cl.functional.lwf import kl_divergence
+from lightning_cl.functional.merge import accumulate, merge, task_vector
 from lightning_cl.functional.orthogonal_lora import (
     down_overlap,
     earlier_basis,
@@ -31,6 +34,11 @@ from lightning_cl.functional.penalty import (
     proximal_step_,
     quadratic_penalty,
     zero_non_finite_,
+)
+from lightning_cl.functional.product_penalty import (
+    add_product_penalty_gradient_,
+    product_penalty,
+    product_penalty_gradients,
 )
 from lightning_cl.functional.progressive import fold_gated_adapters, lateral_sum
 from lightning_cl.functional.retention import (
@@ -59,9 +67,12 @@ __all__ = [
     "PrincipalSubspace",
     "Projection",
     "SampleGradients",
+    "accumulate",
     "add_penalty_gradient_",
+    "add_product_penalty_gradient_",
     "add_second_moment_",
     "average_score",
+    "averaging_steps",
     "backward_transfer",
     "dark_loss",
     "design_down_projection",
@@ -74,10 +85,15 @@ __all__ = [
     "forward_transfer",
     "grow_basis",
     "herding",
+    "interpolate",
     "k_center",
     "kl_divergence",
     "lateral_sum",
+    "low_rank_product",
+    "low_rank_sum",
+    "mean_of_products",
     "mean_when_learnt",
+    "merge",
     "merge_quadratics",
     "normalize_importance",
     "orthogonality_gradient",
@@ -88,6 +104,8 @@ __all__ = [
     "path_importance",
     "path_integral_step_",
     "principal_subspace",
+    "product_penalty",
+    "product_penalty_gradients",
     "project_",
     "project_down_",
     "project_inputs_",
@@ -102,6 +120,8 @@ __all__ = [
     "sampled_label_loss",
     "squared_gradients",
     "subspace_overlap",
+    "task_vector",
+    "to_low_rank",
     "top_logits",
     "with_worst",
     "zero_non_finite_",

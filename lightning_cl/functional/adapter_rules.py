@@ -31,7 +31,7 @@ _TOKENS = ("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")
 
 
 def adapter_rule(layer: nn.Module, wanted: Collection[int]) -> Rule | None:
-    """The rule of a layer of peft's that holds parameters of an embedding; None for all other layers.
+    """The rule of a layer of peft's that has parameters of an embedding; None for all other layers.
 
     Args:
         layer: any.
@@ -117,13 +117,13 @@ class TrainableTokensRule(_AdapterRule):
                 yield name, MatrixUse(hidden, of_tokens)
                 continue
             ids = inputs.reshape(len(inputs), -1)
-            place = torch.full((len(layer.base_layer.weight),), -1, device=ids.device)
-            place[tokens] = torch.arange(len(tokens), device=ids.device)
+            row_of = torch.full((len(layer.base_layer.weight),), -1, device=ids.device)
+            row_of[tokens] = torch.arange(len(tokens), device=ids.device)
             if layer.base_layer.padding_idx is not None:
-                place[layer.base_layer.padding_idx] = -1
-            places = place[ids]
+                row_of[layer.base_layer.padding_idx] = -1
+            rows = row_of[ids]
             scaled = gradients.reshape(*ids.shape, -1) * self._scale()
-            yield name, RowsUse(places.clamp(min=0), scaled.masked_fill((places < 0)[..., None], 0.0), None)
+            yield name, RowsUse(rows.clamp(min=0), scaled.masked_fill((rows < 0)[..., None], 0.0), None)
 
 
 class TransposedUse(Use):

@@ -1,4 +1,4 @@
-"""The projection of averaged gradient episodic memory: a step of the task that does not raise the memory's loss.
+"""The projection of averaged gradient episodic memory: a step of the task that does not raise the buffer's loss.
 
 Chaudhry, Ranzato, Rohrbach & Elhoseiny 2019, ICLR, arXiv:1812.00420, eqs. 10 and 11::
 
@@ -48,18 +48,18 @@ def project_(
 
     Only parameters that both sides have a gradient for count: one that this step does not move cannot give way, and is
     no part of the inequality. The factors of loss scaling do not matter: one on `reference` cancels, one on `gradients`
-    stays on them. Sums are taken in fp32, or in fp64 for fp64 gradients, whatever the type of the gradients; in 16 bits
-    the result is rounded once.
+    stays on them. Sums are taken in fp64 for fp64 gradients, and in fp32 for all others. With 16-bit gradients the
+    result is rounded once.
 
-    Where nothing is to be done the gradients keep every bit. So they do if the reference is zero (its squared norm is
-    below what fp32 can hold) and if a sum is not finite, which the result tells.
+    Where nothing is to be done the gradients keep every bit. They do so too if the reference is zero (its squared norm
+    is below the range of fp32) and if a sum is not finite, which the result tells.
 
     Memory: two temporaries of the largest gradient. Compute: two passes over both sides, a third where it projects.
 
     Args:
         gradients: those of the coming step, changed in place.
-        reference: those of the memory's loss, of the same shapes; with the same keys, or in the same order.
-        reduce: adds up a tensor of three sums over processes that hold different parts of the parameters as ordinary
+        reference: those of the buffer's loss, of the same shapes; with the same keys, or in the same order.
+        reduce: adds up a tensor of three sums over processes that have different parts of the parameters as ordinary
             tensors. DTensors need none.
 
     Raises:

@@ -20,9 +20,8 @@ def head_cross_entropy(
     Logits exist for one chunk of positions at a time, in fp32 as the loss needs them; the backward pass computes each
     chunk's again. With all positions in one chunk nothing is computed twice.
 
-    Memory: at most about three times `chunk_bytes`, whatever the number of positions; all logits would be
-    ``4 · n · vocabulary`` bytes, several times over. Compute: one more forward of the head where there are several
-    chunks.
+    Memory: at most about three times `chunk_bytes`, for any number of positions. All logits would take
+    ``4 · n · vocabulary`` bytes several times. Compute: one more forward of the head where there are several chunks.
 
     Args:
         hidden: ``[n, width]``, the hidden states that predict something.

@@ -23,13 +23,13 @@ def index_type(classes: int) -> torch.dtype:
 
 
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each position, as they are stored, and what all others come to: ``logsumexp`` of them.
+    """The k largest logits of each position, as they are stored, and the ``logsumexp`` of all others.
 
     ``2(k + 1)`` bytes of values and ``2k`` or ``4k`` of indices per position. All others are one class, of which the
     probability is kept: without it nothing would be known of how the k stand against the rest. With `k` at least
     `classes` there are no others, and no value for them.
 
-    Values are mean-centred (:func:`dark_loss` does not see the mean), so that fp16 holds them to a relative error of
+    Values are mean-centred (:func:`dark_loss` does not see the mean), so that fp16 keeps them to a relative error of
     2⁻¹¹ whatever was added to all logits; beyond ±65,504 they are cut off. A logit of −∞ stays −∞, and takes no part
     in the mean. With a logit that is NaN or +∞ nothing is known of its position: all its values are −∞. Memory beyond
     the logits: one or two fp32 copies of them.
@@ -99,9 +99,9 @@ def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Litera
     of a position, over its k stored classes and, as one more, all others with ``z = logsumexp`` of their logits
     (``n = k + 1``; ``n = k`` where all classes are stored): the variance of ``z − v``, and the least that the mean
     square of ``z − v`` can be made by adding a constant to all logits of all classes, which no softmax sees. It is 0
-    only where the stored classes have their probabilities again. The paper writes the sum over all classes, its
-    authors' code takes the mean, as here: so a factor has the same effect for every k, and theirs (0.1 to 0.5) keep
-    their size. Its gradient is ``g_i = 2/n · (d_i − mean d)`` with ``d = z − v`` in a stored class, and that of all
+    only where the stored classes have their probabilities again. The paper writes the sum over all classes; its
+    authors' code takes the mean, as here. So a factor has the same effect for every k, and the authors' factors (0.1 to
+    0.5) fit. Its gradient is ``g_i = 2/n · (d_i − mean d)`` with ``d = z − v`` in a stored class, and that of all
     others is shared out among them as a softmax over them. How they stand to each other it does not see.
 
     Stored classes of which nothing is known (a value of −∞) are left out of both means. Classes that a head has got
@@ -136,8 +136,8 @@ def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Litera
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
-    rows, kept, places = (side.reshape(positions.numel(), side.shape[-1]) for side in (logits, values, indices))
-    total = head_dark_loss(rows, kept, places, _same, logits.shape[-1])
+    rows, kept, stored = (side.reshape(positions.numel(), side.shape[-1]) for side in (logits, values, indices))
+    total = head_dark_loss(rows, kept, stored, _same, logits.shape[-1])
     return total / max(positions.numel(), 1) if reduction == "mean" else total
 
 
@@ -163,8 +163,8 @@ def head_dark_loss(
     rows = max(1, chunk_bytes // (4 * classes))
     again = torch.is_grad_enabled() and len(hidden) > rows
 
-    def chunk(states: Tensor, kept: Tensor, places: Tensor) -> Tensor:
-        return _sum(head(states), kept, places)
+    def chunk(states: Tensor, kept: Tensor, stored: Tensor) -> Tensor:
+        return _sum(head(states), kept, stored)
 
     # `split` and not slices: the gradients of slices would each be as large as all hidden states.
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -178,16 +178,16 @@ def _same(rows: Tensor) -> Tensor:
 
 
 def _others(logits: Tensor, indices: Tensor, left_out: float) -> Tensor:
-    """``logsumexp`` of all logits but those, ``[…, 1]`` in fp32; `left_out` is put in the place of those."""
+    """``logsumexp`` of all logits but those, ``[…, 1]`` in fp32; `left_out` stands for those."""
     return logits.float().scatter(-1, indices, left_out).logsumexp(-1, keepdim=True)
 
 
 def _sum(logits: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    places = indices.to(torch.int64)
-    student = logits.gather(-1, places).float()
-    if values.shape[-1] > places.shape[-1]:
+    stored = indices.to(torch.int64)
+    student = logits.gather(-1, stored).float()
+    if values.shape[-1] > stored.shape[-1]:
         # The least number and not −∞: where all others are ruled out, the gradient of −∞ alone would be NaN.
-        others = _others(logits, places, torch.finfo(torch.float32).min)
+        others = _others(logits, stored, torch.finfo(torch.float32).min)
         student = torch.cat([student, others], -1)
     known = values != UNKNOWN
     difference = (student - values.detach().float()).masked_fill(~known, 0.0)

@@ -107,7 +107,7 @@ def expected_label_losses(logits: Tensor) -> Iterator[tuple[float, Tensor]]:
 
 
 def expected_label_losses_of_batch(logits: Tensor, samples: Tensor) -> Iterator[Tensor]:
-    """The exact expectation for a whole batch: scalars that hold one label of one position of every sample.
+    """The exact expectation for a whole batch: scalars, each of one label of one position of every sample.
 
     ``Σ_b −√p_bc log p_bc``: the square of a sample's gradient then carries the factor ``p_bc``. There are as many as
     the longest sample has positions, times the classes.
@@ -119,9 +119,9 @@ def expected_label_losses_of_batch(logits: Tensor, samples: Tensor) -> Iterator[
     log_probabilities = logits.float().log_softmax(-1)
     root = log_probabilities.detach().mul(0.5).exp()
     starts = torch.searchsorted(samples, samples)  # where a position's sample begins
-    place = torch.arange(len(samples), device=samples.device) - starts
-    for position in range(int(place.max()) + 1 if len(place) else 0):
-        rows = place == position
+    nth = torch.arange(len(samples), device=samples.device) - starts
+    for position in range(int(nth.max()) + 1 if len(nth) else 0):
+        rows = nth == position
         for label in range(logits.shape[-1]):
             weight = root[rows, label]
             # A class that is ruled out has no part: 0 times infinity is not 0.

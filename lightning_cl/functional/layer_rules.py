@@ -11,7 +11,7 @@ other leaves   the layer's own backward pass, sample by sample
 =============  =========================================================
 
 (Goodfellow 2015, arXiv:1510.01799, for linear layers.) A :class:`Use` is one use of one parameter by one layer; a
-parameter that is used several times (tied embeddings) has several, to be added up before anything is squared.
+parameter that is used several times (tied embeddings) has several. They are added up before anything is squared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from typing_extensions import override
 
 Transform = Callable[[Tensor], Tensor]
-"""What becomes of each sample's gradient before the sum over samples, in place: ``square_``, ``abs_``."""
+"""A change of each sample's gradient before the sum over samples, in place: ``square_``, ``abs_``."""
 
 _BLOCK = 262_144
 """Numbers of single-sample gradients that exist at a time: a megabyte, so that they stay in the cache."""
@@ -105,8 +105,8 @@ class RowsUse(Use):
 
     @override
     def add_transformed_(self, total: Tensor, transform: Transform) -> None:
-        places = self.ids + len(total) * torch.arange(self.samples, device=self.ids.device)[:, None]
-        unique, inverse = places.reshape(-1).unique(return_inverse=True)
+        keys = self.ids + len(total) * torch.arange(self.samples, device=self.ids.device)[:, None]
+        unique, inverse = keys.reshape(-1).unique(return_inverse=True)
         rows = self.gradients.new_zeros(len(unique), total.shape[1])
         rows.index_add_(0, inverse, self.gradients.reshape(-1, total.shape[1]))
         total.index_add_(0, unique % len(total), transform(rows))

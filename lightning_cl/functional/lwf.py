@@ -28,8 +28,8 @@ def kl_divergence(
     divergence infinite. With `top_k`, the teacher's k most probable classes are told apart and all others are one: a
     lower bound, 0 where both agree on those k.
 
-    Memory beyond the logits: a few times `chunk_bytes`, whatever the number of positions. With a gradient to the
-    student and several chunks, the backward pass computes each chunk's again.
+    Memory beyond the logits: a few times `chunk_bytes`, for any number of positions. With a gradient to the student and
+    several chunks, the backward pass computes the logits of each chunk again.
 
     Args:
         teacher_logits: scores of shape ``[..., classes]`` in any floating-point type; no gradient flows to them.
@@ -113,13 +113,13 @@ def _same(rows: Tensor) -> Tensor:
 def _sum(teacher: Tensor, student: Tensor, top_k: int | None) -> Tensor:
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     if top_k is not None and top_k < log_p.shape[-1]:
-        log_p, places = log_p.topk(top_k, -1)
-        others = torch.ones_like(log_q, dtype=torch.bool).scatter_(-1, places, False)
+        log_p, largest = log_p.topk(top_k, -1)
+        others = torch.ones_like(log_q, dtype=torch.bool).scatter_(-1, largest, False)
         # All other classes as one, from their own sum: 1 − Σ would lose a small rest.
         rest_p = teacher.log_softmax(-1).masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True)
         rest_q = log_q.masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True)
         log_p = torch.cat([log_p, rest_p], -1)
-        log_q = torch.cat([log_q.gather(-1, places), rest_q], -1)
+        log_q = torch.cat([log_q.gather(-1, largest), rest_q], -1)
     p = log_p.exp()
     # 0 · log 0 is 0, and not the NaN of 0 · (−∞).
     return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum()

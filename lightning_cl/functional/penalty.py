@@ -75,8 +75,8 @@ def proximal_step_(
 ) -> None:
     """``θ ← anchor + (θ − anchor) / (1 + learning_rate · strength · importance)`` in place.
 
-    The exact minimiser of ``penalty(θ') + ‖θ' − θ‖² / (2 · learning_rate)``: an implicit step, stable for every
-    strength, where the explicit gradient step overshoots once ``learning_rate · strength · importance`` exceeds 1 and
+    The exact minimiser of ``penalty(θ') + ‖θ' − θ‖² / (2 · learning_rate)``: an implicit step, which is stable for
+    every strength. The explicit gradient step overshoots once ``learning_rate · strength · importance`` exceeds 1, and
     diverges beyond 2.
 
     Args:

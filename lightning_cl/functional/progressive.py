@@ -1,4 +1,4 @@
-"""What a new column takes from the frozen ones: lateral connections of progressive networks, and their linear form.
+"""Lateral connections of progressive networks (Rusu et al. 2016), and their linear form for adapters.
 
 A column is the model of one task. Column ``k`` sees what the earlier columns ``j < k`` have at the same depth through
 small bottlenecks (Rusu et al. 2016, arXiv:1606.04671, eq. 2, here added to a residual stream)::
@@ -18,6 +18,7 @@ It is linear, so a task's adapters fold into one of rank ``Σ r_i`` (:func:`fold
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,6 +86,35 @@ def fold_gated_adapters(
             expected = f"[{ups[0].shape[0]}, r] and [r, {downs[0].shape[-1]}]"
             raise ValueError(f"ups[{i}], downs[{i}]: {list(up.shape)} and {list(down.shape)}, expected {expected}")
     return torch.cat(list(downs)), torch.cat([up * gate for up, gate in zip(ups, gates, strict=True)], dim=1)
+
+
+def count_parameters(widths: Sequence[int], columns: int, lateral_width: int) -> int:
+    """The number of parameters of a progressive network whose columns are all of the same widths.
+
+    Each layer has ``inputs · outputs + outputs``. Each layer but the first has
+    ``lateral_width · (inputs + outputs) + 1`` for each pair of columns: the total grows with the square of the tasks.
+
+    Args:
+        widths: of input, hidden layers and output.
+        columns: one for each task.
+        lateral_width: rows of ``V_j``.
+
+    Raises:
+        ValueError: if there are fewer than two widths, or a number is negative.
+
+    Example:
+        >>> count_parameters([4, 8, 2], columns=2, lateral_width=3)
+        147
+    """
+    if len(widths) < 2 or min(*widths, columns, lateral_width) < 0:
+        raise ValueError(
+            f"widths={list(widths)!r}, columns={columns!r}, lateral_width={lateral_width!r}: expected at least two"
+            " widths, and no negative number"
+        )
+    pairs = list(pairwise(widths))
+    column = sum(inputs * outputs + outputs for inputs, outputs in pairs)
+    lateral = sum(lateral_width * (inputs + outputs) + 1 for inputs, outputs in pairs[1:])
+    return columns * column + columns * (columns - 1) // 2 * lateral
 
 
 def _check_counts(name: str, first: Sequence[object], others: dict[str, Sequence[object]]) -> None:

@@ -38,7 +38,7 @@ def with_worst(scores: Tensor, mode: Mode = "max") -> Tensor:
 
     Args:
         scores: any shape; all of them were measured.
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
     """
     return torch.where(scores.isfinite(), scores, -_sign(mode) * torch.inf)
 
@@ -66,7 +66,7 @@ def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem"
 
     Args:
         matrix: ``[tasks + 1, tasks]``.
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         preset: the denominator.
     """
     check_preset(preset)
@@ -84,7 +84,7 @@ def forgetting(matrix: Tensor, mode: Mode = "max") -> Tensor:
 
     Args:
         matrix: ``[tasks + 1, tasks]``.
-        mode: whether higher or lower scores are better; for a loss this is the rise over the lowest loss so far.
+        mode: ``max`` or ``min``, as scores are better; for a loss this is the rise over the lowest loss so far.
     """
     tasks, sign = _trained(matrix), _sign(mode)
     if tasks < 2:
@@ -105,7 +105,7 @@ def forward_transfer(
 
     Args:
         matrix: ``[tasks + 1, tasks]``.
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         preset: the definition.
         single_task: ``s``, shape ``[tasks]``, the scores of models that were trained on one task alone (``sapt``).
 

@@ -17,7 +17,7 @@ def add_square_(squares: Tensor, gradient: Tensor) -> Tensor:
         gradient: of a whole parameter; in fp32 it is overwritten.
 
     Returns:
-        whether it was added, a bool of no axes on the device, so that a GPU need not be waited for.
+        True if it was added: a bool without axes on the device, so that nobody waits for a GPU.
     """
     square = gradient.float().square_()
     is_finite = square.sum().isfinite()

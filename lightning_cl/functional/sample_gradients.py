@@ -26,7 +26,7 @@ UseSink = Callable[[nn.Module, str, Tensor, Tensor], bool]
 class SampleGradients:
     """Adds up transformed gradients of single samples over batches.
 
-    Two things are needed of the module: samples come first in every layer's input and output, and a sample's loss
+    The module must fulfil two conditions. Samples come first in every layer's input and output, and a sample's loss
     depends on that sample alone (evaluation mode: no batch statistics, no dropout). Parameters of which this is not so,
     or that are used outside of a layer's ``forward``, are found by :meth:`check` and end up in :attr:`loose`; they have
     to be measured one sample at a time. Under gradient checkpointing the layers are run again as always.

@@ -18,7 +18,7 @@ def herding(features: Tensor, count: int) -> list[int]:
         count: number of samples to choose; all, if there are fewer.
 
     Returns:
-        their places, the best first.
+        their indices, the best first.
     """
     points = torch.nn.functional.normalize(features.float(), dim=1)
     mean = points.mean(0)
@@ -49,7 +49,7 @@ def k_center(features: Tensor, count: int) -> list[int]:
         count: number of samples to choose; all, if there are fewer.
 
     Returns:
-        their places, in the order in which they were chosen.
+        their indices, in the order in which they were chosen.
     """
     points = features.float()
     if len(points) == 0 or count < 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.functional.retention import (
     Mode,
     Preset,
@@ -26,9 +27,9 @@ from lightning_cl.functional.retention import (
 class _MatrixMetric(Metric):
     """A score of the matrix of every task after every task, row by row.
 
-    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``); a
-    later row may have more tasks than an earlier one, whose missing entries are unknown. NaN is what was never
-    measured; a score that was measured and came out NaN or infinite is to be given as the worst one
+    ``update`` takes the next row (``[tasks]``, the first one before any training) or several (``[rows, tasks]``). A
+    later row may have more tasks than an earlier one; the missing entries of the earlier one are unknown. NaN is what
+    was never measured; a score that was measured and came out NaN or infinite is to be given as the worst one
     (:func:`~lightning_cl.functional.with_worst`).
     """
 
@@ -39,8 +40,7 @@ class _MatrixMetric(Metric):
     def __init__(self, mode: Mode = "max", **kwargs: Any) -> None:
         # Every rank has all rows: gathering them would double the matrix.
         super().__init__(**{"sync_on_compute": False} | kwargs)
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode={mode!r}: expected 'max' (higher is better) or 'min' (lower is better)")
+        check_choice("mode", mode, ("max", "min"), "'max' (higher is better) or 'min' (lower is better)")
         self.mode: Mode = mode
         self.add_state("rows", default=[], dist_reduce_fx=None)
 
@@ -63,7 +63,7 @@ class AverageAccuracy(_MatrixMetric):
     """``mean_j R[T, j]``: the mean score over all tasks at the end.
 
     Args:
-        mode: whether higher (``max``) or lower (``min``) scores are better; the mean is the same.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are; the mean is the same.
         kwargs: of ``torchmetrics.Metric``.
     """
 
@@ -78,7 +78,7 @@ class MeanWhenLearnt(_MatrixMetric):
     """``mean_j R[j, j]``: the mean score of each task right after its own training.
 
     Args:
-        mode: whether higher (``max``) or lower (``min``) scores are better; the mean is the same.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are; the mean is the same.
         kwargs: of ``torchmetrics.Metric``.
     """
 
@@ -93,7 +93,7 @@ class BackwardTransfer(_MatrixMetric):
     """``Σ_{j<T} (R[T, j] − R[j, j])`` over ``T − 1`` (preset ``gem``) or ``T`` (``trace``, ``sapt``): positive is good.
 
     Args:
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         preset: whose definition.
         kwargs: of ``torchmetrics.Metric``.
     """
@@ -120,7 +120,7 @@ class ForwardTransfer(_MatrixMetric):
     Positive is good.
 
     Args:
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         preset: whose definition.
         single_task: ``s``, ``[tasks]``: scores of models trained on one task alone, for ``sapt``.
         kwargs: of ``torchmetrics.Metric``.
@@ -150,7 +150,7 @@ class Forgetting(_MatrixMetric):
     """``mean_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])``: positive is bad.
 
     Args:
-        mode: whether higher or lower scores are better.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
         kwargs: of ``torchmetrics.Metric``.
     """
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_cl.core.loops import steps_of_task
 from lightning_cl.functional.cross_entropy import head_cross_entropy
+from lightning_cl.models.adapters import use_adapter
 from lightning_cl.models.frozen_base import (
     changed_settings,
     checksum,
@@ -25,7 +26,7 @@ from lightning_cl.models.frozen_base import (
 )
 from lightning_cl.models.loading import Precision, Quantization, add_lora, check_lora, load_pretrained
 from lightning_cl.models.positions import check_positions
-from lightning_cl.models.saving import save_adapter, save_merged, save_whole
+from lightning_cl.models.saving import save_adapters, save_whole
 from lightning_cl.models.schedule import WarmupDecay
 from lightning_cl.models.scratch import from_config
 from lightning_cl.models.visibility import check_causality, check_isolation
@@ -124,6 +125,7 @@ class CausalLM(L.LightningModule):
         self.tokenizer: Any = None
         self._base: frozenset[str] = frozenset()
         self._base_checksum: str | None = None
+        self._scale = ""  # of the adapter that the model is built with
         self._head: SplitHead | None = None
         self._causality_checked = self._isolation_checked = False
 
@@ -144,6 +146,10 @@ class CausalLM(L.LightningModule):
                 built = self._build()
             self.lm = built.train()  # from_pretrained gives a model in evaluation mode: without dropout
             self._base = frozenset() if isinstance(self.source, dict) else frozen_names(self)
+            # An adapter's scale is no parameter: with another one it is another model. Tasks may add adapters later.
+            config = next(iter(self.lm.peft_config.values())) if hasattr(self.lm, "peft_config") else None
+            if config is not None:
+                self._scale = f"r={config.r}, lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}"
             # Now: later somebody may train a part of the base, or a Trainer's precision change its bits.
             self._base_checksum = checksum(self, self._base) if self._base else None
         if self.tokenizer is not None:
@@ -286,6 +292,20 @@ class CausalLM(L.LightningModule):
 
     # ------------------------------------------------------------------ text
 
+    def use_task(self, task: str | None) -> None:
+        """Lets the model compute with the adapter of a task from now on; what is trainable stays as it is.
+
+        Args:
+            task: its name; None: the base without an adapter.
+
+        Raises:
+            ValueError: if the task has no adapter.
+            RuntimeError: if there is no model yet.
+        """
+        if self.lm is None:
+            raise RuntimeError("CausalLM.use_task: there is no model yet; train or validate first")
+        use_adapter(self, task)
+
     def generate(self, prompt: str, max_new_tokens: int = 64, chat: bool = False) -> str:
         """Continues a text, greedily.
 
@@ -301,16 +321,19 @@ class CausalLM(L.LightningModule):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
-        """Saves model and tokenizer as a folder that transformers loads; reads it again and compares.
+    def save_pretrained(self, folder: str | Path, task: str | None = None, merge: bool = False) -> None:
+        """Saves model and tokenizer as a folder that transformers or peft loads; reads it again and compares.
 
         Args:
             folder: made if it is not there.
+            task: with one adapter for each task: a task's name saves its adapter; ``all`` saves each in a folder of its
+                own, named after the task; ``mean`` saves one adapter, the mean of all that were trained. None: the
+                only adapter there is, or ``all``.
             merge: under LoRA: merge the adapter into its base, loaded for it in 16 or 32 bits and never into quantised
                 weights; else the adapter alone is saved.
 
         Raises:
-            ValueError: if there is nothing to merge.
+            ValueError: if there is nothing to merge, no such adapter, or several to merge and no `task`.
             RuntimeError: if there is no model yet, or what was written is not what is in memory.
         """
         if self.lm is None:
@@ -321,21 +344,23 @@ class CausalLM(L.LightningModule):
                 f"save_pretrained: {trained[:3]} of the frozen base were trained beside the adapter, and would be lost;"
                 " freeze them, or save the whole model with module.lm.merge_and_unload().save_pretrained(folder)"
             )
+        folders = [Path(folder)]
         if self.lora is None:
-            if merge:
-                raise ValueError("save_pretrained(merge=True): there is no adapter to merge (lora=None)")
+            if merge or task is not None:
+                given, wanted = ("merge=True", "merge") if merge else (f"task={task!r}", "save")
+                raise ValueError(f"save_pretrained({given}): there is no adapter to {wanted} (lora=None)")
             save_whole(self.lm, folder)
         elif isinstance(self.source, dict):
             raise ValueError(
                 "save_pretrained: the adapter's base was made from a configuration and is saved nowhere; save the base"
                 " first and give its folder as `model`"
             )
-        elif not merge:
-            save_adapter(self.lm, folder, str(self.source))
         else:
-            save_merged(self.lm, str(self.source), self.precision, self.model_kwargs, folder)
+            settings = (self.precision, self.model_kwargs)
+            folders = save_adapters(self.lm, folder, str(self.source), task, merge, *settings)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+            for place in folders:
+                self.tokenizer.save_pretrained(place)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -389,12 +414,7 @@ class CausalLM(L.LightningModule):
         return self
 
     def _describe_base(self) -> dict[str, Any]:
-        # An adapter's scale is no parameter: with another one it is another model.
-        config = next(iter(self.lm.peft_config.values())) if hasattr(self.lm, "peft_config") else None
-        scale = (
-            "" if config is None else f"r={config.r}, lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}"
-        )
-        return {"quantization": self.quantization, "dtype": self._weights_dtype(), "lora": scale}
+        return {"quantization": self.quantization, "dtype": self._weights_dtype(), "lora": self._scale}
 
 
 def _check_model(model: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_cl.arguments import check_integer
 from lightning_cl.data.text.model_files import find_damaged_file
 from lightning_cl.data.text.pretrained import load_gguf, resolve_source
 
@@ -120,9 +121,7 @@ def check_lora(settings: Mapping[str, Any]) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=3) or ["r", "lora_alpha", "lora_dropout", "target_modules"]
             raise ValueError(f"lora: peft's LoraConfig has no {name!r}; did you mean {' or '.join(map(repr, near))}?")
-    rank = settings.get("r", 8)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"lora: r={rank!r}: expected a rank of at least 1")
+    check_integer("lora: r", settings.get("r", 8), 1, "a rank of at least 1")
 
 
 @contextmanager

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_cl.models.adapter_factors import mean_factors
+from lightning_cl.models.adapter_names import task_name
+from lightning_cl.models.adapters import adapter_of, is_untrained
 from lightning_cl.models.loading import load_pretrained, quiet_peft
+
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_whole(model: Any, folder: str | Path) -> None:
@@ -23,33 +32,155 @@ def save_whole(model: Any, folder: str | Path) -> None:
     _compare(model.state_dict(), again.state_dict(), folder)
 
 
-def save_adapter(model: Any, folder: str | Path, source: str) -> None:
-    """A LoRA adapter alone, as ``peft.AutoPeftModelForCausalLM.from_pretrained`` loads it; its base is named in it.
-
-    The base of an adapter around a GGUF file, which peft cannot read, is saved next to it, in ``base``.
+def save_adapters(
+    model: Any,
+    folder: str | Path,
+    source: str,
+    task: str | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """LoRA adapters as folders that peft loads, or merged into their base as folders that transformers loads.
 
     Args:
         model: the ``PeftModel``.
         folder: where to.
         source: the base's name, folder or file.
+        task: a task with an adapter of its own (or the adapter's name in peft); ``all``: each task in a folder of its
+            own in `folder`; ``mean``: one adapter, whose ``ΔW`` is the mean of those of all tasks that were trained;
+            its rank is the sum of theirs. None: the only adapter there is, or ``all``.
+        merge: merge the adapter into its base (:func:`save_merged`).
+        dtype: of the base's weights, with `merge`; None: as they are stored.
+        settings: further arguments of ``from_pretrained``, with `merge`.
+
+    Returns:
+        the folders that were written.
 
     Raises:
+        ValueError: if there is no such adapter, or several and nothing says which one to merge.
         RuntimeError: if what was written is not what is in memory.
     """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    if source.endswith(".gguf"):
-        base = Path(folder).absolute() / "base"
+    folder = Path(folder)
+    adapters = {task_name(name) or name: name for name in model.peft_config}
+    if task is None and len(adapters) > 1:
+        if merge:
+            raise ValueError(
+                f"save_pretrained(merge=True): there are adapters of {list(adapters)}: give one of them as `task`, or"
+                " 'mean' for one model of all of them, or 'all' for a model of each"
+            )
+        task = "all"
+    if task == "mean":
+        chosen = {folder: _trained(model)}
+    elif task == "all":
+        chosen = {folder / place: [name] for place, name in _places(adapters).items()}
+    else:
+        chosen = {folder: [next(iter(adapters.values())) if task is None else adapter_of(model, task)]}
+    base = folder.absolute() / "base" if source.endswith(".gguf") and not merge else None
+    if base is not None:
         load_pretrained(source).save_pretrained(base)
-        model.peft_config[model.active_adapter].base_model_name_or_path = str(base)
+    for place, names in chosen.items():
+        if len(adapters) > 1 and task != "mean" and is_untrained(model, names[0]):
+            rank_zero_warn(
+                f"{place}: the adapter {task_name(names[0]) or names[0]!r} is untrained; with it a model computes what"
+                " its base computes"
+            )
+        if not merge:
+            _write(model, place, names, mean=task == "mean", base=base)
+        else:
+            save_merged(model, source, dtype, settings, place, names, mean=task == "mean")
+    return list(chosen)
+
+
+def _trained(model: Any) -> list[str]:
+    """The adapters that a mean is taken of."""
+    tasks = [name for name in model.peft_config if task_name(name) is not None] or list(model.peft_config)
+    trained = [name for name in tasks if not is_untrained(model, name)]
+    if not trained:
+        raise ValueError("save_pretrained(task='mean'): none of the adapters has been trained")
+    return trained
+
+
+def _places(adapters: Mapping[str, str]) -> dict[str, str]:
+    """For the folder of each task the adapter's name: the task's name, as far as a folder can have it."""
+    places: dict[str, str] = {}
+    for task, name in adapters.items():
+        place = slug = re.sub(r"[^\w.-]+", "_", task).strip("._") or "task"
+        while place.lower() in {other.lower() for other in places} | {"base"}:  # some disks know no capitals
+            place = f"{slug}-{len(places) + 1}"
+            slug = f"{slug}-"
+        places[place] = name
+    return places
+
+
+def _write(
+    model: Any, folder: str | Path, adapters: Sequence[str], mean: bool = False, base: Path | None = None
+) -> None:
+    """Writes one adapter, or the mean of several, into the root of a folder, and compares.
+
+    Args:
+        model: the ``PeftModel``.
+        folder: where to.
+        adapters: names in peft.
+        mean: take their mean.
+        base: the folder of the base that peft is to load, if it is not the one in the configuration.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder)
+    name = adapters[0]
+    if base is not None:
+        for adapter in adapters:
+            model.peft_config[adapter].base_model_name_or_path = str(base)
+    made = _mean(model, adapters) if mean else None
     # The base's own embeddings are as they were: peft would look for them on the hub to find that out.
-    model.save_pretrained(folder, save_embedding_layers=False)
-    written = load_file(Path(folder) / "adapter_model.safetensors")
-    _compare(get_peft_model_state_dict(model, save_embedding_layers=False), written, folder)
+    if name == "default" and not mean:
+        model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    else:  # peft gives other names a folder in the folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".adapter-") as temporary:
+            model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
+            for file in [*Path(temporary).glob("*.*"), *(Path(temporary) / name).glob("*.*")]:
+                file.replace(folder / file.name)
+    if made is not None:
+        config, memory = made
+        config.save_pretrained(str(folder))
+        save_file(memory, folder / _WEIGHTS, metadata={"format": "pt"})
+    else:
+        memory = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    _compare(memory, load_file(folder / _WEIGHTS), folder)
 
 
-def save_merged(model: Any, source: str, dtype: str | None, settings: dict[str, Any], folder: str | Path) -> None:
+def _mean(model: Any, adapters: Sequence[str]) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration and the weights of an adapter that is the mean of several."""
+    weights: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for factors in mean_factors(model, adapters):
+        ranks[factors.path.removeprefix("base_model.model.")] = len(factors.first)
+        if factors.embedding:
+            pair = {"lora_embedding_A": factors.second.T, "lora_embedding_B": factors.first.T}
+        else:
+            pair = {"lora_A.weight": factors.first, "lora_B.weight": factors.second}
+        weights |= {f"{factors.path}.{part}": value.cpu().contiguous() for part, value in pair.items()}
+    config = copy.deepcopy(model.peft_config[adapters[0]])
+    config.inference_mode, config.use_rslora = True, False
+    # The scale is in the factors already: lora_alpha / r is 1 in each layer.
+    config.r = config.lora_alpha = max(ranks.values())
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != config.r}
+    config.rank_pattern, config.alpha_pattern = others, dict(others)
+    return config, weights
+
+
+def save_merged(
+    model: Any,
+    source: str,
+    dtype: str | None,
+    settings: Mapping[str, Any] | None,
+    folder: str | Path,
+    adapters: Sequence[str] = ("default",),
+    mean: bool = False,
+) -> None:
     """A LoRA adapter merged into its base, which is loaded for it in 16 or 32 bits: never into quantised weights.
 
     Args:
@@ -58,17 +189,19 @@ def save_merged(model: Any, source: str, dtype: str | None, settings: dict[str, 
         dtype: of the base's weights; None: as they are stored.
         settings: further arguments of ``from_pretrained``.
         folder: where to.
+        adapters: one adapter's name in peft; with `mean` several.
+        mean: merge the mean of the adapters.
 
     Raises:
         RuntimeError: if a merged weight is not ``W + ΔW``, rounded once, or what was written is not what was merged.
     """
     from peft import PeftModel
 
-    with tempfile.TemporaryDirectory() as adapter:
-        model.save_pretrained(adapter, save_embedding_layers=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        _write(model, Path(temporary) / "adapter", adapters, mean)
         base = load_pretrained(source, dtype=dtype, settings=settings)
         with quiet_peft():
-            adapted = PeftModel.from_pretrained(base, adapter)
+            adapted = PeftModel.from_pretrained(base, Path(temporary) / "adapter")
     for name, layer in adapted.named_modules():
         if hasattr(layer, "get_delta_weight") and hasattr(layer, "merge"):
             _merge_layer(name, layer, folder)

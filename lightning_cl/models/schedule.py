@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_cl.arguments import check_choice, check_share, is_integer
+
 
 class WarmupDecay(LambdaLR):
     """Linear warm-up to the peak, then a decay to a share of it, over the steps of one task.
@@ -35,10 +37,8 @@ class WarmupDecay(LambdaLR):
         final: float = 0.1,
     ) -> None:
         for name, value in (("warmup", warmup), ("final", final)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r}: expected a share between 0 and 1")
-        if decay not in ("cosine", "linear", "constant"):
-            raise ValueError(f"decay={decay!r}: expected 'cosine', 'linear' or 'constant'")
+            check_share(name, value)
+        check_choice("decay", decay, ("cosine", "linear", "constant"), "'cosine', 'linear' or 'constant'")
         warmup_steps = math.ceil(warmup * total_steps)
 
         def factor(step: int) -> float:
@@ -89,8 +89,7 @@ class InfiniteLR(LambdaLR):
     ) -> None:
         shares = {"warmup": warmup, "cooldown": cooldown, "constant": constant, "anneal": anneal, "final": final}
         for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r}: expected a share between 0 and 1")
+            check_share(name, value)
         if warmup + cooldown + anneal > 1 + 1e-9:
             raise ValueError(
                 f"warmup={warmup!r}, cooldown={cooldown!r}, anneal={anneal!r}: shares of the same steps, expected at"
@@ -133,7 +132,7 @@ class InfiniteLR(LambdaLR):
             ValueError: if it is no such number.
             RuntimeError: if a step has been taken.
         """
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        if not is_integer(index, 0):
             raise ValueError(f"begin_task(index={index!r}): expected the task's number, from 0")
         if self.last_epoch != 0:
             raise RuntimeError(

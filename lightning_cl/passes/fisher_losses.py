@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cl.functional.ewc import expected_label_losses_of_batch, label_loss, sampled_label_loss
-from lightning_cl.passes.passes import LogitsReader, OutputsFunction, aligned, loss_positions, training_loss
+from lightning_cl.passes.logits import LogitsReader, OutputsFunction, aligned, loss_positions
+from lightning_cl.passes.passes import training_loss
 
 Estimator = Literal["auto", "sample", "empirical", "exact", "batched"]
 ESTIMATORS = ("auto", "sample", "empirical", "exact", "batched")

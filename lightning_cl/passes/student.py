@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cl.passes.heads import SplitHead
-from lightning_cl.passes.passes import LogitsReader, OutputsFunction, leaving_no_trace, training_loss
+from lightning_cl.passes.logits import LogitsReader, OutputsFunction
+from lightning_cl.passes.passes import leaving_no_trace, training_loss
 
 Head = Callable[[Tensor], Tensor]
 

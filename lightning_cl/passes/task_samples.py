@@ -9,8 +9,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_cl.arguments import check_integer
 from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
-from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.passes.passes import progress, to_device
 
@@ -45,7 +45,7 @@ class TaskSamples:
         self.trainer, self.count, self.label = trainer, count, label
         self.loader: Any = trainer.train_dataloader if loader is None else loader
         self.batch_size = batch_size
-        self.is_stream = not (isinstance(self.loader, TaskLoader) or why_not_plannable(self.loader) is None)
+        self.is_stream = why_not_plannable(self.loader) is not None
         self._chosen: list[tuple[int, int]] = []
         self._first: list[tuple[int, int]] = []
         if not self.is_stream:
@@ -183,11 +183,9 @@ def check_samples(samples: int, batch_size: int | None) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if name == "batch_size" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a positive integer")
+    check_integer("samples", samples, 1)
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, 1)
 
 
 def single_samples(

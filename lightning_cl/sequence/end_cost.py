@@ -8,7 +8,6 @@ import lightning as L
 
 from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
-from lightning_cl.data.loader import TaskLoader
 from lightning_cl.tasks import TaskPosition
 
 
@@ -40,7 +39,7 @@ def describe_end(trainer: L.Trainer, loader: Any, task: TaskPosition, steps: int
 
 def _trained_samples(trainer: L.Trainer, loader: Any, steps: int | None) -> float | None:
     """Returns the samples of its own that a task is trained on, all passes counted; None where nobody knows."""
-    if steps is None or not (isinstance(loader, TaskLoader) or why_not_plannable(loader) is None):
+    if steps is None or why_not_plannable(loader) is not None:
         return None
     batches = len(loader)
     return steps * trainer.accumulate_grad_batches * len(task_indices(loader)) / batches if batches else None

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_cl.core.checkpoint_io import resolve_checkpoint
 from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.loops import planned_steps
-from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.batch_source import is_indexed
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.data.preview import LEGEND, sample_lines, wants_colour
 from lightning_cl.sequence.end_cost import describe_end
@@ -91,9 +91,9 @@ def describe_replay(trainer: L.Trainer, data: TaskDataModule) -> str:
     mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
     for index, task in enumerate(data.trained_tasks):
         # In the first task there are no earlier ones; general data and the model's own is there.
-        present = [method for method in mixing if index > 0 or not getattr(method, "takes_in", True)]
+        present = [method for method in mixing if index > 0 or method.replays_first]
         loader = data.train_loader(task)
-        if isinstance(loader, TaskLoader) and present:
+        if is_indexed(loader) and present:
             for method in present:
                 method.mix_into(trainer, loader)
             steps = planned_steps(trainer, task, len(loader))

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_cl.core.best_weights import best_of
 from lightning_cl.core.checkpoint_io import (
     DurableCheckpointIO,
     TorchCheckpointIO,
@@ -30,12 +31,14 @@ from lightning_cl.core.checkpoint_io import (
     resolve_checkpoint,
     run_folder,
 )
-from lightning_cl.core.checks import check_state, check_trainer, methods_of, named
-from lightning_cl.core.coordinator import CHECKPOINT_KEY, TaskCoordinator, best_of
-from lightning_cl.core.loops import Limits, forget_progress, limit_to_task, restored_limits
+from lightning_cl.core.checks import check_state, check_trainer, methods_of
+from lightning_cl.core.coordinator import CHECKPOINT_KEY, TaskCoordinator
+from lightning_cl.core.loops import forget_progress, limit_to_task, restored_limits
 from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.run_state import Limits, named
 from lightning_cl.core.task_files import boundary_file
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.lightning_internals import nothing_trained_since, requeued_file
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.sequence.evaluate import describe_plan, describe_replay
 from lightning_cl.sequence.foreign_callbacks import Pristine, check_foreign, starts_clean
@@ -115,9 +118,9 @@ def _train(
         _load(trainer, data, coordinator, checkpoint_path)
     elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         set_aside(run_folder(trainer))
-    told, coordinator.run_limits = _tell_plan_first(trainer, data), limits
+    told, coordinator.run.run_limits = _tell_plan_first(trainer, data), limits
     tasks = data.trained_tasks
-    start = coordinator.position.index if checkpoint_path is not None else 0
+    start = coordinator.run.position.index if checkpoint_path is not None else 0
     if checkpoint_path is None or not coordinator.started:
         weights = str(checkpoint_path) if checkpoint_path is not None else None
         data.index = min(start, len(tasks) - 1)
@@ -128,16 +131,17 @@ def _train(
         if not coordinator.started or index > start:
             coordinator.begin_task(position)
         else:
-            coordinator.position = position
-        coordinator.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
+            coordinator.run.position = position
+        coordinator.run.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
         _reset_per_task(trainer, coordinator, tasks[index], index)
         rank_zero_info(position.title)
         resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
+        coordinator.loads = resume_from is not None
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
         heed(trainer, all_ranks=True)
         _check_finished(coordinator, position)
-        coordinator.costs[-1] |= data.left_out(tasks[index])
-        rank_zero_info(f"{position.title}: {coordinator.costs[-1]['steps']} steps")
+        coordinator.run.costs[-1] |= data.left_out(tasks[index])
+        rank_zero_info(f"{position.title}: {coordinator.run.costs[-1]['steps']} steps")
         _boundary(trainer, module, data, trained=index + 1)
         _save_boundary(trainer, coordinator, tasks, index, keep)
         if index + 1 < len(tasks):
@@ -145,6 +149,8 @@ def _train(
     if start == len(tasks) and checkpoint_path is not None:
         rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go behind them in the list")
         _load_weights(trainer, module, data, checkpoint_path)
+    for method in methods_of(trainer):
+        method.on_sequence_end(trainer, module)
     return told
 
 
@@ -189,8 +195,8 @@ def _check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
         raise MisconfigurationException(
             f"Trainer(overfit_batches={overfit}): not with a sequence of tasks; use limit_train_batches"
         )
-    if trainer._checkpoint_connector._hpc_resume_path is not None:
-        path = trainer._checkpoint_connector._hpc_resume_path
+    path = requeued_file(trainer)
+    if path is not None:
         raise MisconfigurationException(
             f"{path}: Lightning would resume every task from this file of a requeued job; move it away and give it to"
             " fit_tasks as ckpt_path"
@@ -247,7 +253,7 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
     check_state(trainer, state, path)
     data.expected_fingerprint = state["fingerprint"]
     coordinator.load(trainer, state)
-    coordinator.names = ours
+    coordinator.run.names = ours
 
 
 def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, path: Path) -> None:
@@ -259,7 +265,9 @@ def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataM
             trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
         else:
             module.configure_model()
-            module.load_state_dict(read_checkpoint(path)["state_dict"])
+            checkpoint = read_checkpoint(path)
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
     finally:
         trainer.loggers = loggers
 
@@ -286,7 +294,7 @@ def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task
             base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
             callback.dirpath = str(base / f"{index}-{task.slug}")
             # "Nothing has been trained since": else its first save falls into the middle of an accumulation window.
-            callback._last_global_step_saved = trainer.global_step
+            nothing_trained_since(callback, trainer.global_step)
 
 
 def _boundary(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from lightning_cl.core.checkpoint_io import resolve_checkpoint
+from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.data import TaskDataModule
 from lightning_cl.files import replace_file
 from lightning_cl.sequence.fit import run_folder
@@ -89,10 +89,7 @@ def _flat(outputs: Any) -> Iterator[Any]:
 
 def _of_all_ranks(found: dict[str, Any]) -> dict[str, Any]:
     """Each rank has predicted its share of the samples."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return found
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, found)
+    parts = from_all_ranks(found)
     return {
         name: None if any(part[name] is None for part in parts) else [record for part in parts for record in part[name]]
         for name in found

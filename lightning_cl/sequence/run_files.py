@@ -12,8 +12,11 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_cl.arguments import is_integer
+
 if sys.platform != "win32":
     import fcntl
+
 
 _LOCK = ".run.lock"
 _REPORTS = ("report.json", "matrix.csv", "matrix.png", "importance.png", "predictions.jsonl")
@@ -32,7 +35,7 @@ def boundaries_to_keep(keep_checkpoints: str | int) -> int | None:
     known = {"all": None, "last": 1, "none": 0}
     if isinstance(keep_checkpoints, str) and keep_checkpoints.isdigit():
         keep_checkpoints = int(keep_checkpoints)
-    if isinstance(keep_checkpoints, int) and not isinstance(keep_checkpoints, bool) and keep_checkpoints >= 0:
+    if is_integer(keep_checkpoints, 0):
         return keep_checkpoints
     if isinstance(keep_checkpoints, str) and keep_checkpoints in known:
         return known[keep_checkpoints]

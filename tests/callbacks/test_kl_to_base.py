@@ -252,9 +252,9 @@ def test_the_first_samples_of_a_stream_are_not_counted_as_trained_on():
     loader = StreamLoader(lambda epoch: iter([data[i] for i in range(12)]), 4, torch.utils.data.default_collate)
     trained = iter(loader)
     next(trained)
-    state = repr(loader.place())
+    state = repr(loader.position())
     assert first_numbers(loader) == [tuple(ids.tolist()) for ids in data.ids[:7]]
-    assert repr(loader.place()) == state
+    assert repr(loader.position()) == state
     assert torch.equal(next(trained)["input_ids"], data.ids[4:8])
 
 

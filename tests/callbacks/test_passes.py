@@ -8,7 +8,7 @@ from toys import trainer
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from lightning_cl import EWC
-from lightning_cl.passes.passes import loss_positions
+from lightning_cl.passes.logits import loss_positions
 
 IDS = torch.arange(12).reshape(2, 6)
 

@@ -12,7 +12,7 @@ from chat_templates import HEAD, TAIL, chat_tokenizer, learnt, one, with_templat
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.chat import encode_chats
 from lightning_cl.data.text.formats import as_document
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.passes.generation import answers
 
 ARGUMENTS = {"number": "0", "who": 'it\'s "me"', "deep": {"a": None}}

@@ -9,7 +9,7 @@ from sentencepiece_like import KINDS, sentencepiece_like
 
 from lightning_cl.data.text.chat import assistant_spans, encode_chats
 from lightning_cl.data.text.formats import Chat, Instruction, as_document
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.tokenizer import TrainedBPE
 from lightning_cl.data.text.tokens import encode
 

@@ -10,9 +10,9 @@ import datasets
 import pytest
 
 from lightning_cl.data.text.formats import Chat, Completion, Text
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.records import is_text_source, read_documents, read_texts
 from lightning_cl.data.text.sources import is_stream
-from lightning_cl.data.text.tally import Tally
 
 
 def read(source, role="train", **settings):

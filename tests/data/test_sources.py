@@ -10,9 +10,9 @@ import datasets
 import pytest
 
 from lightning_cl.data.text.formats import Text
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.records import check_text_source, is_text_source, read_documents
 from lightning_cl.data.text.sources import content_key, resolve_splits
-from lightning_cl.data.text.tally import Tally
 
 
 def read(source, role="train", **settings):

@@ -176,7 +176,7 @@ def test_the_place_is_found_again(settings, epoch):
             next(iterator)
             stopped.begin()
         resumed = loader_of(**settings)
-        resumed.go_to(stopped.place())
+        resumed.resume_from(stopped.position())
         resumed.set_epoch(epoch)
         rest = []
         for batch in resumed:
@@ -209,9 +209,9 @@ def test_counts_are_those_of_the_samples_less_what_is_in_flight():
         "new_tokens": 2 + 5 + 2 + 6 + 4 + 1,
         "replayed_tokens": 0,
     }
-    assert loader.place(1)["counts"]["new_samples"] == 3
-    assert loader.place(1)["counts"]["new_tokens"] == 9
-    place = loader.place(1)
+    assert loader.position(1)["counts"]["new_samples"] == 3
+    assert loader.position(1)["counts"]["new_tokens"] == 9
+    place = loader.position(1)
     assert (place["epoch"], place["position"], [len(rows) for rows in place["pending"]]) == (0, 1, [3, 3])
 
 
@@ -219,11 +219,11 @@ def test_a_pass_apart_disturbs_neither_place_nor_counts():
     loader = loader_of(block_length=16)
     iterator = iter(loader)
     first = next(iterator)
-    before = loader.place()
+    before = loader.position()
     apart = loader.apart()
     apart.collate_fn = lambda rows: [int(row["input_ids"][0]) for row in rows]
     assert [i for rows in apart for i in rows] == list(range(len(LENGTHS)))  # unpacked, from the beginning
-    assert loader.place() == before
+    assert loader.position() == before
     assert [first, *iterator] == list(loader_of(block_length=16))
 
 

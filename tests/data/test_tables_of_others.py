@@ -13,9 +13,9 @@ import pytest
 from lightning_cl import Task, TaskDataModule, TrainedBPE
 from lightning_cl.data.text.formats import Chat, Completion
 from lightning_cl.data.text.layout import Layout
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.records import read_documents
 from lightning_cl.data.text.splitting import split_documents
-from lightning_cl.data.text.tally import Tally
 
 ROWS = [("Was ist größer?", 'Ä, sagte er; "ja"'), ("zwei\nZeilen", "日本")]
 EXPECTED = [Completion(*row) for row in ROWS]

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from lightning_cl import TaskDataModule
 from lightning_cl.data.text.chat import encode_chats
 from lightning_cl.data.text.formats import Chat, Completion, as_document
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.records import read_documents
-from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.tokenizer import TrainedBPE
 from lightning_cl.data.text.tokens import encode
 

@@ -16,8 +16,8 @@ from stand_in import CHATML, chats, save_stand_in, sentence, write_jsonl
 from lightning_cl import TaskDataModule
 from lightning_cl.data.text import text_tasks
 from lightning_cl.data.text.dataset import TokenDataset
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.sources import content_key
-from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.token_cache import cached
 from lightning_cl.data.text.tokenizer import fingerprint, load_tokenizer
 

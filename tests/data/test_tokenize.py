@@ -10,7 +10,7 @@ import torch
 from starting import puts_in_front
 
 from lightning_cl.data.text.formats import Chat, Completion, Instruction, Text
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.tokenizer import TrainedBPE
 from lightning_cl.data.text.tokens import TokenDataset, encode, split_documents, tokenize
 

@@ -56,7 +56,7 @@ def encode(sample: Any, extra: dict[str, Tensor] | None = None) -> Encoded:
         extra: tensors to be kept next to it.
 
     Raises:
-        TypeError: if the sample holds anything else; the message says what.
+        TypeError: if the sample has anything else in it, which the message names.
     """
     tokens = _as_tokens(sample)
     leaves: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning_cl.buffers.disk.segment import RemovedError
 from lightning_cl.buffers.disk.store import DiskStore
-from lightning_cl.buffers.store import Store, keys_of
+from lightning_cl.buffers.store import Store, keys_of, wait_for_all_ranks
 
 
 class Stored(NamedTuple):
@@ -17,7 +17,7 @@ class Stored(NamedTuple):
     Attributes:
         sample: the sample.
         task: the name of its task.
-        position: its place in its task's training data; −1: unknown.
+        position: its position in its task's training data; −1: unknown.
         label: its class; −1: none.
     """
 
@@ -28,7 +28,7 @@ class Stored(NamedTuple):
 
 
 def stored_in(store: Store) -> Iterator[tuple[int, Stored]]:
-    """Every record that a store still holds, with its number; also those that no buffer draws any more."""
+    """Every record that is still in a store, with its number; also those that no buffer draws any more."""
     for number in store.every():
         info = store.info(number)
         try:
@@ -42,16 +42,31 @@ def found_in(store: Store, predicate: Callable[[Stored], bool]) -> dict[int, byt
     return keys_of(store, [number for number, stored in stored_in(store) if predicate(stored)])
 
 
+def erase_found(store: Store, predicate: Callable[[Stored], bool]) -> list[dict[int, bytes]]:
+    """Erases what a predicate wants to go from a store and from its copies; on all ranks.
+
+    Returns:
+        for the store, and then for each copy, what :func:`found_in` found.
+    """
+    wait_for_all_ranks()
+    # Everything that is on the disk, and not only what may still be drawn.
+    stores = [store, *store.copies()]
+    found = [found_in(each, predicate) for each in stores]
+    wait_for_all_ranks()  # they have read what is about to be erased
+    for each, keys in zip(stores, found, strict=True):
+        each.erase(keys)
+    return found
+
+
 def remove_from_folder(folder: str | Path, predicate: Callable[[Stored], bool]) -> int:
     """Removes samples for good from the folder of a buffer on disk, without a run.
 
-    A run that resumes from a checkpoint, whichever, does not find them
-    (:meth:`~lightning_cl.buffers.ReplayBuffer.remove`). What the run of this folder has from another run's folder is
-    removed there, too.
+    No run that resumes from a checkpoint finds them (:meth:`~lightning_cl.buffers.ReplayBuffer.remove`). Samples that
+    lie in the folder of an earlier run are removed there, too.
 
     Args:
         folder: with the buffer's segments, as ``<run>/buffers/Replay``.
-        predicate: gets a :class:`Stored`, says whether it shall go.
+        predicate: gets a :class:`Stored`, returns True if it is to be removed.
 
     Returns:
         how many were removed.

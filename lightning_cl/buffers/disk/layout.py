@@ -40,7 +40,7 @@ RECORD = np.dtype(
         ("blob_size", "<u4"),
         ("task", "<u4"),
         ("form", "<u4"),
-        ("position", "<i8"),  # the sample's place in its task's data; −1: unknown
+        ("position", "<i8"),  # the sample's position in its task's data; −1: unknown
         ("label", "<i8"),  # class; −1: none
         ("flags", "<u4"),
         ("data_crc", "<u4"),  # of the ids, the bits and the blob
@@ -95,7 +95,7 @@ class Record(NamedTuple):
 
 
 def _checksum(fields: bytes, number: int, version: int) -> int:
-    # With its number, so that a record at another record's place is found.
+    # With its number, so that a record at another record's position is found.
     return zlib.crc32(fields, zlib.crc32(_NUMBER.pack(number)) if version > 1 else 0)
 
 

@@ -86,7 +86,7 @@ class Names:
                 else:
                     kind = "task" if "task" in entry else "form"
                     if entry[kind] != len(self._known[kind]):
-                        break  # a line that stands at another line's place
+                        break  # a line at another line's position
                     self._known[kind].append(entry["name"])
                 self._read_to += len(line)
 

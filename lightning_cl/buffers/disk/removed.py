@@ -24,9 +24,9 @@ def read_removed(folder: Path) -> set[bytes]:
     path = folder / _NAME
     content = path.read_bytes() if path.is_file() else b""
     entries = list(_ENTRY.iter_unpack(content[: _whole(len(content))]))
-    for place, (key, crc) in enumerate(entries):
+    for index, (key, crc) in enumerate(entries):
         if crc != zlib.crc32(key):
-            raise DamagedFileError(f"{path}: entry {place} is damaged; it stands for a sample that was removed")
+            raise DamagedFileError(f"{path}: entry {index} is damaged; it stands for a sample that was removed")
     return {key for key, _ in entries}
 
 

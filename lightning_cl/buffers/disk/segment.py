@@ -1,4 +1,4 @@
-"""One folder of records: written by one process, once, from its first record to its last; read by anybody."""
+"""One folder of records: one process writes it, from its first record to its last; anybody may read it."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Segment:
     """A folder of the files in :mod:`~lightning_cl.buffers.disk.layout`.
 
     Writing: data first, then the record that points to it; :meth:`commit` brings both to the disk in that order. So a
-    record that was committed is whole, and what a killed writer left behind it is never looked at. Reading maps the
-    files, copies a record out, and gives the pages back now and then: the resident memory does not grow with the file.
+    record that was committed is whole, and nobody looks at what a killed writer left after it. Reading maps the files
+    and copies a record out. It gives the pages back now and then, so that memory does not grow with the file.
 
     Args:
         folder: of an existing segment.
-        writable: whether this process is its writer.
+        writable: True if this process is its writer.
 
     Raises:
         FileNotFoundError: if a file is missing.

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from array import array
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from lightning_cl.buffers.disk.encoding import decode, decode_extra, encode
-from lightning_cl.buffers.disk.layout import DamagedFileError
+from lightning_cl.buffers.disk.index import live_segments
 from lightning_cl.buffers.disk.removed import list_removed, read_removed
-from lightning_cl.buffers.disk.segment import RemovedError, Segment
+from lightning_cl.buffers.disk.segment import Segment
+from lightning_cl.buffers.disk.segments import Segments, open_segment, segments_in
 from lightning_cl.buffers.store import Info, Store, as_numbers
 
-_BITS = 32  # of a record's number within its segment
 _GONE = ".gone.{}"  # a segment that is being deleted
 
 
@@ -28,12 +24,11 @@ class DiskStore:
     """Samples in memory-mapped files (:mod:`~lightning_cl.buffers.disk.layout`).
 
     Records are immutable, and files only grow, so that every checkpoint finds its own. Each process that writes begins
-    a segment of its own: two runs that resume from one checkpoint never write to one file. What was evicted takes room
-    until :meth:`rewrite`, at a task's boundary; files that it replaces are deleted at the boundary after that.
+    its own segment, so two runs that resume from one checkpoint never write to one file. Evicted records take room
+    until :meth:`rewrite`, at a task's boundary. The files that it replaces are deleted at the next boundary.
 
-    A removed sample's content is overwritten in every segment of the folders that this store knows, and 16 bytes that
-    stand for it, with their checksum, are kept in ``removed.bin`` there: it is not stored again, also not after a
-    resume from an older checkpoint.
+    A removed sample's content is overwritten in every segment of the folders that this store knows. 16 bytes that stand
+    for it, and their checksum, are kept in ``removed.bin`` there, so that it is never stored again.
 
     Args:
         folder: where new segments go; made when the first record is written. None: not known yet (:meth:`place`).
@@ -45,10 +40,7 @@ class DiskStore:
         self._folder = None if folder is None else Path(folder)
         self.info_of_new, self.writes = dict(info or {}), writes
         self._next = None if folder is None else self.first_free(Path(folder))
-        self._segments: list[Segment] = []
-        self._writer: int | None = None
-        self._expected = 0  # records that another rank has in the newest segment
-        self._expected_folder = Path()
+        self._segments = Segments()
         self._outdated: list[Path] = []
         self._removed: set[bytes] = set()
         self._read_removed()
@@ -59,7 +51,7 @@ class DiskStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"], state["info"], writes=False)  # type: ignore[misc]
-        self._segments = [Segment(folder) for folder in state["segments"]]
+        self._segments = Segments(Segment(folder) for folder in state["segments"])
 
     @property
     def folder(self) -> Path:
@@ -75,8 +67,9 @@ class DiskStore:
 
     def flush(self) -> None:
         """Lets other processes see what was appended."""
-        if self.writes and self._writer is not None:
-            self._segments[self._writer].flush()
+        written = self._segments.written
+        if self.writes and written is not None:
+            written.flush()
 
     @property
     def has_folder(self) -> bool:
@@ -89,7 +82,7 @@ class DiskStore:
         Args:
             folder: of this run.
             first: number of the first new segment, :meth:`first_free` as one rank saw it.
-            writes: whether this rank writes.
+            writes: True if this rank writes.
         """
         self._folder, self._next, self.writes = Path(folder), first, writes
         self._read_removed()
@@ -111,32 +104,49 @@ class DiskStore:
             TypeError: if it cannot be stored without pickle.
             OSError: if the disk is full; what was stored before is whole.
         """
-        place = self._begin()
-        return place << _BITS | self._segments[place].append(encode(sample, extra), task, position, label)
+        segment = self._begin()
+        local = segment.append(encode(sample, extra), task, position, label)
+        return self._segments.first_number | local
 
     def begin(self) -> Path:
         """Begins this process's segment before there is anything to write, so that other ranks can be told of it."""
-        return self._segments[self._begin()].folder
+        return self._begin().folder
 
     def expect_in(self, folder: Path) -> None:
         """Says where the rank that writes has begun its segment."""
         if not self.writes:
-            self._writer, self._expected_folder = len(self._segments), folder
+            self._segments.expect_in(folder)
             self._next = int(folder.name) + 1
 
     def expect(self, count: int) -> range:
         """The numbers of records that another rank, which writes for all, is about to append."""
-        if self._writer is None:
-            self._writer = len(self._segments)
-            self._expected_folder = self._new_folder()
-        start = self._writer << _BITS | self._expected
-        self._expected += count
-        return range(start, start + count)
+        return self._segments.expect(count, self._new_folder)
 
     def commit(self) -> None:
         """Makes what was appended outlive a crash."""
-        if self.writes and self._writer is not None:
-            self._segments[self._writer].commit()
+        written = self._segments.written
+        if self.writes and written is not None:
+            written.commit()
+
+    def take_over(self, old: Store, numbers: Sequence[int]) -> Sequence[int]:
+        """Copies another store's records into this one, with what is never to be stored again; on all ranks.
+
+        Args:
+            old: the other store.
+            numbers: of its records.
+
+        Returns:
+            their new numbers.
+        """
+        self.refuse(old.removed)
+        if not self.writes:
+            return self.expect(len(numbers))
+        new = []
+        for number in numbers:
+            info = old.info(number)
+            new.append(self.append(old.get(number), info.task, info.position, info.label, old.extra(number)))
+        self.commit()
+        return new
 
     def copies(self) -> Sequence[Store]:
         """Names the rest of the folders: from killed runs, replaced segments, and those of other runs.
@@ -144,11 +154,13 @@ class DiskStore:
         Raises:
             DamagedFileError: if it cannot be looked through; the file is named.
         """
-        self._open_expected()
+        self._segments.open_expected()
         known = {segment.folder.resolve() for segment in self._segments}
         others = DiskStore(None, writes=self.writes)
         for folder in self.folders:
-            others._segments += [Segment(path) for path in _segments_in(folder) if path.resolve() not in known]
+            for path in segments_in(folder):
+                if path.resolve() not in known:
+                    others._segments.append(Segment(path))
         others._removed = self._removed
         return [others]
 
@@ -161,7 +173,7 @@ class DiskStore:
         self.refuse(keys.values())
         if self.writes:
             self._finish_erasing()
-            for segment, local in map(self._find, keys):
+            for segment, local in map(self._segments.find, keys):
                 segment.erase(local)
 
     def _finish_erasing(self) -> None:
@@ -218,18 +230,17 @@ class DiskStore:
         What it replaces stays until :meth:`delete_replaced`; what lies in another run's folder stays for good.
         """
         old = list(self._segments)
-        fresh = None
+        fresh: Segment | Path
         if self.writes:
             fresh = self._create()
             for number in numbers:
-                segment, local = self._find(number)
+                segment, local = self._segments.find(number)
                 fresh.copy(segment, local)
             fresh.commit()
         else:
-            self._expected_folder = self._new_folder()  # on its first use
+            fresh = self._new_folder()
         self._outdated = [segment.folder for segment in old if segment.folder.parent.resolve() == self.folder.resolve()]
-        self._segments = [fresh] if fresh is not None else []
-        self._writer, self._expected = 0, len(numbers)
+        self._segments = Segments.of_one(fresh, len(numbers))
         return range(len(numbers))
 
     def free_bytes(self) -> int:
@@ -255,18 +266,19 @@ class DiskStore:
                 " noise. Give the same tokenizer, or an empty folder"
             )
 
-    def _begin(self) -> int:
-        """The place of this process's own segment."""
-        if self._writer is None:
-            self._segments.append(self._create())
-            self._writer = len(self._segments) - 1
-        return self._writer
+    def _begin(self) -> Segment:
+        """This process's own segment."""
+        written = self._segments.written
+        if written is None:
+            written = self._create()
+            self._segments.write(written)
+        return written
 
     def _create(self) -> Segment:
         while True:
             try:
                 segment = Segment.create(self._new_folder(), self.info_of_new)
-                list_removed(self.folder, self._removed)  # those of other folders too: they may be left behind
+                list_removed(self.folder, self._removed)  # those of other folders too: this one may be moved alone
                 return segment
             except FileExistsError:  # of a run that has begun to write since this one was started
                 self._next = self.first_free(self.folder)
@@ -280,48 +292,32 @@ class DiskStore:
 
     def get(self, number: int) -> Any:
         """The sample of a record."""
-        segment, local = self._find(number)
+        segment, local = self._segments.find(number)
         return decode(*segment.read(local))
 
     def extra(self, number: int) -> dict[str, Tensor]:
         """The tensors that were stored next to it."""
-        segment, local = self._find(number)
+        segment, local = self._segments.find(number)
         return decode_extra(segment.read(local).blob)
 
     def info(self, number: int) -> Info:
         """Returns what is known of a record without its content."""
-        segment, local = self._find(number)
+        segment, local = self._segments.find(number)
         record = segment.record(local)
         size = 4 * record.length + -(-record.length // 8) + record.blob_size
         return Info(segment.task_of(record), record.length, record.loss_tokens, size, record.position, record.label)
 
     def is_erased(self, number: int) -> bool:
         """Returns True if its content is gone."""
-        segment, local = self._find(number)
+        segment, local = self._segments.find(number)
         return segment.record(local).erased
-
-    def _open_expected(self) -> None:
-        """The segment that another rank writes, if it has not been looked at yet."""
-        if self._writer is not None and self._expected and self._writer == len(self._segments):
-            self._find(self._writer << _BITS)
-
-    def _find(self, number: int) -> tuple[Segment, int]:
-        place, local = number >> _BITS, number & (1 << _BITS) - 1
-        if place == len(self._segments) and place == self._writer:
-            self._segments.append(Segment(self._expected_folder))
-        return self._segments[place], local
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The folders of the segments, and which records of them are wanted."""
         self.commit()
-        folders = [str(segment.folder.resolve()) for segment in self._segments]
-        ids = [segment.id for segment in self._segments]
-        if self._writer is not None and self._writer == len(folders):  # another rank's; it says so in its own state
-            folders.append(str(self._expected_folder.resolve()))
-            ids.append("")
-        return {"kind": "disk", "segments": folders, "ids": ids, "numbers": as_numbers(numbers)}
+        return {"kind": "disk", **self._segments.state_dict(), "numbers": as_numbers(numbers)}
 
     def load_state_dict(self, state: dict[str, Any], folders: Sequence[Path] = ()) -> Tensor:
         """Finds the records again, and reads each once to see that it is whole.
@@ -332,21 +328,17 @@ class DiskStore:
 
         Raises:
             ValueError: if the checkpoint's buffer is not on disk, or is of another tokenizer.
-            FileNotFoundError: if a file is missing, or another run's lies at its place.
+            FileNotFoundError: if a file is missing, or another run's has its name.
             DamagedFileError: if a file is damaged.
         """
         if state["kind"] != "disk":
             raise ValueError(
                 "storage='disk' does not fit the checkpoint, which holds the samples itself; give 'memory'"
             )
-        self._segments, self._writer, self._expected = [], None, 0
+        self._segments = Segments()
         for path, identity in zip(map(Path, state["segments"]), state["ids"], strict=True):
             self._segments.append(self._open(path, folders, identity))
-        wanted = defaultdict(list)
-        for number in state["numbers"].tolist():
-            wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
-        for place, numbers in wanted.items():
-            self._segments[place].check(iter(numbers))
+        self._segments.check(state["numbers"].tolist())
         self._read_removed()
         if self.writes:
             self._finish_erasing()
@@ -355,16 +347,7 @@ class DiskStore:
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Sequence[int]]:
         """``length`` and ``loss_tokens`` of many records, as arrays."""
-        wanted = np.array(numbers, dtype=np.int64)
-        found = {name: np.zeros(len(wanted), dtype=np.int32) for name in ("length", "loss_tokens")}
-        for place in np.unique(wanted >> _BITS).tolist():
-            mine = np.flatnonzero(wanted >> _BITS == place)
-            local = wanted[mine] & (1 << _BITS) - 1
-            segment, _ = self._find(int(wanted[mine[0]]))
-            table = segment.table(int(local.max()) + 1)
-            for name, column in found.items():
-                column[mine] = table[name][local]
-        return {name: array("i", column.tobytes()) for name, column in found.items()}
+        return self._segments.columns(numbers)
 
     def attach(self) -> None:
         """Opens all segments of the folder, without a checkpoint.
@@ -372,65 +355,30 @@ class DiskStore:
         Raises:
             FileNotFoundError: if there is none.
         """
-        found = _segments_in(self.folder)
-        if not found and not self._described():
+        found = segments_in(self.folder)
+        if not found and not live_segments(self.folder):
             raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
-        self._segments = [self._open(path) for path in found]
+        self._segments = Segments(self._open(path) for path in found)
         # A run that resumed from another one's checkpoint has its older records in that one's folder.
         known = {path.resolve() for path in found}
-        for path in self._described():
+        for path in live_segments(self.folder):
             if path.resolve() not in known and path.is_dir():
                 self._segments.append(self._open(path))
         self._read_removed()
 
-    def _described(self) -> list[Path]:
-        """The segments in ``live.json``."""
-        path = self.folder / "live.json"
-        if not path.is_file():
-            return []
-        try:
-            return [Path(name) for name in json.loads(path.read_text(encoding="utf-8"))]
-        except ValueError as error:
-            raise DamagedFileError(f"{path}: damaged ({error})") from error
-
     def every(self) -> Iterator[int]:
         """The numbers of all records that are whole and not erased, also of those that were evicted."""
-        self._open_expected()
-        for place, segment in enumerate(self._segments):
-            for local in range(segment.number_of_records()):
-                try:
-                    segment.read(local)
-                    segment.task_of(segment.record(local))
-                except (RemovedError, DamagedFileError):
-                    continue  # what a killed writer left is in nobody's buffer
-                yield place << _BITS | local
+        return self._segments.every()
 
     def describe(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Returns the wanted records in plain containers: segments by folder, records by segment."""
-        wanted: dict[int, list[int]] = defaultdict(list)
-        for number in numbers:
-            wanted[number >> _BITS].append(number & (1 << _BITS) - 1)
-        return {str(self._segments[place].folder.resolve()): records for place, records in sorted(wanted.items())}
+        return self._segments.describe(numbers)
 
     def _open(self, path: Path, folders: Sequence[Path] = (), identity: str = "") -> Segment:
-        places = [*([] if self._folder is None else [self._folder]), *folders]
-        candidates = [path, *(place / path.name for place in places)]
-        found = [Segment(candidate) for candidate in dict.fromkeys(candidates) if candidate.is_dir()]
-        segment = next((segment for segment in found if identity in ("", segment.id)), None)
-        if segment is None:
-            reason = "is missing" if not found else "is another run's"
-            raise FileNotFoundError(
-                f"{path}: this folder of the buffer {reason}; a checkpoint holds which samples are wanted, and the"
-                " folder holds the samples: bring it back; or, if the run itself has replaced it by a compacted one"
-                " since then, resume from a later checkpoint"
-            )
+        segment = open_segment(path, [*([] if self._folder is None else [self._folder]), *folders], identity)
         self._check_tokenizer(segment)
         return segment
 
     def _read_removed(self) -> None:
         for folder in self.folders:
             self._removed |= read_removed(folder)
-
-
-def _segments_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())

@@ -11,20 +11,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_integer
 from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import tensor_bytes
 from lightning_cl.data.foreign_loader import why_not_plannable
-from lightning_cl.data.loader import TaskLoader
 from lightning_cl.functional import kl_divergence
-from lightning_cl.passes.passes import (
-    LogitsReader,
-    OutputsFunction,
-    leaving_no_trace,
-    loss_positions,
-)
+from lightning_cl.passes.logits import LogitsReader, OutputsFunction, loss_positions
+from lightning_cl.passes.passes import leaving_no_trace
 from lightning_cl.passes.task_samples import single_samples
 
 
@@ -69,10 +64,8 @@ class KLToBase(ContinualCallback):
 
     def __init__(self, samples: int = 64, seed: int = 0, outputs: OutputsFunction | None = None) -> None:
         super().__init__()
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples={samples!r}: expected a positive integer")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r}: expected an integer")
+        check_integer("samples", samples, 1)
+        check_integer("seed", seed)
         self.samples, self.seed, self.outputs = samples, seed, outputs
         self.kl: dict[str, float] = {}
         self.base: StartingWeights | None = None
@@ -138,7 +131,7 @@ class KLToBase(ContinualCallback):
 
     def _data(self, trainer: L.Trainer) -> tuple[Any, str]:
         """The loader of the data to measure on, and which data that is."""
-        data = TaskCoordinator.of(trainer).data
+        data = self.run.data
         if data is not None:
             loader = data.val_loader(data.current)
             if isinstance(loader, (dict, list, tuple)):  # several: the first
@@ -164,7 +157,7 @@ class KLToBase(ContinualCallback):
         """Raises an error before anything is trained, and not after hours, if the logits cannot be reached."""
         with leaving_no_trace(pl_module), torch.no_grad():
             loader, _ = self._data(trainer)
-            if isinstance(loader, TaskLoader) or why_not_plannable(loader) is None:  # a stream cannot be rewound
+            if why_not_plannable(loader) is None:  # a stream cannot be rewound
                 read_logits = LogitsReader(trainer, pl_module, self.outputs)
                 for _, batch in single_samples(trainer, trainer.world_size, self.seed, "KLToBase: logits", loader):
                     self._logits(pl_module, read_logits, batch)

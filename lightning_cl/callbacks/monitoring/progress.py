@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.loops import expected_steps
+from lightning_cl.core.run_state import RunState
 from lightning_cl.random_state import untouched_random_state
 
 _FIRST = 10.0  # seconds to the first line, so that one soon sees that a run goes
@@ -43,6 +43,7 @@ class TaskProgress(TQDMProgressBar):
         if not (math.isfinite(every) and every >= 0):
             raise ValueError(f"every={every!r}: expected seconds, at least 0")
         self.every = every
+        self.run = RunState()  # the coordinator hands it the one of the run
         self._index = -1  # of the task that was begun last
         self._base = 0  # steps of the Trainer when the run began
         self._begun = 0.0
@@ -67,34 +68,33 @@ class TaskProgress(TQDMProgressBar):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        coordinator = TaskCoordinator.of(trainer)
         if not self._fit_begun:
-            self._begin_fit(trainer, coordinator)
+            self._begin_fit(trainer)
         bar = self.train_progress_bar
-        bar.total = self._total(trainer, coordinator)
+        bar.total = self._total()
         bar.start_t = self._begun if hasattr(bar, "start_t") else None
-        bar.leave = coordinator.position.index + 1 == coordinator.position.count
+        bar.leave = self.run.position.index + 1 == self.run.position.count
         bar.n = trainer.global_step - self._base
-        bar.set_description(f"{coordinator.position.title} · epoch {trainer.current_epoch}")
+        bar.set_description(f"{self.run.position.title} · epoch {trainer.current_epoch}")
 
-    def _begin_fit(self, trainer: L.Trainer, coordinator: TaskCoordinator) -> None:
-        position, now = coordinator.position, time.time()
-        if not self._begun or position.index <= self._index or not coordinator.driven:  # another run
+    def _begin_fit(self, trainer: L.Trainer) -> None:
+        position, now = self.run.position, time.time()
+        if not self._begun or position.index <= self._index or not self.run.driven:  # another run
             self._base, self._begun, self._last = trainer.global_step, now, (now, False)
         self._index = position.index
         self._fit_begun, self._fit_step, self._tokens = now, trainer.global_step, 0.0
-        own = coordinator.limits
+        own = self.run.limits
         epochs, steps = (own.max_epochs, own.max_steps) if own is not None else (trainer.max_epochs, trainer.max_steps)
         self._of_task = expected_steps(trainer, epochs, steps, _finite(trainer.num_training_batches))
-        self._later = list(_steps_of_later_tasks(trainer, coordinator))
+        self._later = list(_steps_of_later_tasks(trainer, self.run))
 
-    def _total(self, trainer: L.Trainer, coordinator: TaskCoordinator) -> int | None:
+    def _total(self) -> int | None:
         """Steps of the run since it began here; None where a task's are not known."""
         to_come = [self._of_task, *self._later]
         known = [count for count in to_come if count is not None]
         if len(known) < len(to_come):
             return None
-        return coordinator.first_step - self._base + sum(known)
+        return self.run.first_step - self._base + sum(known)
 
     # ------------------------------------------------------------------ what is shown
 
@@ -116,11 +116,10 @@ class TaskProgress(TQDMProgressBar):
                 rank_zero_info(self._line(trainer, pl_module, now))
 
     def _line(self, trainer: L.Trainer, pl_module: L.LightningModule, now: float) -> str:
-        coordinator = TaskCoordinator.of(trainer)
-        done, trained = trainer.global_step - coordinator.first_step, trainer.global_step - self._fit_step
+        done, trained = trainer.global_step - self.run.first_step, trainer.global_step - self._fit_step
         seconds = max(now - self._fit_begun, 1e-9)
         of = f" of {self._of_task:,}" if self._of_task is not None else ""
-        parts = [f"{time.strftime('%H:%M:%S', time.localtime(now))} {coordinator.position.title}", f"step {done:,}{of}"]
+        parts = [f"{time.strftime('%H:%M:%S', time.localtime(now))} {self.run.position.title}", f"step {done:,}{of}"]
         metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
         parts += [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
@@ -130,7 +129,7 @@ class TaskProgress(TQDMProgressBar):
         if trained and self._of_task is not None:
             left = max(self._of_task - done, 0)
             parts.append(f"{_duration(left * seconds / trained)} left of the task")
-            total = self._total(trainer, coordinator)
+            total = self._total()
             if self._later and total is not None:
                 left = total - (trainer.global_step - self._base)
                 parts.append(f"about {_duration(left * seconds / trained)} of the run")
@@ -155,12 +154,12 @@ def is_terminal() -> bool:
     return hasattr(shell, "kernel") or bool(sys.stdout is not None and sys.stdout.isatty())
 
 
-def _steps_of_later_tasks(trainer: L.Trainer, coordinator: TaskCoordinator) -> list[int | None]:
-    data, limits = coordinator.data, coordinator.run_limits
+def _steps_of_later_tasks(trainer: L.Trainer, run: RunState) -> list[int | None]:
+    data, limits = run.data, run.run_limits
     if data is None or limits is None:
         return []
     found: list[int | None] = []
-    for task in data.trained_tasks[coordinator.position.index + 1 :]:
+    for task in data.trained_tasks[run.position.index + 1 :]:
         epochs, steps = limits.of_task(task)
         batches = None
         if epochs is not None and epochs > 0 and not isinstance(task.train, L.LightningDataModule):

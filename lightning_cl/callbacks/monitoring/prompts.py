@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.arguments import check_integer
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.passes.generation import answers, generator_of, prompt_tokens
@@ -47,8 +47,7 @@ class PromptSamples(ContinualCallback):
         super().__init__()
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
             raise ValueError(f"prompts={prompts!r}: expected a list of texts")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: expected a positive integer")
+        check_integer("max_new_tokens", max_new_tokens, 1)
         self.prompts, self.max_new_tokens, self.chat = list(prompts), max_new_tokens, chat
         self.answers: dict[int, list[str]] = {}
 
@@ -75,7 +74,7 @@ class PromptSamples(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = TaskCoordinator.of(trainer).data
+        data = self.run.data
         if data is None:
             return  # a plain fit: there are no boundaries to ask at
         with untouched_random_state():

@@ -17,16 +17,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
-from lightning_cl.core.arguments import check_choice
-from lightning_cl.core.checks import named
-from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.method import ContinualCallback
+from lightning_cl.core.questions import Need
+from lightning_cl.core.run_state import named
 from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation import build_report, format_report, write_report
-from lightning_cl.evaluation.figure import matrix_figure
-from lightning_cl.evaluation.importance_figure import write_importance
+from lightning_cl.evaluation.figure import matrix_figure, write_importance
 from lightning_cl.evaluation.sentences import Method
 from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst
@@ -103,7 +103,7 @@ class TaskMatrix(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if TaskCoordinator.of(trainer).data is None:
+        if self.run.data is None:
             rank_zero_warn("TaskMatrix measures between tasks, under lightning_cl.fit_tasks only: this is a plain fit")
 
     @override
@@ -274,10 +274,9 @@ class TaskMatrix(ContinualCallback):
     def after_boundary(self, trainer: L.Trainer, trained: int, final: bool) -> None:
         if trained == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # one batch is no result
-        coordinator = TaskCoordinator.of(trainer)
-        methods = self._methods = named(TaskCoordinator.methods(trainer))
-        report = build_report(self, coordinator.costs, methods)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks
+        methods = self._methods = named(self.run.methods)
+        report = build_report(self, self.run.costs, methods)
+        folder = run_folder(trainer)  # asked on all ranks
         if trainer.is_global_zero:
             write_report(report, folder)
             write_importance(report, folder)
@@ -286,6 +285,12 @@ class TaskMatrix(ContinualCallback):
             rank_zero_info(format_report(report, folder))
 
     # ------------------------------------------------------------------ what others read
+
+    @override
+    def advice(self, need: Need) -> str | None:
+        if need != "begin":
+            return None
+        return "Replay(ratio=0.05), 0.25 for tasks this different; without stored data, EWC or SelfReplay"
 
     def trained_matrix(self) -> Tensor:
         """Returns the matrix for scores: no watched tasks, NaN where a row was measured on other data than the last."""

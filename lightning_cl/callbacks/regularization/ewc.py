@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
+from lightning_cl.callbacks.regularization.fisher_importance import FisherImportance
 from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
-from lightning_cl.callbacks.regularization.sampled_importance import SampledImportance
-from lightning_cl.core.arguments import check_choice
-from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.placement import trainable_parameters
 from lightning_cl.functional import merge_quadratics, normalize_importance
-from lightning_cl.passes.fisher_losses import ESTIMATORS, Estimator, FisherLosses
-from lightning_cl.passes.passes import OutputsFunction
-from lightning_cl.passes.sample_sums import look_at_one, squared_batch_gradients, sum_over_samples
+from lightning_cl.passes.fisher_losses import Estimator
+from lightning_cl.passes.logits import OutputsFunction
+from lightning_cl.passes.sample_sums import squared_batch_gradients, sum_over_samples
 
 
-class EWC(SampledImportance):
+class EWC(FisherImportance):
     """Elastic Weight Consolidation (Kirkpatrick et al. 2017, eq. 3; online: Schwarz et al. 2018, section 3.2).
 
     ::
@@ -80,8 +79,6 @@ class EWC(SampledImportance):
         'separate'
     """
 
-    measures = "Fisher"
-
     def __init__(
         self,
         strength: Strength = "auto",
@@ -98,36 +95,25 @@ class EWC(SampledImportance):
         state_dtype: StateDtype = "float32",
         state_device: StateDevice = "model",
     ) -> None:
-        super().__init__(strength, samples, batch_size, last_task, apply, share, state_dtype, state_device)
-        self.estimator = check_choice("estimator", estimator, ESTIMATORS)
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay={decay!r}: expected a number above 0 and at most 1 (1 forgets nothing)")
+        super().__init__(
+            strength,
+            estimator,
+            samples,
+            decay,
+            normalize,
+            outputs,
+            batch_size,
+            apply,
+            last_task,
+            share,
+            state_dtype,
+            state_device,
+        )
         self.mode = check_choice("mode", mode, ("online", "separate"))
-        self.decay, self.normalize, self.outputs = decay, normalize, outputs
-
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        refuse_sharded(trainer, f"{type(self).__name__}: gradients of single samples cannot be taken from")
-
-    @override
-    def check_loader(self, loader: Any, task: str) -> None:
-        refuse_several_loaders(loader, task, type(self).__name__)
-
-    @override
-    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_task_start(trainer, pl_module)
-        if self.tasks_done == 0 and (self.estimator in ("sample", "exact") or self.outputs is not None):
-            look_at_one(trainer, pl_module, self._losses(trainer, pl_module))
-
-    def _losses(self, trainer: L.Trainer, pl_module: L.LightningModule) -> FisherLosses:
-        assert self.task is not None
-        name = type(self).__name__
-        return FisherLosses(trainer, pl_module, self.estimator, self.outputs, self.task.index, name)
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         fisher, estimator, left_out = self._fisher(trainer, pl_module)
         mean = normalize_importance(fisher) if self.normalize else None
         self.diagnose(
@@ -156,7 +142,7 @@ class EWC(SampledImportance):
         assert self.task is not None
         parameters = trainable_parameters(pl_module)
         samples = self.task_samples(trainer, f"{type(self).__name__}: Fisher of {self.task}")
-        losses = self._losses(trainer, pl_module)
+        losses = self.losses(trainer, pl_module)
         measure = squared_batch_gradients if self.estimator == "batched" else sum_over_samples
         sums = measure(trainer, pl_module, parameters, samples, losses)
         for value in sums.total.values():
@@ -165,4 +151,4 @@ class EWC(SampledImportance):
 
     @override
     def report(self) -> dict[str, Any]:
-        return super().report() | {"mode": self.mode, "normalize": self.normalize, "samples": self.samples}
+        return super().report() | {"mode": self.mode}

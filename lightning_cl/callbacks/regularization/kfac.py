@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.regularization.ewc import EWC
+from lightning_cl.arguments import check_choice, check_integer
+from lightning_cl.callbacks.regularization.fisher_importance import FisherImportance
 from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.placement import clean_name, full_cpu, trainable_parameters
 from lightning_cl.functional.kfac import (
     FactorSums,
@@ -24,11 +24,11 @@ from lightning_cl.functional.kfac import (
     spectrum,
 )
 from lightning_cl.passes.fisher_losses import Estimator
-from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.logits import OutputsFunction
 from lightning_cl.passes.sample_sums import sum_over_samples
 
 
-class KFACEWC(EWC):
+class KFACEWC(FisherImportance):
     """Structured Laplace: EWC with ``A ⊗ G`` for linear layers (Ritter, Botev & Barber 2018, NeurIPS, section 2.2).
 
     ::
@@ -105,24 +105,23 @@ class KFACEWC(EWC):
     ) -> None:
         if estimator == "batched":
             raise ValueError("estimator='batched': the factors are moments over single positions; use 'empirical'")
-        if isinstance(largest, bool) or not isinstance(largest, int) or largest < 1:
-            raise ValueError(f"largest={largest!r}: expected a positive integer")
+        check_integer("largest", largest, 1)
         check_choice("mode", mode, ("online",))
         super().__init__(
             strength,
             estimator,
             samples,
-            decay=decay,
-            normalize=normalize,
-            outputs=outputs,
-            batch_size=batch_size,
-            apply=apply,
-            last_task=last_task,
-            mode=mode,
-            share=share,
-            state_dtype=state_dtype,
-            state_device=state_device,
+            decay,
+            normalize,
+            outputs,
+            batch_size,
+            apply,
+            last_task,
+            share,
+            state_dtype,
+            state_device,
         )
+        self.mode = mode
         self.largest = largest
         self.factors: dict[str, Kronecker] = {}
         self._spectra: dict[str, Spectrum] = {}
@@ -131,11 +130,11 @@ class KFACEWC(EWC):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
         parameters = trainable_parameters(pl_module)
         samples = self.task_samples(trainer, f"{type(self).__name__}: Fisher of {self.task}")
-        losses, sink = self._losses(trainer, pl_module), FactorSums(self.largest)
+        losses, sink = self.losses(trainer, pl_module), FactorSums(self.largest)
         sums = sum_over_samples(trainer, pl_module, parameters, samples, losses, sink=sink)
         measured = {name: p for name, p in parameters.items() if name not in sums.loose}
         factors = self._moments(trainer, sink, measured, sums.total, sums.positions)
@@ -264,6 +263,10 @@ class KFACEWC(EWC):
     @override
     def state_bytes(self) -> int:
         return super().state_bytes() + sum(4 * side.numel() for factors in self.factors.values() for side in factors)
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return super().report() | {"mode": self.mode}
 
 
 def _grown(name: str, factors: Kronecker, weight: Tensor) -> Kronecker:

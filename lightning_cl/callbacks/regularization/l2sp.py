@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, StateDevice, StateDtype, Strength
-from lightning_cl.core.arguments import check_choice
 from lightning_cl.core.placement import full_cpu, tensor_bytes, trainable_parameters
 
 
@@ -74,7 +74,7 @@ class L2SP(QuadraticPenalty):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.anchored_to == "previous":
             self._hold(pl_module, list(trainable_parameters(pl_module)))
         self.diagnose(self.importance, "There is no trainable parameter.")

@@ -12,14 +12,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.arguments import check_choice, check_strength
+from lightning_cl.arguments import check_choice, check_integer, check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
-from lightning_cl.core.questions import Need
+from lightning_cl.core.questions import Need, Trait
 from lightning_cl.data.mixing.contents import rows_mask
 from lightning_cl.functional.lwf import head_kl_divergence
-from lightning_cl.passes.passes import OutputsFunction, aligned, leaving_no_trace, loss_positions
+from lightning_cl.passes.logits import OutputsFunction, aligned, loss_positions
+from lightning_cl.passes.passes import leaving_no_trace
 from lightning_cl.passes.student import Call, Student
 from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.passes.teacher import Teacher
@@ -70,6 +70,8 @@ class LwF(ContinualCallback):
         2.0
     """
 
+    relies_on: frozenset[Trait] = frozenset({"earlier outputs"})
+
     def __init__(
         self,
         strength: float = 1.0,
@@ -88,8 +90,8 @@ class LwF(ContinualCallback):
             raise ValueError("temperature=0: expected a number above 0, as 2 in the paper")
         self.teacher_is = check_choice("teacher", teacher, ("previous", "base"))
         self.where = check_choice("where", where, ("all", "new", "replayed"))
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k={top_k!r}: expected a positive number of tokens, or None for all")
+        if top_k is not None:
+            check_integer("top_k", top_k, 1, "a positive number of tokens, or None for all")
         if teacher_dtype is not None:
             check_choice("teacher_dtype", teacher_dtype, _DTYPES)
         self.top_k, self.outputs = top_k, outputs
@@ -112,7 +114,7 @@ class LwF(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         refuse_sharded(trainer, f"{type(self).__name__}: a teacher's weights cannot be put in the place of")
-        if stage == "fit" and self.where == "replayed" and not _replays(trainer):
+        if stage == "fit" and self.where == "replayed" and not any(m.replays for m in self.run.methods):
             raise MisconfigurationException(
                 f"{type(self).__name__}(where='replayed'): nothing is replayed; add lightning_cl.Replay, or another"
                 " callback that replays, to Trainer(callbacks=[…]), or give where='new'"
@@ -222,7 +224,7 @@ class LwF(ContinualCallback):
         if self.where == "all":
             return positions
         length = student.shape[1] if student.ndim > 2 else 1
-        replayed = rows_mask(TaskCoordinator.of(trainer).kinds, len(student), length).to(student.device)
+        replayed = rows_mask(self.run.kinds, len(student), length).to(student.device)
         wanted = replayed if self.where == "replayed" else ~replayed
         if positions is None:
             return wanted[:, 0]
@@ -298,10 +300,6 @@ class LwF(ContinualCallback):
     @override
     def advice(self, need: Need) -> str | None:
         return f"a {'higher' if need == 'keep' else 'lower'} LwF(strength=…), {self.strength:g} now"
-
-
-def _replays(trainer: L.Trainer) -> bool:
-    return any(method.replays for method in TaskCoordinator.methods(trainer))
 
 
 def _is_known(outputs: Tensor, is_hidden: bool) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_cl.core.placement import trainable_parameters
 from lightning_cl.functional import normalize_importance
 from lightning_cl.functional.cross_entropy import CHUNK_BYTES
 from lightning_cl.passes.fisher_losses import select
-from lightning_cl.passes.passes import LogitsReader, OutputsFunction
+from lightning_cl.passes.logits import LogitsReader, OutputsFunction
 from lightning_cl.passes.sample_sums import LossesOf, look_at_one, sum_over_samples
 
 
@@ -119,7 +119,7 @@ class MAS(SampledImportance):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
         samples = self.task_samples(trainer, f"{type(self).__name__}: {self.task}")
         parameters = trainable_parameters(pl_module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_choice, check_positive, check_strength
 from lightning_cl.callbacks.regularization.auto_strength import FIRST_CHOICE, AutoStrength
 from lightning_cl.callbacks.regularization.diagnosis import (
     advice_of,
@@ -21,8 +21,6 @@ from lightning_cl.callbacks.regularization.diagnosis import (
     sentences_of,
     warning_of,
 )
-from lightning_cl.core.arguments import check_choice, check_strength
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import (
     Streamed,
@@ -34,7 +32,7 @@ from lightning_cl.core.placement import (
     trainable_parameters,
     whole,
 )
-from lightning_cl.core.questions import Need
+from lightning_cl.core.questions import Need, Trait
 from lightning_cl.functional import add_penalty_gradient_, proximal_step_, zero_non_finite_
 
 Apply = Literal["gradient", "proximal"]
@@ -79,6 +77,8 @@ class QuadraticPenalty(ContinualCallback):
     Raises:
         ValueError: if an argument is out of its range.
     """
+
+    relies_on: frozenset[Trait] = frozenset({"shared parameters"})
 
     def __init__(
         self,
@@ -179,11 +179,8 @@ class QuadraticPenalty(ContinualCallback):
     def edit_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if not self.is_active or self.apply != "proximal":
             return
-        coordinator = TaskCoordinator.of(trainer)
-        several = (
-            sum(isinstance(m, QuadraticPenalty) and m.apply == "proximal" for m in coordinator.methods(trainer)) > 1
-        )
-        applied = coordinator.applied if several else None
+        proximal = [m for m in self.run.methods if isinstance(m, QuadraticPenalty) and m.apply == "proximal"]
+        applied = self.run.applied if len(proximal) > 1 else None
         groups = self._stepped(pl_module, optimizer)
         if self._before:
             before, self._before = self._before, {}
@@ -202,13 +199,13 @@ class QuadraticPenalty(ContinualCallback):
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         held = self._describe_hold(trainer, pl_module)
-        self.consolidate(trainer, pl_module)
+        self.update_importance(trainer, pl_module)
         if self._diagnosis:
             self._diagnosis[-1].update(held)
 
     # ------------------------------------------------------------------ what a subclass answers
 
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task ends: measure its importance and set the anchor."""
         raise NotImplementedError
 
@@ -302,7 +299,7 @@ class QuadraticPenalty(ContinualCallback):
     # ------------------------------------------------------------------ strength and diagnosis
 
     def _steps(self, trainer: L.Trainer) -> int:
-        return trainer.global_step - TaskCoordinator.of(trainer).first_step
+        return trainer.global_step - self.run.first_step
 
     def _choose(self, trainer: L.Trainer, wanted: float, pull: float) -> None:
         assert self.auto is not None
@@ -405,11 +402,7 @@ def check_damping(damping: float | str) -> float | Literal["auto"]:
     """
     if damping == "auto":
         return "auto"
-    if isinstance(damping, (str, bool)) or not isinstance(damping, (int, float)):
-        raise ValueError(f"damping={damping!r}: expected a positive, finite number, or 'auto'")
-    if not math.isfinite(damping) or damping <= 0:
-        raise ValueError(f"damping={damping!r}: expected a positive, finite number, or 'auto'")
-    return float(damping)
+    return check_positive("damping", damping, "a positive, finite number, or 'auto'")
 
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_integer, check_positive
 from lightning_cl.callbacks.regularization.path_importance import PathImportance
 from lightning_cl.callbacks.regularization.quadratic import Apply, StateDevice, StateDtype, Strength
 from lightning_cl.core.checks import refuse_sharded
@@ -92,10 +93,8 @@ class RWalk(PathImportance):
         state_device: StateDevice = "model",
     ) -> None:
         super().__init__(strength, damping, normalize, apply, share, state_dtype, state_device)
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate={rate!r}: expected a number above 0 and at most 1")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r}: expected a positive number of steps")
+        check_positive("rate", rate, "a number above 0 and at most 1", most=1)
+        check_integer("every", every, 1, "a positive number of steps")
         self.rate, self.every = float(rate), every
         self.fisher: dict[str, Tensor] = {}
         self.score: dict[str, Tensor] = {}
@@ -177,7 +176,12 @@ class RWalk(PathImportance):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def close_path(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close_window(all_parameters(pl_module))
+
+    @override
+    @torch.no_grad()
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         spoilt = self._watch.end(type(self).__name__, self.task)
         self._close_window(all_parameters(pl_module))
         for name, new in self._task_score.items():

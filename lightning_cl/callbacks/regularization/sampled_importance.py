@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_cl.callbacks.regularization.quadratic import Apply, QuadraticPenalty, StateDevice, StateDtype, Strength
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import EndCost
 from lightning_cl.passes.task_samples import TaskSamples, check_samples
 from lightning_cl.random_state import untouched_random_state
@@ -88,7 +87,7 @@ class SampledImportance(QuadraticPenalty):
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
-        if self.last_task or not TaskCoordinator.of(trainer).driven or not _is_last(self.task):
+        if self.last_task or not self.run.driven or not _is_last(self.task):
             super().on_task_end(trainer, pl_module)
             return
         held = self._describe_hold(trainer, pl_module)
@@ -97,13 +96,13 @@ class SampledImportance(QuadraticPenalty):
 
     def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule, owed: dict[str, Any]) -> None:
         """The weights are still those that the task ended with, its data is in the same list."""
-        data, now = TaskCoordinator.of(trainer).data, self.task
+        data, now = self.run.data, self.task
         assert data is not None
         with untouched_random_state():
             self._loader = data.train_loader(data.trained_tasks[owed["index"]])
         self.task = TaskPosition(owed["index"], owed["name"], owed["count"])
         try:
-            self.consolidate(trainer, pl_module)
+            self.update_importance(trainer, pl_module)
             if self._diagnosis:
                 self._diagnosis[-1].update(owed["held"])
         finally:

@@ -76,6 +76,7 @@ class SI(PathImportance):
     ) -> None:
         super().__init__(strength, damping, normalize, apply, share, state_dtype, state_device)
         self.omega: dict[str, Tensor] = {}
+        self._displacement: dict[str, Tensor] = {}  # at a task's end, where the weights are changed after training
 
     @override
     @torch.no_grad()
@@ -115,13 +116,12 @@ class SI(PathImportance):
 
     @override
     @torch.no_grad()
-    def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         spoilt = self._watch.end(type(self).__name__, self.task)
         parameters = trainable_parameters(pl_module)
         omega = {name: omega for name, omega in self.omega.items() if name in parameters}
-        displacement = {
-            name: parameters[name].detach().float() - self.anchor[name].to(parameters[name].device) for name in omega
-        }
+        displacement = self._displacement or self._moved(pl_module)
+        displacement = {name: displacement[name].to(parameters[name].device) for name in omega}
         damping = self.damping
         if isinstance(damping, str):
             damping = relative_damping(moved.square() for moved in displacement.values())
@@ -131,17 +131,32 @@ class SI(PathImportance):
         self.diagnose(new, note, normalized_by=mean, damping=damping, spoilt_steps=spoilt)
         self.add_importance(new)
         self.set_anchor(pl_module, new)
-        self.omega = {}
+        self.omega, self._displacement = {}, {}
+
+    def _moved(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        """Returns the way of each weight since the task started."""
+        parameters = trainable_parameters(pl_module)
+        return {
+            name: parameters[name].detach().float() - self.anchor[name].to(parameters[name].device)
+            for name in self.omega
+            if name in parameters
+        }
+
+    @override
+    def close_path(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # ω is of this path. What changes the weights from here on is no step of it.
+        self._displacement = self._moved(pl_module)
 
     @override
     def continual_state(self) -> dict[str, Any]:
         omega = {name: full_cpu(t) for name, t in self.omega.items()}
-        return super().continual_state() | {"omega": omega}
+        moved = {name: full_cpu(t) for name, t in self._displacement.items()}
+        return super().continual_state() | {"omega": omega} | ({"displacement": moved} if moved else {})
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
-        self.omega = dict(state["omega"])
+        self.omega, self._displacement = dict(state["omega"]), dict(state.get("displacement", {}))
 
     @override
     def state_bytes(self) -> int:

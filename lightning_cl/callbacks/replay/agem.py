@@ -19,8 +19,8 @@ from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.coordinator import amp_scale
 from lightning_cl.core.placement import trainable_parameters
+from lightning_cl.core.precision import amp_scale
 from lightning_cl.core.questions import Need
 from lightning_cl.functional.agem import Projection, project_
 from lightning_cl.passes.passes import leaving_no_trace, non_reentrant_checkpoints, training_loss

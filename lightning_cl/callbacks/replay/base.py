@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -14,36 +12,35 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.buffers import DiskStore, ReplayBuffer
+from lightning_cl.arguments import check_choice, check_integer
+from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.disk.encoding import encode
-from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.policies import PolicyName
+from lightning_cl.buffers.tokens import label_of
 from lightning_cl.callbacks.replay.filling import Extras, cost_of, offer_batch, offer_task
-from lightning_cl.callbacks.replay.mix import check_plannable
-from lightning_cl.core.arguments import check_choice
-from lightning_cl.core.checks import named, refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.method import ContinualCallback
-from lightning_cl.core.questions import EndCost
+from lightning_cl.callbacks.replay.location import Storage as Storage
+from lightning_cl.callbacks.replay.mixer import check_plannable
+from lightning_cl.callbacks.replay.stored import BufferCallback
+from lightning_cl.core.checks import refuse_sharded
+from lightning_cl.core.questions import EndCost, Trait
+from lightning_cl.core.run_state import named
+from lightning_cl.data.batch_source import is_stream
 from lightning_cl.data.foreign_loader import task_indices
 from lightning_cl.data.mixing.contents import Trained
 from lightning_cl.data.mixing.plan import seed_of
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.passes.passes import to_device
 from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import TaskPosition
 
-_WORTH_COMPACTING = 1 << 30  # bytes: a buffer of text never comes so far, and all its checkpoints stay good
 _FORWARD = 1 / 3  # a forward pass takes so much of a training pass
 _ORDERED = 4096  # records that are laid out in random order at once
 Fill = Literal["task_end", "training"]
-Storage = Literal["disk", "memory"]
 
 
-class MemoryCallback(ContinualCallback):
-    """Base of methods with a :class:`~lightning_cl.buffers.ReplayBuffer`.
+class MemoryCallback(BufferCallback):
+    """Base of methods that keep samples of the tasks in a :class:`~lightning_cl.buffers.ReplayBuffer`.
 
     The buffer is the callback's own, or that of another callback of the same Trainer, which fills and keeps it. What is
     kept is decided by index from one seed: all ranks hold the same buffer, and its budget is global. On disk, one rank
@@ -69,8 +66,7 @@ class MemoryCallback(ContinualCallback):
         ValueError: if an argument is out of its range.
     """
 
-    takes_in = True
-    """True if the tasks' own samples go into the buffer."""
+    relies_on: frozenset[Trait] = frozenset({"earlier samples"})
 
     def __init__(
         self,
@@ -84,31 +80,27 @@ class MemoryCallback(ContinualCallback):
         buffer: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r}: expected an integer")
+        super().__init__(ReplayBuffer(buffer_size, policy, check_integer("seed", seed), unit=unit), storage, folder)
         self.fill = check_choice("fill", fill, ("task_end", "training"))
-        self.storage = check_choice("storage", storage, ("disk", "memory"))
-        if folder is not None and storage == "memory":
-            raise ValueError(f"folder={folder!r}: storage='memory' keeps no files; give storage='disk'")
-        self._own = ReplayBuffer(buffer_size, policy, seed, unit=unit)
-        self._hold()
+        self.hold()
         if self.fill == "training" and self._own.policy.looks != "nothing":
             raise ValueError(
                 f"fill='training': policy={policy!r} chooses among all samples of a task at its end; give"
                 " fill='task_end' or another policy"
             )
-        self.seed, self.folder, self.shares = seed, folder, buffer
-        self._owner: MemoryCallback | None = None
+        self.seed, self.shares = seed, buffer
+        self._owner: BufferCallback | None = None
         self._offered = 0  # the number of the batch, of the first pass, that was offered last while training
-        self._located = False
-        self._needed: dict[str, int] = {}  # bytes that a task's samples take at most
-        self._run: weakref.ref[L.Trainer] | None = None
 
     @property
+    @override
     def buffer(self) -> ReplayBuffer:
-        """The buffer: its own, or the one that it shares."""
         return self._own if self._owner is None else self._owner.buffer
+
+    @property
+    @override
+    def has_own_buffer(self) -> bool:
+        return self.shares is None
 
     @property
     def owns(self) -> str | None:  # type: ignore[override]
@@ -127,7 +119,7 @@ class MemoryCallback(ContinualCallback):
 
     @property
     def _looks_at_end(self) -> bool:
-        return self.shares is None and self.takes_in and self._own.policy.looks != "nothing"
+        return self.shares is None and self._own.policy.looks != "nothing"
 
     @override
     def end_cost(self, trainer: L.Trainer, loader: Any, task: TaskPosition) -> EndCost | None:
@@ -136,23 +128,18 @@ class MemoryCallback(ContinualCallback):
         samples = TaskSamples(trainer, len(task_indices(loader)), 0, "", loader=loader)
         return EndCost("ranking", samples.count_samples(), samples.count_batches(), _FORWARD)
 
-    # ------------------------------------------------------------------ where it lies
+    # ------------------------------------------------------------------ location
 
     @override
     def on_run_start(self, trainer: L.Trainer) -> None:
-        if self._run is None or self._run() is not trainer:  # another run: a folder of its own
-            self._run, self._located = weakref.ref(trainer), False
+        super().on_run_start(trainer)
         if self.shares is not None:
-            self._owner = self._find_owner(trainer)
+            self._owner = self._find_owner()
 
-    def _name(self, trainer: L.Trainer) -> str:
-        """Of this callback in its Trainer."""
-        return next(name for method, name in named(TaskCoordinator.methods(trainer)) if method is self)
-
-    def _find_owner(self, trainer: L.Trainer) -> MemoryCallback:
-        methods = named(TaskCoordinator.methods(trainer))
+    def _find_owner(self) -> BufferCallback:
+        methods = named(self.run.methods)
         owners = {
-            name: m for m, name in methods if isinstance(m, MemoryCallback) and m.shares is None and m is not self
+            name: m for m, name in methods if isinstance(m, BufferCallback) and m.has_own_buffer and m is not self
         }
         if self.shares not in owners:
             instead = f"expected one of {sorted(owners)}" if owners else "add one, or leave buffer out"
@@ -162,78 +149,26 @@ class MemoryCallback(ContinualCallback):
             )
         return owners[self.shares]
 
-    def _check_apart(self, trainer: L.Trainer, folder: Path) -> None:
-        for method, name in named(TaskCoordinator.methods(trainer)):
-            if method is self or not isinstance(method, MemoryCallback) or method.shares is not None:
-                continue
-            store = method._own.store
-            if isinstance(store, DiskStore) and method._located and store.folder.resolve() == folder.resolve():
-                raise MisconfigurationException(
-                    f"{type(self).__name__}(folder={str(folder)!r}): {name} has its buffer there; two callbacks cannot"
-                    " own one buffer. Give another folder; methods with an argument `buffer` can share it on purpose,"
-                    f" by buffer={name!r}"
-                )
-
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        coordinator = TaskCoordinator.of(trainer)
-        if not coordinator.driven:
-            self.on_run_start(trainer)
-        if self.shares is None and stage == "fit":  # between tasks the loggers, whose folder it is, are silent
-            located = self.locate(trainer)
-            fresh = coordinator.checkpoint_path is None and len(self._own) == 0
-            if located and self.folder is not None and self.takes_in and fresh:
-                self._own.adopt()
-                self._check_lengths(trainer)
-                self._hold()
-                trainer.strategy.barrier("adopt")  # nobody writes before all have looked
-            if self._own.policy.looks != "nothing":
-                refuse_sharded(
-                    trainer, f"{type(self).__name__}(policy={self._own.policy_name!r}) looks at single samples with"
-                )
-
-    def locate(self, trainer: L.Trainer) -> bool:
-        """Finds out where the buffer lies, once in a run; what is in it already goes there. On all ranks.
-
-        Returns:
-            whether it was found out now.
-        """
-        store = self._own.store
-        wanted = _keeps_files(trainer) or (self.folder is not None and not trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if self._located or self.storage == "memory" or not (isinstance(store, DiskStore) or wanted):
-            return False
-        self._located = True
-        base = Path(trainer.log_dir or trainer.default_root_dir)
-        folder = Path(self.folder) if self.folder is not None else base / "buffers" / self._name(trainer)
-        self._check_apart(trainer, folder)
-        first = trainer.strategy.broadcast(DiskStore.first_free(folder))
-        data = TaskCoordinator.of(trainer).data
-        fingerprint = data.fingerprint() if data is not None else None
-        # One that a checkpoint has opened has no folder yet; one of an earlier run keeps its own.
-        target = store if isinstance(store, DiskStore) and not store.is_placed else DiskStore(None)
-        target.place(folder, first, trainer.is_global_zero)
-        if fingerprint is not None:
-            target.expect_tokenizer(fingerprint)
-        if trainer.world_size > 1:
-            # Another run may have taken the number: the ranks hear where the records really go.
-            target.expect_in(trainer.strategy.broadcast(target.begin() if trainer.is_global_zero else folder))
-        if target is not store:
-            self._own.move_to(target)
-        return True
-
-    def _check_lengths(self, trainer: L.Trainer) -> None:
-        """Samples that an earlier run has left must fit this one's."""
-        data = TaskCoordinator.of(trainer).data
-        longest = max(self._own.columns(self._own.numbers)["length"], default=0)
-        if data is not None and data.fingerprint() is not None and longest > data.max_length:
-            raise ValueError(
-                f"{type(self).__name__}(folder={self.folder!r}): a sample there has {longest} tokens, more than"
-                f" TaskDataModule(max_length={data.max_length}); give at least {longest}, or another folder"
+        if self.has_own_buffer and stage == "fit" and self._own.policy.looks != "nothing":
+            refuse_sharded(
+                trainer, f"{type(self).__name__}(policy={self._own.policy_name!r}) looks at single samples with"
             )
 
-    def _hold(self) -> None:
-        """Keeps back samples that are stored while a task is trained: in map-style data the next task replays them."""
+    @override
+    def locate(self, trainer: L.Trainer) -> bool:
+        located = super().locate(trainer)
+        fresh = self.run.checkpoint_path is None and len(self._own) == 0
+        if located and self.location.folder is not None and fresh:
+            self.location.use_earlier(trainer, self.run, type(self).__name__)
+            self.hold()
+        return located
+
+    @override
+    def hold(self) -> None:
+        # Samples that are stored while a task is trained: in map-style data the next task replays them.
         if self.fill == "training":
             self._own.hold()
 
@@ -241,10 +176,10 @@ class MemoryCallback(ContinualCallback):
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        if self.shares is not None or not self.takes_in:
+        if self.shares is not None:
             return
         name = type(self).__name__
-        if isinstance(loader, StreamLoader):
+        if is_stream(loader):
             if self.fill == "task_end":
                 raise MisconfigurationException(
                     f"{name}: the training data of task {task!r} is a stream, which cannot be looked at again at its"
@@ -282,32 +217,18 @@ class MemoryCallback(ContinualCallback):
                 )
         size = encode(sample).size + 64
         kept = {"samples": self._own.capacity, "bytes": self._own.capacity // size}.get(self._own.unit, 0)
-        self._needed[task] = size * min(kept, len(loader.dataset))
-
-    def _check_room(self) -> None:
-        """A disk that is sure to be too full is found before training."""
-        store = self._own.store
-        if not isinstance(store, DiskStore) or not store.writes or not self._needed:
-            return
-        task = max(self._needed, key=lambda name: self._needed[name])
-        needed, free = self._needed[task], store.free_bytes()
-        self._needed.clear()
-        if needed > free:
-            raise OSError(
-                f"{type(self).__name__}: the buffer of task {task!r} takes about {needed:,} bytes, and {store.folder}"
-                f" has {free:,} left; give a smaller buffer_size, another folder, or make room"
-            )
+        self.location.needs(task, size * min(kept, len(loader.dataset)))
 
     # ------------------------------------------------------------------ filling
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check_room()
+        super().on_task_start(trainer, pl_module)
         self._offered = 0
 
     @override
     def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
-        if self.shares is not None or not self.takes_in or self.fill != "training" or trained.epoch > 0:
+        if self.shares is not None or self.fill != "training" or trained.epoch > 0:
             return
         if trained.number <= self._offered:
             return  # a batch that is trained on again, after an exception
@@ -322,7 +243,7 @@ class MemoryCallback(ContinualCallback):
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.shares is not None:
             return
-        if self.takes_in and self.fill == "task_end":
+        if self.fill == "task_end":
             assert self.task is not None
             loader: Any = trainer.train_dataloader
             name, seed = type(self).__name__, self.seed + self.tasks_done
@@ -331,12 +252,7 @@ class MemoryCallback(ContinualCallback):
                 offer_task(
                     trainer, pl_module, loader, self._own, self.task, seed, name, self._extras(trainer, pl_module)
                 )
-        self._own.commit()
-        self._hold()
-        trainer.strategy.barrier("buffer")
-        self._own.compact(_WORTH_COMPACTING, trainer.strategy.broadcast)
-        self._own.write_index()
-        trainer.strategy.barrier("buffer")
+        self.write_down(trainer)
 
     def _extras(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Extras | None:
         if type(self).extras is MemoryCallback.extras:
@@ -390,7 +306,7 @@ class MemoryCallback(ContinualCallback):
     def continual_state(self) -> dict[str, Any]:
         if self.shares is not None:
             return {"shares": self.shares}
-        return {"buffer": self._own.state_dict(), "offered": self._offered}
+        return {**super().continual_state(), "offered": self._offered}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
@@ -400,42 +316,9 @@ class MemoryCallback(ContinualCallback):
                 f" buffer={state.get('shares')!r}"
             )
         if self.shares is None:
-            if self.storage == "disk" and state["buffer"]["store"]["kind"] == "disk" and not self._located:
-                self._own.store = DiskStore(None)
-            self._own.load_state_dict(state["buffer"], self._look_in())
+            super().load_continual_state(state)
             self._offered = state["offered"]
-
-    def _look_in(self) -> list[Path]:
-        """Returns folders where the buffer's files may be if they are gone: a run's folder can be moved."""
-        trainer = None if self._run is None else self._run()
-        if trainer is None:
-            return []
-        coordinator = TaskCoordinator.of(trainer)
-        path = coordinator.checkpoint_path or trainer.ckpt_path
-        name = self._name(trainer)
-        above = [] if path is None else list(Path(path).absolute().parents)[:4]
-        given = [] if self.folder is None else [Path(self.folder)]
-        return [*given, *(folder / "buffers" / name for folder in above)]
-
-    @override
-    def state_bytes(self) -> int:
-        return 0 if self.shares is not None else self._own.size_in_bytes()
 
     @override
     def report(self) -> dict[str, Any]:
-        if self.shares is not None:
-            return {"buffer": self.shares}
-        store = self._own.store
-        return {
-            "policy": self._own.policy_name,
-            "buffer_size": self._own.capacity,
-            "unit": self._own.unit,
-            "storage": "disk" if isinstance(store, DiskStore) else "memory",
-            "folders": [str(f) for f in store.folders if f.is_dir()] if isinstance(store, DiskStore) else [],
-            "stored": self._own.counts(),
-            "seen": self._own.seen,
-        }
-
-
-def _keeps_files(trainer: L.Trainer) -> bool:
-    return bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        return super().report() if self.shares is None else {"buffer": self.shares}

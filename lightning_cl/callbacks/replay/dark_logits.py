@@ -15,15 +15,8 @@ from lightning_cl.buffers.disk.segment import RemovedError
 from lightning_cl.data.mixing.contents import Kinds, Part
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.functional.derpp import UNKNOWN, head_dark_loss, head_top_logits, index_type
-from lightning_cl.passes.passes import (
-    OutputsFunction,
-    aligned,
-    forward_context,
-    leaving_no_trace,
-    loss_positions,
-    to_device,
-    training_loss,
-)
+from lightning_cl.passes.logits import OutputsFunction, aligned, loss_positions
+from lightning_cl.passes.passes import forward_context, leaving_no_trace, to_device, training_loss
 from lightning_cl.passes.student import Call, Student
 from lightning_cl.passes.task_samples import TaskSamples, groups_of_like_length
 

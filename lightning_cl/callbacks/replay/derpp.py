@@ -12,18 +12,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_strength
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, Storage
 from lightning_cl.callbacks.replay.dark_logits import DarkLogits, Replayed, bytes_of_position
 from lightning_cl.callbacks.replay.replay import Replay
-from lightning_cl.core.arguments import check_strength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
 from lightning_cl.data.mixing.drawing import Draw
 from lightning_cl.data.mixing.plan import MixMode
-from lightning_cl.passes.passes import OutputsFunction
+from lightning_cl.passes.logits import OutputsFunction
 
 
 class DERpp(Replay):
@@ -167,7 +166,7 @@ class DERpp(Replay):
 
     @override
     def extra_loss(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
-        kinds = TaskCoordinator.of(trainer).kinds
+        kinds = self.run.kinds
         if not self.is_active or kinds is None:
             return None
         with trainer.precision_plugin.forward_context():

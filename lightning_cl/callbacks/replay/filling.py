@@ -9,8 +9,8 @@ import lightning as L
 from torch import Tensor
 
 from lightning_cl.buffers import ReplayBuffer
-from lightning_cl.buffers.labels import label_of
 from lightning_cl.buffers.store import was_removed
+from lightning_cl.buffers.tokens import label_of
 from lightning_cl.callbacks.replay.ranking import losses_of, ranking_of
 from lightning_cl.data.foreign_loader import task_indices
 from lightning_cl.data.mixing.contents import Trained

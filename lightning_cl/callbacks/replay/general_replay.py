@@ -9,16 +9,17 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_cl.arguments import check_integer
+from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.callbacks.replay.base import Storage
 from lightning_cl.callbacks.replay.filling import cost_of, keep
-from lightning_cl.callbacks.replay.replay import Replay
-from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.callbacks.replay.mixer import Mixer, check_together
+from lightning_cl.callbacks.replay.stored import BufferCallback
 from lightning_cl.core.questions import Need
-from lightning_cl.data.loader import TaskLoader
+from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.mixing.plan import MixMode
 from lightning_cl.data.mixing.ratio import PER_TASK
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.records import check_text_source, is_text_source
 from lightning_cl.data.text.sources import describe_source, is_data
 from lightning_cl.data.text.text_tasks import TokenStream
@@ -26,7 +27,7 @@ from lightning_cl.data.text.text_tasks import TokenStream
 _NAME = "general"
 
 
-class GeneralReplay(Replay):
+class GeneralReplay(BufferCallback):
     """Samples of a general corpus or instruction set take part in the batches of all tasks, from the first one on.
 
     Replay of the tasks' own samples keeps the tasks. What the model could do before, and what no task contains, it does
@@ -54,7 +55,7 @@ class GeneralReplay(Replay):
         ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or the data is not there.
     """
 
-    takes_in = False
+    replays_first = True
 
     def __init__(
         self,
@@ -70,9 +71,8 @@ class GeneralReplay(Replay):
     ) -> None:
         if isinstance(ratio, str) and ratio == PER_TASK:  # from a configuration
             raise ValueError(f"ratio={ratio!r}: general data is no task; expected a share in [0, 1)")
-        super().__init__(
-            buffer_size, ratio, mode=mode, seed=seed, unit=unit, storage=storage, folder=folder, fill="task_end"
-        )
+        super().__init__(ReplayBuffer(buffer_size, seed=check_integer("seed", seed), unit=unit), storage, folder)
+        self.mixer, self.seed = Mixer(ratio, mode), seed
         self.data = data
         if is_text_source(data):
             check_text_source(data, _NAME, "data")
@@ -82,19 +82,20 @@ class GeneralReplay(Replay):
                 f" {describe_source(data)}"
             )
 
-    @property
-    def owns(self) -> str | None:  # type: ignore[override]
-        """Nothing: several corpora can be replayed."""
-        return None
-
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        check_together(self.run)
         # Here, and not when the first loader is built: data that cannot be used is found before anything is evaluated.
         # A plain fit reads its checkpoint later, and with it perhaps this data.
-        coordinator = TaskCoordinator.of(trainer)
-        if stage == "fit" and coordinator.driven and coordinator.checkpoint_path is None and self.buffer.seen == 0:
+        run = self.run
+        if stage == "fit" and run.driven and run.checkpoint_path is None and self.buffer.seen == 0:
             self._read(trainer)
+
+    @property
+    @override
+    def replays(self) -> bool:
+        return self.mixer.replays
 
     @property
     @override
@@ -102,20 +103,37 @@ class GeneralReplay(Replay):
         return self.replays
 
     @override
+    def check_loader(self, loader: Any, task: str) -> None:
+        self.mixer.check_loader(loader, _NAME, task)
+
+    @override
     def advice(self, need: Need) -> str | None:
         # Its samples are of no earlier task.
         return f"a smaller {_NAME}(ratio=…)" if need == "learn" else None
 
     @override
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
         if self.buffer.seen == 0:
             self._read(trainer)
-        super().mix_into(trainer, loader)
+        seed = self.seed * 1_000_003 + self.tasks_done
+        self.mixer.mix_into(trainer, self.run, loader, self.buffer, number=1, seed=seed, method=_NAME)
+
+    def earlier_tasks(self) -> int:
+        """Returns 0: general data is of no task."""
+        return 0
+
+    @override
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.write_down(trainer)
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return self.mixer.describe() | super().report()
 
     def _read(self, trainer: L.Trainer) -> None:
         if not self.replays:
             return
-        name, data = type(self).__name__, TaskCoordinator.of(trainer).data
+        name, data = type(self).__name__, self.run.data
         if is_text_source(self.data):
             if data is None or not hasattr(data.tokenizer, "get_vocab"):
                 raise MisconfigurationException(

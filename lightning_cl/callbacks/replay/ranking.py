@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.functional.selection import herding, k_center
-from lightning_cl.passes.passes import leaving_no_trace, loss_positions, progress, to_device, training_loss
+from lightning_cl.passes.logits import loss_positions
+from lightning_cl.passes.passes import leaving_no_trace, progress, to_device, training_loss
 
 _MOST_CANDIDATES = 10_000
 _RANKINGS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding, "k_center": k_center}

@@ -6,23 +6,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage
 from lightning_cl.callbacks.replay.interference import Interference
-from lightning_cl.callbacks.replay.mix import check_plannable, check_together, mix_into_loader
-from lightning_cl.core.arguments import check_choice
+from lightning_cl.callbacks.replay.mixer import Mixer, check_together
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.questions import Need
-from lightning_cl.data.loader import Mix, TaskLoader
-from lightning_cl.data.mixing.drawing import DRAWS, Draw
+from lightning_cl.data.batch_source import TaskBatches
+from lightning_cl.data.mixing.drawing import Draw
 from lightning_cl.data.mixing.plan import MixMode
-from lightning_cl.data.mixing.ratio import check_ratio, curve_of, replays_anything
-from lightning_cl.data.stream import StreamLoader
 
 
 class Replay(MemoryCallback):
@@ -86,16 +81,14 @@ class Replay(MemoryCallback):
         super().__init__(
             buffer_size, policy, unit=unit, fill=fill, storage=storage, folder=folder, buffer=buffer, seed=seed
         )
-        self.ratio = check_ratio(ratio)
-        self.mode: MixMode = check_choice("mode", mode, ("replace", "add"))  # type: ignore[assignment]
-        self.draw: Draw = check_choice("draw", draw, DRAWS)  # type: ignore[assignment]
+        self.mixer = Mixer(ratio, mode, draw)
         self._interference: Interference | None = None
         self._interference_state: dict[str, Any] | None = None
 
     @property
     @override
     def replays(self) -> bool:
-        return replays_anything(self.ratio)
+        return self.mixer.replays
 
     @property
     @override
@@ -105,40 +98,42 @@ class Replay(MemoryCallback):
     @override
     def check_loader(self, loader: Any, task: str) -> None:
         super().check_loader(loader, task)
-        check_plannable(loader, type(self).__name__, task)
-        workers = loader.num_workers if isinstance(loader, TaskLoader) else getattr(loader, "num_workers", 0)
-        if self.draw == "interfered" and workers:
-            raise MisconfigurationException(
-                f"{type(self).__name__}(draw='interfered'): worker processes fetch the batches of task {task!r} before"
-                f" anybody knows what will be hurt; give num_workers=0 instead of {workers}"
-            )
-        for argument, value, instead in (("mode", "add", "replace"), ("draw", "interfered", "uniform")):
-            if isinstance(loader, StreamLoader) and getattr(self, argument) == value:
-                raise MisconfigurationException(
-                    f"{type(self).__name__}({argument}={value!r}): not for a stream, as the training data of task"
-                    f" {task!r} is; give {argument}={instead!r}"
-                )
+        self.mixer.check_loader(loader, type(self).__name__, task)
 
     @override
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
-        curve = curve_of(self.ratio, self._task_number(trainer))
-        mix = Mix(self.buffer, curve, self.mode, seed=self.seed * 1_000_003 + self.tasks_done, draw=self.draw)
-        if self.draw == "interfered":
-            mix.chooser = self._interference = Interference(self.buffer, mix.seed)
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
+        seed = self.seed * 1_000_003 + self.tasks_done
+        self._interference = None
+        if self.mixer.draw == "interfered":
+            self._interference = Interference(self.buffer, seed)
             if self._interference_state is not None:  # of this task, before it was interrupted
                 self._interference.load_state_dict(self._interference_state)
-        mix_into_loader(trainer, loader, mix, type(self).__name__)
+        self.mixer.mix_into(
+            trainer,
+            self.run,
+            loader,
+            self.buffer,
+            number=self._task_number(),
+            seed=seed,
+            method=type(self).__name__,
+            chooser=self._interference,
+        )
 
-    def _task_number(self, trainer: L.Trainer) -> int:
+    def earlier_tasks(self) -> int:
+        """Counts the tasks of other runs in the buffer; in a plain fit, all but the last."""
+        stored = set(self.buffer.task_names)
+        return len(stored - set(self.run.names)) if self.run.names else max(len(stored) - 1, 0)
+
+    def _task_number(self) -> int:
         """t: how many tasks there are up to this one, with those that an earlier run has left in the buffer."""
-        current = TaskCoordinator.of(trainer).position.name
+        current = self.run.position.name
         return 1 + max(self.tasks_done, sum(name != current for name in self.buffer.task_names))
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        check_together(trainer)
-        if self.draw == "interfered":
+        check_together(self.run)
+        if self.mixer.draw == "interfered":
             refuse_sharded(trainer, f"{type(self).__name__}(draw='interfered') looks at single samples with")
 
     @override
@@ -171,7 +166,7 @@ class Replay(MemoryCallback):
 
     @override
     def report(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "mode": self.mode, "draw": self.draw, **super().report()}
+        return self.mixer.describe() | super().report()
 
     @override
     def advice(self, need: Need) -> str | None:

@@ -16,27 +16,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.replay.base import MemoryCallback
-from lightning_cl.callbacks.replay.mix import check_plannable, check_together, mix_into_loader
+from lightning_cl.arguments import check_integer
+from lightning_cl.buffers import ReplayBuffer
+from lightning_cl.callbacks.replay.mixer import Mixer, check_plannable, check_together
 from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
 from lightning_cl.callbacks.replay.rehearsal_prompts import UserTurn, beginning_of, read_prompts, start_of_text
 from lightning_cl.callbacks.replay.sample_writer import SampleWriter, WritingSettings
-from lightning_cl.core.arguments import check_choice
+from lightning_cl.callbacks.replay.stored import BufferCallback
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.coordinator import TaskCoordinator
-from lightning_cl.core.questions import Need
+from lightning_cl.core.questions import Need, Trait
+from lightning_cl.data.batch_source import TaskBatches, is_stream
 from lightning_cl.data.foreign_loader import task_indices
-from lightning_cl.data.loader import Mix, TaskLoader
 from lightning_cl.data.mixing.plan import MixMode, seed_of
-from lightning_cl.data.mixing.ratio import check_ratio, curve_of, replays_anything
-from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.chat import has_template
 from lightning_cl.data.text.tokenizer import end_tokens, pad_token_id, start_tokens
 from lightning_cl.passes.generation import Written, generator_of, prompt_tokens
 
 
-class SelfReplay(MemoryCallback):
+class SelfReplay(BufferCallback):
     """Rehearsal of samples that the model writes itself (LAMOL, Sun et al. 2020; SSR, Huang et al. 2024).
 
     Before each task, also the first, the model as it is then writes texts. In the task they have the share `ratio` of
@@ -97,7 +95,10 @@ class SelfReplay(MemoryCallback):
         ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or `prompts` cannot be read.
     """
 
-    takes_in = False
+    owns = "the buffer of SelfReplay"
+    replays_first = True
+
+    relies_on: frozenset[Trait] = frozenset({"earlier samples"})
 
     def __init__(
         self,
@@ -129,9 +130,9 @@ class SelfReplay(MemoryCallback):
             if not known or not 0 < number <= most:
                 raise ValueError(f"{name}={number!r}: expected a number above 0{' and at most 1' if most == 1 else ''}")
         # In memory: all of it is written anew for each task, and checkpoints hold it.
-        super().__init__(samples, storage="memory", seed=seed)
-        self.samples, self.examples, self.ratio = samples, examples, check_ratio(ratio)
-        self.mode: MixMode = check_choice("mode", mode, ("replace", "add"))  # type: ignore[assignment]
+        super().__init__(ReplayBuffer(samples, seed=check_integer("seed", seed)), "memory")
+        self.samples, self.examples, self.seed = samples, examples, seed
+        self.mixer = Mixer(ratio, mode)
         self.prompts = read_prompts(prompts) if prompts is not None else None
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.temperature, self.top_p, self.batch_size = float(temperature), float(top_p), batch_size
@@ -147,19 +148,22 @@ class SelfReplay(MemoryCallback):
     @property
     @override
     def replays(self) -> bool:
-        return replays_anything(self.ratio)
+        return self.mixer.replays
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        check_together(trainer)
+        check_together(self.run)
         refuse_sharded(trainer, f"{type(self).__name__}: a model cannot write with")
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
         check_plannable(loader, type(self).__name__, task)
-        if isinstance(loader, StreamLoader):
-            for argument, wrong in (("mode='add'", self.mode == "add"), (f"examples={self.examples}", self.examples)):
+        if is_stream(loader):
+            for argument, wrong in (
+                ("mode='add'", self.mixer.mode == "add"),
+                (f"examples={self.examples}", self.examples),
+            ):
                 if wrong:
                     raise MisconfigurationException(
                         f"{type(self).__name__}({argument}): the training data of task {task!r} is a stream, which is"
@@ -179,7 +183,7 @@ class SelfReplay(MemoryCallback):
         self._written_for = None  # by other weights, perhaps
 
     @override
-    def mix_into(self, trainer: L.Trainer, loader: TaskLoader | StreamLoader) -> None:
+    def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
         # Here, and not at the end of the task before: also before the first task, by the very weights that this one
         # starts from, and behind the loading of a checkpoint. The plan of a preflight asks too, when all is done.
         if self._written_for != self.tasks_done and trainer.state.status == TrainerStatus.RUNNING:
@@ -187,9 +191,13 @@ class SelfReplay(MemoryCallback):
             self._written_for = self.tasks_done
         if not self.replays:
             return
-        curve = curve_of(self.ratio, self.tasks_done + 1)
-        mix = Mix(self.buffer, curve, self.mode, seed=seed_of(self.seed, self.tasks_done))
-        mix_into_loader(trainer, loader, mix, type(self).__name__)
+        number, seed = self.tasks_done + 1, seed_of(self.seed, self.tasks_done)
+        name = type(self).__name__
+        self.mixer.mix_into(trainer, self.run, loader, self.buffer, number=number, seed=seed, method=name)
+
+    def earlier_tasks(self) -> int:
+        """Returns 0: all samples are written by this run's model."""
+        return 0
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -197,7 +205,7 @@ class SelfReplay(MemoryCallback):
         assert self.task is not None
         loader: Any = trainer.train_dataloader
         count = self.examples or (self.samples if self._needs_first_tokens(trainer) else 0)
-        if count == 0 or isinstance(loader, StreamLoader):
+        if count == 0 or is_stream(loader):
             return
         indices = task_indices(loader)
         chosen = self._random().sample(indices, min(count, len(indices)))
@@ -217,9 +225,9 @@ class SelfReplay(MemoryCallback):
 
     def _write(self, trainer: L.Trainer) -> None:
         """Fills the buffer with what the model writes now."""
-        start, coordinator = time.monotonic(), TaskCoordinator.of(trainer)
+        start = time.monotonic()
         model, tokenizer, max_length = _parts_of(trainer)
-        name = coordinator.position.name if coordinator.driven else f"task-{self.tasks_done}"
+        name = self.run.position.name if self.run.driven else f"task-{self.tasks_done}"
         settings = WritingSettings(self.max_new_tokens, max_length, self.temperature, self.top_p, self.batch_size)
         writer = SampleWriter(trainer, model, pad_token_id(tokenizer), settings)
 
@@ -246,7 +254,7 @@ class SelfReplay(MemoryCallback):
             "tokens": writer.tokens,
             "seconds": time.monotonic() - start,
         }
-        coordinator.begin_seconds += time.monotonic() - start
+        self.run.begin_seconds += time.monotonic() - start
         self._tell(name)
 
     def _prompts(
@@ -335,8 +343,8 @@ class SelfReplay(MemoryCallback):
     @override
     def report(self) -> dict[str, Any]:
         return {
-            "ratio": self.ratio,
-            "mode": self.mode,
+            "ratio": self.mixer.ratio,
+            "mode": self.mixer.mode,
             "samples": self.samples,
             "beginnings": {task: len(kept) for task, kept in self.beginnings.items()},
             "stored": self.buffer.counts(),

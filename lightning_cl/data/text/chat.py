@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_cl.data.text.call_fitting import CallFitting
 from lightning_cl.data.text.formats import Chat
 from lightning_cl.data.text.omissions import LeftOutError, check_left_out
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.tokenizer import end_tokens
 from lightning_cl.data.text.tool_answers import without_answers
 from lightning_cl.data.text.tool_calls import has_calls

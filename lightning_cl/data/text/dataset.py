@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 
 
 class TokenDataset(Dataset[Any]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from lightning_cl.data.text.messages import check_string, check_texts, conversation, parse_list, without_switches
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 
 FORMATS = (
     '{"text"}, {"prompt", "completion"}, {"prompt", "answer"}, {"messages": [{"role", "content"}, …]},'

@@ -21,6 +21,7 @@ from lightning_cl.data.text.containers import (
 from lightning_cl.data.text.decoding import suffix_of
 from lightning_cl.data.text.formats import Document, Text, as_document, check_answer
 from lightning_cl.data.text.layout import Layout
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.sample_texts import SAMPLES
 from lightning_cl.data.text.sources import (
     Location,
@@ -30,7 +31,6 @@ from lightning_cl.data.text.sources import (
     locate,
     splits_of,
 )
-from lightning_cl.data.text.tally import Tally
 
 
 def is_text_source(source: Any) -> bool:

@@ -12,10 +12,10 @@ from lightning_cl.data.text.containers import NO_LAYOUT
 from lightning_cl.data.text.dataset import TokenDataset
 from lightning_cl.data.text.formats import Document
 from lightning_cl.data.text.layout import Layout
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.records import is_text_source, read_documents
 from lightning_cl.data.text.sources import content_key, is_stream, resolve_splits
 from lightning_cl.data.text.splitting import split_documents
-from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.token_cache import cached
 from lightning_cl.data.text.tokenizer import fingerprint, start_tokens
 from lightning_cl.data.text.tokens import Sample, encode

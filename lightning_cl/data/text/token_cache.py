@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lightning_cl.checksum import checksum_of
 from lightning_cl.data.text.dataset import TokenDataset
-from lightning_cl.data.text.tally import Tally
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.files import cache_folder, remove_old, replace_file
 
 FORMAT = 2

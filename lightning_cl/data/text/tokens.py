@@ -13,8 +13,8 @@ from lightning_cl.data.text.collator import TokenCollator as TokenCollator
 from lightning_cl.data.text.completions import encode_completions
 from lightning_cl.data.text.dataset import TokenDataset as TokenDataset
 from lightning_cl.data.text.formats import Chat, Completion, Document, Instruction, Text
+from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.data.text.splitting import split_documents as split_documents
-from lightning_cl.data.text.tally import Tally
 from lightning_cl.data.text.tokenizer import end_tokens, plain_ids, start_tokens
 
 Sample: TypeAlias = tuple[Tensor, Tensor]

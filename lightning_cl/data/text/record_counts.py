@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lightning_cl.arguments import check_choice
+
 _KEPT = 5  # messages kept for a warning
 
 
@@ -43,8 +45,7 @@ class Tally:
     held_out: int = 0
 
     def __post_init__(self) -> None:
-        if self.on_bad_record not in ("error", "skip"):
-            raise ValueError(f'on_bad_record={self.on_bad_record!r}: expected "error" or "skip"')
+        check_choice("on_bad_record", self.on_bad_record, ("error", "skip"), '"error" or "skip"')
 
     def refuse(self, reason: str) -> None:
         """Counts a bad record, or raises.

@@ -1,0 +1,1 @@
+"""Methods that change the weights after training: interpolation, merging and averaging."""
