@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Replay,
         RWalk,
         SelfReplay,
+        SubspaceFreeze,
         TaskMatrix,
         TaskProgress,
     )
@@ -63,6 +64,7 @@ _HOME = {
     "Replay": "callbacks",
     "SI": "callbacks",
     "SelfReplay": "callbacks",
+    "SubspaceFreeze": "callbacks",
     "Task": "tasks",
     "TaskDataModule": "data",
     "TaskMatrix": "callbacks",
@@ -97,6 +99,7 @@ __all__ = [
     "RWalk",
     "Replay",
     "SelfReplay",
+    "SubspaceFreeze",
     "Task",
     "TaskDataModule",
     "TaskMatrix",
