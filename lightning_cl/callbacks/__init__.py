@@ -1,5 +1,6 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
@@ -33,6 +34,7 @@ __all__ = [
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",
+    "InputFreeze",
     "Interpolate",
     "KLToBase",
     "LwF",
