@@ -36,6 +36,14 @@ class TaskProgress(TQDMProgressBar):
 
     Raises:
         ValueError: if `every` is negative or not finite.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import TaskProgress
+        >>> progress = TaskProgress(every=30.0)
+        >>> trainer = L.Trainer(callbacks=[progress], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> progress.every
+        30.0
     """
 
     def __init__(self, refresh_rate: int = 10, every: float = 60.0) -> None:

@@ -25,7 +25,15 @@ class StartingWeights:
 
     Attributes:
         copies: name (without ``_orig_mod.``) to tensor.
-        switches_off: whether adapters are switched off.
+        switches_off: True if adapters are switched off.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
+        >>> model = nn.Linear(2, 1)
+        >>> start = StartingWeights(model)
+        >>> sorted(start.copies)
+        ['bias', 'weight']
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:

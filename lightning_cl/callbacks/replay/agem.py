@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.arguments import check_integer
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, MemoryCallback, Storage
@@ -71,6 +72,14 @@ class AGEM(MemoryCallback):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import AGEM
+        >>> method = AGEM(buffer_size=500, batch_size=32)
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.report()["batch_size"]
+        32
     """
 
     owns = "the projection of gradients"
@@ -92,10 +101,8 @@ class AGEM(MemoryCallback):
         super().__init__(
             buffer_size, policy, unit=unit, fill=fill, storage=storage, folder=folder, buffer=buffer, seed=seed
         )
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
-            raise ValueError(f"batch_size={batch_size!r}: expected a positive number of samples, or None")
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, 1, "a positive number of samples, or None")
         self.batch_size = batch_size
         self.interference: dict[str, dict[str, Any]] = {}
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_strength
+from lightning_cl.arguments import check_integer, check_strength
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, Storage
@@ -78,6 +78,14 @@ class DERpp(Replay):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import DERpp
+        >>> method = DERpp(buffer_size=500, ratio=0.1, alpha=0.5)
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.report()["alpha"]
+        0.5
     """
 
     def __init__(
@@ -101,8 +109,7 @@ class DERpp(Replay):
             buffer_size, ratio, policy, mode, seed, unit=unit, draw=draw, fill=fill, storage=storage, folder=folder
         )
         self.alpha = check_strength(alpha, "alpha")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k={top_k!r}: expected a positive number of logits of a position, as 64")
+        check_integer("top_k", top_k, 1, "a positive number of logits of a position, as 64")
         if unit == "bytes":
             raise ValueError(
                 "unit='bytes': the logits beside a sample take many times its own bytes, and a budget does not count"
@@ -257,6 +264,14 @@ class DER(DERpp):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import DER
+        >>> method = DER(buffer_size=500, ratio=0.1, top_k=32)
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.report()["top_k"]
+        32
     """
 
     @property

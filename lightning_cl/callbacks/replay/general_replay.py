@@ -53,6 +53,14 @@ class GeneralReplay(BufferCallback):
 
     Raises:
         ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or the data is not there.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import GeneralReplay
+        >>> general = GeneralReplay(["Water boils at 100 °C.", "Ice melts at 0 °C."], ratio=0.02)
+        >>> trainer = L.Trainer(callbacks=[general], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> general.report()["ratio"]
+        0.02
     """
 
     replays_first = True

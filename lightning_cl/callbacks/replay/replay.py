@@ -61,6 +61,14 @@ class Replay(MemoryCallback):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import Replay
+        >>> replay = Replay(buffer_size=500, ratio=0.1)
+        >>> trainer = L.Trainer(callbacks=[replay], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> replay.report()["ratio"]
+        0.1
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_integer
+from lightning_cl.arguments import check_integer, check_positive
 from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.callbacks.replay.mixer import Mixer, check_plannable, check_together
 from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
@@ -93,6 +92,14 @@ class SelfReplay(BufferCallback):
 
     Raises:
         ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or `prompts` cannot be read.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import SelfReplay
+        >>> method = SelfReplay(samples=100, prompts=["Tell me a story."])
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.report()["samples"]
+        100
     """
 
     owns = "the buffer of SelfReplay"
@@ -119,21 +126,18 @@ class SelfReplay(BufferCallback):
             ("min_new_tokens", min_new_tokens, 1),
             ("batch_size", batch_size, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+            check_integer(name, value, least, f"an integer of at least {least}")
         if min_new_tokens > max_new_tokens:
             raise ValueError(f"min_new_tokens={min_new_tokens}: it is more than max_new_tokens={max_new_tokens}")
-        for name, number, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
-            known = not isinstance(number, bool) and isinstance(number, (int, float)) and math.isfinite(number)
-            if not known or not 0 < number <= most:
-                raise ValueError(f"{name}={number!r}: expected a number above 0{' and at most 1' if most == 1 else ''}")
+        self.temperature = check_positive("temperature", temperature, "a number above 0")
+        self.top_p = check_positive("top_p", top_p, "a number above 0 and at most 1", most=1)
         # In memory: all of it is written anew for each task, and checkpoints hold it.
         super().__init__(ReplayBuffer(samples, seed=check_integer("seed", seed)), "memory")
         self.samples, self.examples, self.seed = samples, examples, seed
         self.mixer = Mixer(ratio, mode)
         self.prompts = read_prompts(prompts) if prompts is not None else None
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
-        self.temperature, self.top_p, self.batch_size = float(temperature), float(top_p), batch_size
+        self.batch_size = batch_size
         self.beginnings: dict[str, list[list[int]]] = {}
         self.written: dict[str, dict[str, Any]] = {}
         self._written_for: int | None = None  # how many tasks were done before the one that the samples are for
