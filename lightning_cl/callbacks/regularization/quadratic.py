@@ -101,15 +101,15 @@ class QuadraticPenalty(ContinualCallback):
         self.anchor: dict[str, Tensor] = {}
         self.constant = 0.0
         self._diagnosis: list[dict[str, Any]] = []
-        self._not_finite = 0  # weights of the importance that was measured last
-        self._largest_share: float | None = None  # of the penalty in this task's gradients, where it was measured
-        self._too_strong = False  # it has pulled harder than the task
-        self._before: dict[str, Tensor] = {}  # the weights before a step whose pull is measured
-        self._due = False  # at this step a strength is chosen
+        self._not_finite = 0  # number of weights whose last measured importance was not finite
+        self._largest_share: float | None = None  # the penalty's largest measured share of this task's pull
+        self._too_strong = False  # True if the penalty has pulled harder than the task
+        self._before: dict[str, Tensor] = {}  # weights before a step in which the pull is measured
+        self._due = False  # True if a strength is chosen at this step
 
     @property
     def factor(self) -> float:
-        """The strength in use: the given one, or the one that was chosen last."""
+        """Returns the present strength: the given one, or the last chosen one."""
         return self.auto.value if self.auto is not None else float(self.strength)
 
     @property

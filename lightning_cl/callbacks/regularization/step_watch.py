@@ -1,4 +1,4 @@
-"""The start of one optimizer step: the gradient and the weights, for methods that follow the path of training."""
+"""Gradient and weights before each optimizer step, for methods that follow the path of training."""
 
 from __future__ import annotations
 

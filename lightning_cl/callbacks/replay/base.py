@@ -109,7 +109,7 @@ class MemoryCallback(BufferCallback):
     @property
     @override
     def mixes(self) -> bool:
-        return self.shares is None and self.fill == "training"  # a loader that knows its samples is needed
+        return self.shares is None and self.fill == "training"  # it needs a loader that knows its samples
 
     @property
     def ends_long(self) -> bool:  # type: ignore[override]
@@ -295,7 +295,7 @@ class MemoryCallback(BufferCallback):
         numbers = self.buffer.numbers
         if len(numbers) <= _ORDERED:
             order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
-            return [numbers[place] for place in order if not self.buffer.store.is_erased(numbers[place])]
+            return [numbers[index] for index in order if not self.buffer.store.is_erased(numbers[index])]
         drawn = (self.buffer.pick(seed_of(seed, i)) for i in range(_ORDERED))
         return list(dict.fromkeys(number for number in drawn if number is not None))
 

@@ -25,7 +25,7 @@ class Replay(MemoryCallback):
 
     At the end of each task its training set is offered to a buffer with a budget. During later tasks the buffer's
     samples have the share `ratio` of the tokens that bear loss (of the samples, if there are no tokens), in every
-    window of batches. This also holds with packing, accumulation, several ranks and streams. Loss masks are stored with
+    window of batches, also with packing, accumulation, several ranks and streams. Loss masks are stored with
     the samples.
 
     Memory: only the index, 36 bytes per sample. On disk: 4 bytes and a bit per token, and 64 bytes per sample. Compute

@@ -48,7 +48,7 @@ class SelfReplay(BufferCallback):
       has no start token, the end token is used, after which pretrained models have seen texts begin. The tasks' own
       texts begin without it, so the model also continues from the first tokens of samples of each earlier task: one
       token of each of `samples` samples is stored;
-    * with `examples`, also the beginnings of so many samples of each earlier task, which are stored: the tokens before
+    * with `examples`, also the stored beginnings of `examples` samples of each earlier task: the tokens before
       the last answer, or the first tokens of a text, at most 32.
 
     Each earlier task whose beginnings are stored has an equal share, and all other starts together have one such share.
@@ -249,7 +249,7 @@ class SelfReplay(BufferCallback):
         texts = write(fitting, ends_of_answers(tokenizer), 1)
         chosen, why = choose(fitting, texts, self.min_new_tokens, model.config.get_text_config().vocab_size)
         rejected.update(why)
-        kept = self._store([(as_sample(fitting[place], texts[place]), fitting[place].task) for place in chosen])
+        kept = self._store([(as_sample(fitting[index], texts[index]), fitting[index].task) for index in chosen])
         rejected["removed"] += len(chosen) - kept
         self.written[name] = {
             "written": count,

@@ -33,7 +33,7 @@ class BufferCallback(ContinualCallback):
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """The buffer with the stored samples."""
+        """Buffer with the stored samples."""
         return self._own
 
     @property
