@@ -22,7 +22,7 @@ from lightning_cl.stopping import heed
 
 @contextmanager
 def non_reentrant_checkpoints() -> Iterator[None]:
-    """Replaces reentrant gradient checkpointing, which cannot give gradients of some tensors alone, inside the block."""
+    """Makes gradient checkpointing non-reentrant inside the block; else no gradients of only some tensors exist."""
 
     class NonReentrant:
         @staticmethod

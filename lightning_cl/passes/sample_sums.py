@@ -16,7 +16,7 @@ from lightning_cl.passes.passes import leaving_no_trace, non_reentrant_checkpoin
 from lightning_cl.passes.task_samples import TaskSamples, rows_of
 
 LossesOf = Callable[[Any, list[int]], tuple[Iterable[Tensor], int]]
-"""``losses_of(batch, numbers)`` gives scalars, each a sum over the batch's samples, and the number of loss positions."""
+"""``losses_of(batch, numbers)`` gives scalars (sums over the batch's samples) and the number of loss positions."""
 
 _PROBE = 3
 

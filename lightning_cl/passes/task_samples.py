@@ -141,7 +141,7 @@ class TaskSamples:
         return to_device(self.trainer, collate([dataset[index] for index in indices]))
 
     def _stream(self, share: int, most: int) -> Iterator[tuple[list[int], Any]]:
-        """Gives the first samples of this rank's part of a stream."""
+        """Gives the first samples of this rank's part of a stream, which are read apart from training."""
         loader = self.loader.apart() if isinstance(self.loader, StreamLoader) else self.loader
         number = 0
         for batch in loader:

@@ -96,7 +96,7 @@ class Teacher:
         """Assigns each copy to the modules and names that use its tensor; call it after :meth:`place`."""
         tensors = [*module.named_parameters(), *module.named_buffers()]
         copy_of = {id(tensor): self.copies[clean_name(n)] for n, tensor in tensors if clean_name(n) in self.copies}
-        # The key is module and name, not the tensor, since a module may replace a buffer. Tied weights have several keys.
+        # The keys are module and name, since a module may replace a buffer's tensor. Tied weights have several keys.
         self._by_owner = {
             (part, name): copy_of[id(tensor)]
             for part in module.modules()

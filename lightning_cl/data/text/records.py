@@ -84,26 +84,26 @@ def check_text_source(source: Any, task: str, role: str) -> None:
 
 def _check_other_records(location: Location, where: str) -> None:
     """Warns or raises if files of records in a folder would be left out, or read as plain text."""
-    beside = next((file for file in location.beside if holds_records(file)), None)
-    if beside is None:
+    found = next((file for file in location.other_records if holds_records(file)), None)
+    if found is None:
         return
-    folder, ending = location.base, "".join(beside.suffixes[-2:] if beside.suffix == ".gz" else [beside.suffix])
+    folder, ending = location.base, "".join(found.suffixes[-2:] if found.suffix == ".gz" else [found.suffix])
     if location.kind == "splits":
         files = ", ".join(source for _, source in location.splits)
         rank_zero_warn(
-            f"{where}: of this folder only {files} are read; {beside} holds records too: to train on it, make it a task"
+            f"{where}: of this folder only {files} are read; {found} holds records too: to train on it, make it a task"
             " of its own, or put it into the file for train"
         )
         return
     if location.kind == "documents":
-        other = next(file for file in location.files if file not in location.beside)
+        other = next(file for file in location.files if file not in location.other_records)
         raise ValueError(
-            f"{where}: files of records ({beside}) and files of text ({other}) are mixed, and they are read in"
+            f"{where}: files of records ({found}) and files of text ({other}) are mixed, and they are read in"
             f" different ways: make two tasks of them, or name one kind by a glob, as in '{folder}/**/*{ending}' or"
             f" '{folder}/**/*{other.suffix}'"
         )
     raise ValueError(
-        f"{where}: there are files of records in folders below this one ({beside}), which would not be read: give a"
+        f"{where}: there are files of records in folders below this one ({found}), which would not be read: give a"
         f" glob that finds all of them, as in '{folder}/**/*{ending}'"
     )
 

@@ -46,7 +46,7 @@ class Location:
         base: the folder that the names of `files` are relative to.
         files: the files to read, in order.
         splits: sources by role, for a folder of splits.
-        beside: files that may have records but are not read as records, since other files decide the kind.
+        other_records: files that may have records but are not read as records, since other files decide the kind.
         unread: files of data that are not read at all.
     """
 
@@ -54,7 +54,7 @@ class Location:
     base: Path = Path()
     files: tuple[Path, ...] = ()
     splits: tuple[tuple[str, str], ...] = ()
-    beside: tuple[Path, ...] = ()
+    other_records: tuple[Path, ...] = ()
     unread: tuple[Path, ...] = ()
 
 
@@ -76,7 +76,7 @@ def locate(source: str | Path) -> Location:
         records = tuple(file for file in files if is_record_file(file))
         if len(records) == len(files):
             return Location("records" if files else "nothing", base, records)
-        return Location("documents", base, tuple(files), beside=records)
+        return Location("documents", base, tuple(files), other_records=records)
     known = suffix_of(path) in DOCUMENT_SUFFIXES.union(SUFFIXES)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not known:
         return Location("hub")
@@ -96,13 +96,13 @@ def _kind_of_folder(path: Path) -> Location:
     of_splits = {file for source in splits.values() for file in _files_of(source)}
     own = [file for file in documents if not _is_side_file(file) and file not in of_splits]
     if "train" in splits or (splits and not own):
-        beside = [file for file in records if not _is_side_file(file) and file not in of_splits]
-        return Location("splits", path, splits=tuple(splits.items()), beside=tuple(beside))
+        others = [file for file in records if not _is_side_file(file) and file not in of_splits]
+        return Location("splits", path, splits=tuple(splits.items()), other_records=tuple(others))
     direct = [file for file in records if file.parent == path]
     if own or (documents and not direct):
-        return Location("documents", path, tuple(documents), beside=tuple(records))
+        return Location("documents", path, tuple(documents), other_records=tuple(records))
     below = [file for file in records if file.parent != path]
-    return Location("records" if direct else "nothing", path, tuple(direct), beside=tuple(below))
+    return Location("records" if direct else "nothing", path, tuple(direct), other_records=tuple(below))
 
 
 def _files_of(source: str) -> list[Path]:
