@@ -86,7 +86,7 @@ class TaskBatches(ABC):
         """Takes note that training begins with the next of the batches given out.
 
         Returns:
-            the batch's replayed parts (None where nothing is replayed), and the new samples of all ranks.
+            the batch's replayed parts (None if nothing is replayed), and the new samples of all ranks.
         """
 
     @abstractmethod

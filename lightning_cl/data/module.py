@@ -60,7 +60,7 @@ class TaskDataModule(L.LightningDataModule):
     ``Dataset``, a ``DataLoader`` and a ``LightningDataModule`` are used as they are.
 
     Args:
-        tasks: what to learn, in order. Either ``{name: data}``, as in ``{mails: mails.jsonl, notes: notes.txt}``, or a
+        tasks: the tasks in order, as ``{name: data}``, such as ``{mails: mails.jsonl, notes: notes.txt}``, or as a
             list of ``Task``. In the dictionary, data is what ``Task.train`` takes, or a dictionary of ``Task``'s
             arguments.
         tokenizer: needed for tasks that are text. It is the name of a tokenizer on the hub, a folder, a ``.gguf`` file,
@@ -412,7 +412,7 @@ class TaskDataModule(L.LightningDataModule):
         return self._data(task).train
 
     def text_data(self, task: Task) -> dict[str, Any]:
-        """Returns those of a task's data that were text, by role: token data sets, and streams of token samples."""
+        """Returns the data sets and streams of token samples that were made from a task's text, by role."""
         return self._data(task).texts
 
     def preview(self, colour: bool = False) -> str:

@@ -152,7 +152,7 @@ def evenly(blocks: Sequence[Block], surplus: Callable[[Block], float], ahead: in
 
 
 def evenly_all(blocks: Sequence[Block], surplus: Callable[[Block], Sequence[float]], ahead: int = 64) -> list[Block]:
-    """As :func:`evenly`, for several values that are to be spread at once.
+    """An order as that of :func:`evenly`, for several values that are to be spread at once.
 
     Among the next `ahead` blocks, the one comes next for which the largest of the running sums is smallest.
 

@@ -178,7 +178,7 @@ def read_documents(
     """The documents of one task's data, one at a time; those without any text are dropped and counted.
 
     Args:
-        source: see :func:`read_records`; `task`, `role` and `path_header` too. The formats are those of
+        source: see :func:`read_records`. The formats of records are those of
             :func:`~lightning_cl.data.text.formats.as_document`.
         task: the task's name.
         role: ``train``, ``val`` or ``test``.
