@@ -2,13 +2,13 @@
 
     python tests/benchmarks/both_bases.py [seeds=1] [base=knows,new] [out=both_bases.jsonl] [only="naive;Replay 25 %;…"]
 
-A Llama of half a million parameters learns three tasks after another: prose, Python, C++. The base that ``knows`` was
-trained on the first half of each domain and on general text (Perl sources and licences); the tasks train on the second
-halves. The ``new`` base was trained on the general text alone. Which method ends best depends on that, so both are run.
+A Llama of half a million parameters learns three tasks one after another: prose, Python, C++. The base that ``knows``
+was trained on the first half of each domain and on general text (Perl sources and licences); the tasks train on the
+second halves. The ``new`` base was trained on the general text alone. Which method ends best depends on that.
 
-Figures are mean losses in nats on held-out blocks: **average** over the tasks at the end, **learnt** over the tasks when
-each was learnt, **forgetting** the rise of the first two since, **base** the rise of the general text. Of one seed all
-runs see the same samples in the same order. ``*``: the task is known when the model is asked.
+Figures are mean losses in nats on held-out blocks: **average** over the tasks at the end, **learnt** over the tasks
+when each was learnt, **forgetting** the rise of the first two since, **base** the rise of the general text. Of one seed
+all runs see the same samples in the same order. ``*``: the task is known when the model is asked.
 
 Results go to a file, one line per run; runs that are there already are not repeated.
 """
@@ -226,9 +226,8 @@ def scores(result: dict[str, Any]) -> tuple[float, float, float, float]:
 
 def print_table(done: list[dict[str, Any]], kind: str) -> None:
     """One row per method, the best average first; ± is half the range over the seeds."""
-    print(
-        f"\n| base that {'knows the domains' if kind == 'knows' else 'does not'} | average | learnt | forgetting | base |"
-    )
+    title = "base that knows the domains" if kind == "knows" else "base that does not know them"
+    print(f"\n| {title} | average | learnt | forgetting | base |")
     print("|---|---|---|---|---|")
     found: dict[str, list[tuple[float, ...]]] = {}
     for result in done:
