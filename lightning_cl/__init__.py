@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Replay,
         RWalk,
         SelfReplay,
+        TaskAdapters,
         TaskMatrix,
         TaskProgress,
     )
@@ -64,6 +65,7 @@ _HOME = {
     "SI": "callbacks",
     "SelfReplay": "callbacks",
     "Task": "tasks",
+    "TaskAdapters": "callbacks",
     "TaskDataModule": "data",
     "TaskMatrix": "callbacks",
     "TaskProgress": "callbacks",
@@ -98,6 +100,7 @@ __all__ = [
     "Replay",
     "SelfReplay",
     "Task",
+    "TaskAdapters",
     "TaskDataModule",
     "TaskMatrix",
     "TaskProgress",
