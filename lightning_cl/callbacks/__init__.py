@@ -1,5 +1,6 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
@@ -42,6 +43,7 @@ __all__ = [
     "RWalk",
     "Replay",
     "SelfReplay",
+    "SubspaceFreeze",
     "TaskAdapters",
     "TaskMatrix",
     "TaskProgress",

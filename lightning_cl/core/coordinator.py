@@ -345,7 +345,7 @@ class TaskCoordinator(Callback):
     def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lets the methods change the weights, once: who resumes from here on finds them changed."""
         methods = self.methods(trainer)
-        changing = [method for method in methods if answers(method, "consolidate")]
+        changing = [method for method in methods if method.consolidates]
         done, self._consolidated = self._consolidated, False
         assert self._frozen is not None
         if done:
@@ -363,7 +363,7 @@ class TaskCoordinator(Callback):
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
         if not self.run.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
-        changes = any(answers(method, "consolidate") for method in self.methods(trainer))
+        changes = any(method.consolidates for method in self.methods(trainer))
         if (changes or any(method.ends_long for method in self.methods(trainer))) and self.run.data is not None:
             index = self.run.position.index
             self.before_end = before_end_file(trainer, self.run.data.trained_tasks[index], index)

@@ -192,6 +192,11 @@ class Questions(Callback):
     def close_path(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task's training is done, and nothing has changed the weights since: the last look at them."""
 
+    @property
+    def consolidates(self) -> bool:
+        """True if the method may change the weights at the end of this task."""
+        return answers(self, "consolidate")
+
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task's training is done: change the weights before anything is measured or anchored."""
 
