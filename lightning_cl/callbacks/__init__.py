@@ -1,6 +1,7 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
 from lightning_cl.callbacks.merging.interpolate import Interpolate
+from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -36,6 +37,7 @@ __all__ = [
     "KLToBase",
     "LwF",
     "MemoryCallback",
+    "Merge",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
