@@ -3,6 +3,7 @@
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
+from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -38,6 +39,7 @@ __all__ = [
     "KLToBase",
     "LwF",
     "MemoryCallback",
+    "Merge",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",

@@ -183,6 +183,8 @@ class TaskCoordinator(Callback):
             self._seconds_before = 0.0
             for method in methods:
                 method.task = self.run.position
+                method.start_from(trainer, pl_module)
+            for method in methods:
                 method.on_task_start(trainer, pl_module)
             self._frozen = resumed_inside = None
         else:
