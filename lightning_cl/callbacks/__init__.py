@@ -1,5 +1,6 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
@@ -29,6 +30,7 @@ __all__ = [
     "L2SP",
     "MAS",
     "SI",
+    "BlockExpansion",
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",

@@ -1,0 +1,1 @@
+"""Methods that decide which parts of a model a task may change."""
