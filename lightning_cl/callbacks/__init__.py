@@ -1,5 +1,6 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
@@ -32,6 +33,7 @@ __all__ = [
     "L2SP",
     "MAS",
     "SI",
+    "BlockExpansion",
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",

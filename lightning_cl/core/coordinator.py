@@ -560,6 +560,16 @@ class TaskCoordinator(Callback):
                 if name in kept and (answers(method, "deployed") or answers(method, "build")):
                     method.load_continual_state(kept[name]["state"])
 
+    def load_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Loads a checkpoint's weights outside of the Trainer's stages, after the methods have built what they need."""
+        self._structure.attach(trainer, pl_module, self.run, CHECKPOINT_KEY, lambda: None)
+        try:
+            pl_module.configure_model()
+            pl_module.on_load_checkpoint(checkpoint)
+            pl_module.load_state_dict(checkpoint["state_dict"])
+        finally:
+            self._structure.detach()
+
     def load(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Restores itself and all methods from a checkpoint's entry, once.
 

@@ -67,7 +67,7 @@ trained on in later ones.
 
 def answers(method: Any, question: str) -> bool:
     """Tells if a method answers a question with anything but nothing."""
-    return getattr(type(method), question) is not getattr(Questions, question)
+    return question not in method.unanswered and getattr(type(method), question) is not getattr(Questions, question)
 
 
 class EndCost(NamedTuple):
@@ -113,6 +113,9 @@ class Questions(Callback):
 
     weakens: Mapping[Trait, str] = MappingProxyType({})
     """Things of a run of which the method leaves others only a part, each with the reason; a warning says so."""
+
+    unanswered: frozenset[str] = frozenset()
+    """Questions that the class answers and the method, with its settings, does not."""
 
     replays_first: bool = False
     """True if samples that it replays are there in the first task already."""

@@ -55,8 +55,12 @@ class Structure:
         for method, name in named(methods):
             if answers(method, "build"):
                 refuse_sharded(trainer, f"{name} adds parts to the module, which comes too late for")
+<<<<<<< HEAD
         adding = [method for method in methods if answers(method, "build")]
         if adding and any(isinstance(part, torch._dynamo.OptimizedModule) for part in pl_module.modules()):
+=======
+        if any(map(_is_compiled, pl_module.modules())):
+>>>>>>> w-expansion
             raise MisconfigurationException(
                 f"{type(adding[0]).__name__} adds parts to the module, and torch.compile has seen it without them;"
                 " compile in the module's configure_model, or leave torch.compile out"
@@ -114,6 +118,11 @@ class Structure:
                 position = TaskPosition(len(names) - 1, names[-1], max(len(run.names), len(names)))
                 for method in _builders(run.methods):
                     method.choose_trainable(pl_module, position)
+
+
+def _is_compiled(part: torch.nn.Module) -> bool:
+    in_place = getattr(part, "_compiled_call_impl", None) is not None
+    return in_place or isinstance(part, torch._dynamo.OptimizedModule)
 
 
 def _builders(methods: Sequence[Any]) -> list[Questions]:
