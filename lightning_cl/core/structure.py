@@ -55,12 +55,8 @@ class Structure:
         for method, name in named(methods):
             if answers(method, "build"):
                 refuse_sharded(trainer, f"{name} adds parts to the module, which comes too late for")
-<<<<<<< HEAD
         adding = [method for method in methods if answers(method, "build")]
-        if adding and any(isinstance(part, torch._dynamo.OptimizedModule) for part in pl_module.modules()):
-=======
-        if any(map(_is_compiled, pl_module.modules())):
->>>>>>> w-expansion
+        if adding and any(map(_is_compiled, pl_module.modules())):
             raise MisconfigurationException(
                 f"{type(adding[0]).__name__} adds parts to the module, and torch.compile has seen it without them;"
                 " compile in the module's configure_model, or leave torch.compile out"
