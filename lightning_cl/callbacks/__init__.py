@@ -1,6 +1,7 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
+from lightning_cl.callbacks.architecture.inflora import InfLoRA
 from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
 from lightning_cl.callbacks.architecture.orthogonal_lora import OrthogonalLoRA
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
@@ -39,6 +40,7 @@ __all__ = [
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",
+    "InfLoRA",
     "InputFreeze",
     "Interpolate",
     "KLToBase",
