@@ -1,4 +1,4 @@
-"""Replay of data that is no task: what keeps abilities that the tasks do not contain."""
+"""Replay of general data, which keeps abilities that no task trains."""
 
 from __future__ import annotations
 
@@ -28,31 +28,39 @@ _NAME = "general"
 
 
 class GeneralReplay(BufferCallback):
-    """Samples of a general corpus or instruction set take part in the batches of all tasks, from the first one on.
+    """Adds samples of a general corpus or instruction set to the batches of all tasks, also of the first.
 
-    Replay of the tasks' own samples keeps the tasks. What the model could do before, and what no task contains, it does
-    not keep: on TRACE (Wang et al. 2023) GSM8K falls from 26 to 3 with it. A small, fixed set of general data does.
-    Beside :class:`~lightning_cl.Replay` the shares add up.
+    Replay of the tasks' own samples keeps the tasks. It does not keep abilities that the model had before and that no
+    task contains: on TRACE (Wang et al. 2023) GSM8K falls from 26 to 3 with it. A small, fixed set of general data
+    keeps them. With :class:`~lightning_cl.Replay` in the same Trainer, the shares add up.
 
-    Memory and compute: as :class:`~lightning_cl.Replay`; nothing at the ends of tasks.
+    Memory and compute: as :class:`~lightning_cl.Replay`, but nothing at the ends of tasks.
 
     Args:
-        data: what the model shall not forget: whatever a task's data can be (a file, a folder, a name on the hub,
-            ``sample:…``, texts, records, a ``datasets.Dataset``, streaming too, or a torch ``Dataset`` of samples like
-            the tasks'). Text is tokenised as the tasks are.
-        ratio: share of the loss-bearing tokens in each window of batches, or pairs of progress and share.
-        buffer_size: how much of it is kept at most, drawn uniformly; of a stream, its first samples.
-        mode: ``replace``: these samples take places of the batch. ``add``: they come on top of it.
-        seed: seed of what is kept and drawn.
-        unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
-        storage: ``disk`` or ``memory``, as for ``Replay``.
-        folder: where the files go instead of the run's folder.
+        data: the data that stands for what must not be forgotten. It can be whatever a task's data can be (a file, a
+            folder, a name on the hub, ``sample:…``, texts, records, a ``datasets.Dataset``, streaming too), or a torch
+            ``Dataset`` of samples like the tasks'. Text is tokenised as the tasks are.
+        ratio: share of the tokens that bear loss in each window of batches, or pairs of progress and share.
+        buffer_size: the budget, in `unit`. Samples are drawn uniformly; of a stream, the first ones are kept.
+        mode: ``replace``: these samples replace samples of the batch. ``add``: they are added to it.
+        seed: seed for the choice of stored and of replayed samples.
+        unit: unit of the budget: ``samples``, ``tokens`` or ``bytes``.
+        storage: ``disk`` or ``memory`` (RAM), as in ``Replay``.
+        folder: folder for the files; default: the run's folder.
 
     Attributes:
         buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or the data is not there.
+        ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or the data is not found.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import GeneralReplay
+        >>> general = GeneralReplay(["Water boils at 100 °C.", "Ice melts at 0 °C."], ratio=0.02)
+        >>> trainer = L.Trainer(callbacks=[general], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> general.report()["ratio"]
+        0.02
     """
 
     replays_first = True
@@ -86,8 +94,8 @@ class GeneralReplay(BufferCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_together(self.run)
-        # Here, and not when the first loader is built: data that cannot be used is found before anything is evaluated.
-        # A plain fit reads its checkpoint later, and with it perhaps this data.
+        # The data is read here and not with the first loader, so that unusable data is found before any evaluation. A
+        # plain fit reads its checkpoint later, and with it perhaps this data.
         run = self.run
         if stage == "fit" and run.driven and run.checkpoint_path is None and self.buffer.seen == 0:
             self._read(trainer)
@@ -108,7 +116,7 @@ class GeneralReplay(BufferCallback):
 
     @override
     def advice(self, need: Need) -> str | None:
-        # Its samples are of no earlier task.
+        # Its samples belong to no earlier task, so more of them do not help `keep`.
         return f"a smaller {_NAME}(ratio=…)" if need == "learn" else None
 
     @override
@@ -119,7 +127,7 @@ class GeneralReplay(BufferCallback):
         self.mixer.mix_into(trainer, self.run, loader, self.buffer, number=1, seed=seed, method=_NAME)
 
     def earlier_tasks(self) -> int:
-        """Returns 0: general data is of no task."""
+        """Returns 0: general data belongs to no task."""
         return 0
 
     @override
@@ -162,7 +170,7 @@ class GeneralReplay(BufferCallback):
         trainer.strategy.barrier(name)
 
     def _first(self, stream: Iterator[Any]) -> Iterator[Any]:
-        """As much of a stream as the budget holds: it may be endless."""
+        """Yields as much of a stream as fits into the budget; the stream may be endless."""
         total = 0
         for sample in stream:
             total += self.buffer.cost(sample)
