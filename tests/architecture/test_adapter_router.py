@@ -34,16 +34,14 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Answers(Rows):
-    """Prompts of 3 to 7 tokens out of a task's own vocabulary, and answers of one token."""
+    """Prompts of 6 to 10 tokens out of the eight of a task, and answers of three."""
 
-    def __init__(self, low, count=24, seed=0):
+    def __init__(self, low, count=32, seed=0):
         generator = torch.Generator().manual_seed(seed + low)
         super().__init__([])
         for i in range(count):
-            ids = torch.randint(low, low + 60, (6 + i % 5,), generator=generator)
-            mask = torch.arange(len(ids)) >= 3 + i % 5
-            ids[mask] = low
-            self.samples.append({"input_ids": ids, "loss_mask": mask})
+            ids = torch.randint(low, low + 8, (9 + i % 5,), generator=generator)
+            self.samples.append({"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= 6 + i % 5})
 
 
 NAMES = ["low", "high"]
@@ -84,7 +82,7 @@ def test_it_recovers_the_tasks_and_reports_it(trained):
     _, method, *_ = trained
     assert method.routed[1]["low"]["low"] >= 0.8  # the base is left for what is like nothing
     for name in NAMES:
-        assert method.routed[2][name][name] >= (0.99 if method.router == "likelihood" else 0.8), method.routed
+        assert method.routed[2][name][name] >= 0.8, method.routed
         assert sum(method.routed[2][name].values()) == pytest.approx(1)
         told = f"TaskAdapters, {name}: the router gives {method.routed[2][name][name]:.0%} of its validation prompts"
         assert any(sentence.startswith(told) for sentence in method.report()["sentences"])
@@ -161,7 +159,7 @@ def test_beams_have_the_adapter_of_their_prompt(trained):
 
 def test_a_prompt_like_no_task_is_of_the_base(trained):
     module, method, *_ = trained
-    strange = [[299, 298, 297, 299, 296], [290] * 6]
+    strange = [[299, 298, 297, 299, 296, 295, 294], [290] * 6]
     found = method._router.route(module, strange, NAMES, "low")
     assert found == [None, None] if method.router == "embedding" else set(found) <= set(NAMES)
     assert method._router.route(module, [[]], NAMES, "low") == ["low"]
@@ -188,12 +186,19 @@ def test_the_likelihood_is_that_of_each_prompt_alone():
 def test_prompts_of_a_batch_are_those_of_generation():
     samples = [*Answers(0, 5), {"input_ids": torch.arange(90), "loss_mask": torch.ones(90, dtype=torch.bool)}]
     expected = [PromptDataset(samples)[i]["prompt"] for i in range(6)]
-    assert [len(prompt) for prompt in expected] == [3, 4, 5, 6, 7, 32]
+    assert [len(prompt) for prompt in expected] == [6, 7, 8, 9, 10, 32]
     collate = TokenCollator(0)
     padded = collate(samples)
     assert prompts_in(padded) == [[prompt] for prompt in expected]
     left = {name: value.flip(1) for name, value in padded.items()}
-    assert [len(row[0]) for row in prompts_in({k: v for k, v in left.items() if k != "labels"})] == [6, 7, 8, 9, 10, 90]
+    assert [len(row[0]) for row in prompts_in({k: v for k, v in left.items() if k != "labels"})] == [
+        9,
+        10,
+        11,
+        12,
+        13,
+        90,
+    ]
     packed = collate([samples[:3], samples[3:]])
     assert prompts_in(packed) == [expected[:3], expected[3:]]
 
