@@ -1,6 +1,10 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
+from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
+from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
+from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -29,6 +33,7 @@ __all__ = [
     "L2SP",
     "MAS",
     "SI",
+    "BlockExpansion",
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",
@@ -36,11 +41,14 @@ __all__ = [
     "KLToBase",
     "LwF",
     "MemoryCallback",
+    "Merge",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
     "Replay",
     "SelfReplay",
+    "SubspaceFreeze",
+    "TaskAdapters",
     "TaskMatrix",
     "TaskProgress",
 ]

@@ -183,6 +183,8 @@ class TaskCoordinator(Callback):
             self._seconds_before = 0.0
             for method in methods:
                 method.task = self.run.position
+                method.start_from(trainer, pl_module)
+            for method in methods:
                 method.on_task_start(trainer, pl_module)
             self._frozen = resumed_inside = None
         else:
@@ -344,7 +346,7 @@ class TaskCoordinator(Callback):
     def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lets the methods change the weights, once: a run that resumes later finds them changed."""
         methods = self.methods(trainer)
-        changing = [method for method in methods if answers(method, "consolidate")]
+        changing = [method for method in methods if method.consolidates]
         done, self._consolidated = self._consolidated, False
         assert self._frozen is not None
         if done:
@@ -362,7 +364,7 @@ class TaskCoordinator(Callback):
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
         if not self.run.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
-        changes = any(answers(method, "consolidate") for method in self.methods(trainer))
+        changes = any(method.consolidates for method in self.methods(trainer))
         if (changes or any(method.ends_long for method in self.methods(trainer))) and self.run.data is not None:
             index = self.run.position.index
             self.before_end = before_end_file(trainer, self.run.data.trained_tasks[index], index)
@@ -452,7 +454,7 @@ class TaskCoordinator(Callback):
         self.run.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
         self._undo_end(trainer)
-        self.before_end = None
+        self.before_end, self._structure.built = None, 0
         self._boundary_states, self._stop = None, False
         self.run.position, self.run.first_step, self.run.costs = (
             TaskPosition(0, self.run.names[0], len(self.run.names)),
@@ -508,6 +510,7 @@ class TaskCoordinator(Callback):
             "name": self.run.position.name,
             "started": self.started and not self.at_boundary,
             "ended": self.ended and not self.at_boundary,
+            "built": self._structure.built,
             "first_step": self.run.first_step,
             "begin_seconds": self.run.begin_seconds,
             "train_seconds": self._train_seconds(),
@@ -555,6 +558,16 @@ class TaskCoordinator(Callback):
             for method, name in named(self.methods(trainer)):
                 if name in kept and (answers(method, "deployed") or answers(method, "build")):
                     method.load_continual_state(kept[name]["state"])
+
+    def load_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Loads a checkpoint's weights outside of the Trainer's stages, after the methods have built what they need."""
+        self._structure.attach(trainer, pl_module, self.run, CHECKPOINT_KEY, lambda: None)
+        try:
+            pl_module.configure_model()
+            pl_module.on_load_checkpoint(checkpoint)
+            pl_module.load_state_dict(checkpoint["state_dict"])
+        finally:
+            self._structure.detach()
 
     def load(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Restores itself and all methods from a checkpoint's entry, once.

@@ -14,7 +14,8 @@ build               the module is built and its weights are not loaded yet: in a
                     every kind of resume
 choose_trainable    after ``build``, before the optimizers are made
 mix_into            the loader of a task is built
-on_task_start       once per task, never on a resume inside it
+start_from          once per task, never on a resume inside it: the weights that the task starts with
+on_task_start       after ``start_from``
 place               whenever training starts or resumes: move tensors to the model's device
 on_batch            a batch is about to be trained on
 extra_loss          after the module's own loss, before the backward pass
@@ -70,8 +71,8 @@ trained on in later ones.
 
 
 def answers(method: Any, question: str) -> bool:
-    """Tells if a method overrides a question."""
-    return getattr(type(method), question) is not getattr(Questions, question)
+    """Tells if a method overrides a question, and has not declared it unanswered."""
+    return question not in method.unanswered and getattr(type(method), question) is not getattr(Questions, question)
 
 
 class EndCost(NamedTuple):
@@ -117,6 +118,9 @@ class Questions(Callback):
 
     weakens: Mapping[Trait, str] = MappingProxyType({})
     """Things of a run of which the method leaves others only a part, each with the reason; a warning says so."""
+
+    unanswered: frozenset[str] = frozenset()
+    """Questions that the class answers and the method, with its settings, does not."""
 
     replays_first: bool = False
     """True if samples that it replays are there in the first task already."""
@@ -165,6 +169,9 @@ class Questions(Callback):
     def choose_trainable(self, pl_module: L.LightningModule, task: TaskPosition) -> None:
         """The optimizers are about to be made for a task: set ``requires_grad``."""
 
+    def start_from(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A task is about to start, with other weights than the module has: set them."""
+
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task starts: anchors, snapshots, fresh sums."""
 
@@ -199,6 +206,11 @@ class Questions(Callback):
 
     def close_path(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task's training is done, and nothing has changed the weights since: the last look at them."""
+
+    @property
+    def consolidates(self) -> bool:
+        """True if the method may change the weights at the end of this task."""
+        return answers(self, "consolidate")
 
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task's training is done: change the weights before anything is measured or anchored."""

@@ -162,7 +162,8 @@ def overlap_gradient(down: Tensor, basis: Tensor) -> Tensor:
 def project_down_(down: Tensor, basis: Tensor) -> None:
     """Takes out of a down projection, in place, what lies in the earlier ones' span: ``A_t ← A_t − (A_t Q) Qᵀ``.
 
-    Call it after the optimizer's step, and once before the first one. The overlap is then below 1e-6, also in 16 bits.
+    Call it after the optimizer's step, and once before the first one. The overlap is then below 1e-12 in fp32. In bf16
+    the rows are rounded once, which leaves about 1e-6 and at most 4e-6.
 
     Memory: ``r · directions`` numbers. Compute: ``8 · r · in · directions``.
 

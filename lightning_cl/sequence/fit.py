@@ -264,10 +264,7 @@ def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataM
         if is_overridden("validation_step", module):
             trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
         else:
-            module.configure_model()
-            checkpoint = read_checkpoint(path)
-            module.on_load_checkpoint(checkpoint)
-            module.load_state_dict(checkpoint["state_dict"])
+            TaskCoordinator.of(trainer).load_weights(trainer, module, read_checkpoint(path))
     finally:
         trainer.loggers = loggers
 
