@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Replay,
         RWalk,
         SelfReplay,
+        TaskAdapters,
         TaskMatrix,
         TaskProgress,
     )
@@ -66,6 +67,7 @@ _HOME = {
     "SI": "callbacks",
     "SelfReplay": "callbacks",
     "Task": "tasks",
+    "TaskAdapters": "callbacks",
     "TaskDataModule": "data",
     "TaskMatrix": "callbacks",
     "TaskProgress": "callbacks",
@@ -101,6 +103,7 @@ __all__ = [
     "Replay",
     "SelfReplay",
     "Task",
+    "TaskAdapters",
     "TaskDataModule",
     "TaskMatrix",
     "TaskProgress",

@@ -453,7 +453,7 @@ class TaskCoordinator(Callback):
         self.run.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
         self._undo_end(trainer)
-        self.before_end = None
+        self.before_end, self._structure.built = None, 0
         self._boundary_states, self._stop = None, False
         self.run.position, self.run.first_step, self.run.costs = (
             TaskPosition(0, self.run.names[0], len(self.run.names)),
@@ -509,6 +509,7 @@ class TaskCoordinator(Callback):
             "name": self.run.position.name,
             "started": self.started and not self.at_boundary,
             "ended": self.ended and not self.at_boundary,
+            "built": self._structure.built,
             "first_step": self.run.first_step,
             "begin_seconds": self.run.begin_seconds,
             "train_seconds": self._train_seconds(),

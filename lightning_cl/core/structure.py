@@ -28,6 +28,7 @@ class Structure:
     """
 
     def __init__(self) -> None:
+        self.built = 0  # tasks whose parts are in the module
         self._wrapped: L.LightningModule | None = None
         self._own: dict[str, Any] = {}  # the hooks that the user has set on the module itself
 
@@ -104,6 +105,7 @@ class Structure:
             names: the tasks, in their order.
             trains: False while a checkpoint is about to be loaded: nothing is chosen yet.
         """
+        self.built, run.loading = len(names), not trains
         with untouched_random_state():
             for method in _builders(run.methods):
                 method.build(trainer, pl_module, names)
@@ -129,4 +131,5 @@ def names_of(names: Sequence[str], count: int) -> list[str]:
 
 def tasks_in(entry: dict[str, Any]) -> list[str]:
     """Returns the tasks whose parts are in a checkpoint, from the run's entry in it."""
-    return names_of(entry["tasks"], entry["index"] + (1 if entry["started"] else 0))
+    # One that was written while a task began has its parts, too.
+    return names_of(entry["tasks"], entry.get("built") or entry["index"] + (1 if entry["started"] else 0))

@@ -1,1 +1,1 @@
-"""Methods that decide which parts of a model a task may change."""
+"""Methods that give tasks parameters of their own, or decide which part of a model a task may change."""
