@@ -1,6 +1,7 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
+from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
@@ -37,6 +38,7 @@ __all__ = [
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",
+    "InputFreeze",
     "Interpolate",
     "KLToBase",
     "LwF",

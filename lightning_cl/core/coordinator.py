@@ -46,8 +46,8 @@ CHECKPOINT_KEY = "lightning_cl"
 class TaskCoordinator(Callback):
     """Asks the methods of one Trainer their questions (see :mod:`lightning_cl.core.questions`).
 
-    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. Under
-    ``fit_tasks`` it is told which task it is; without it, each ``trainer.fit`` is one task.
+    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. ``fit_tasks``
+    tells it the current task; without ``fit_tasks``, each ``trainer.fit`` is one task.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class TaskCoordinator(Callback):
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
-        self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
+        self._frozen: dict[str, Any] | None = None  # while a task ends: the checkpoint entry from before the end
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
         self._consolidated = False  # the checkpoint was written when the weights of the task's end were changed
@@ -200,7 +200,7 @@ class TaskCoordinator(Callback):
             self._restore_progress(trainer, resumed, inside=resumed_inside is not None)
 
     def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
-        """The loader's place and the random states, so that the next batch is the one that would have come."""
+        """Restores the loader's position and the random states, so that the next batch is that of an unbroken run."""
         self._states_to_restore = resumed["random_states"]
         loader: Any = trainer.train_dataloader
         # A stream was resumed before its first batch was fetched.
@@ -321,9 +321,8 @@ class TaskCoordinator(Callback):
         if self.load_best:
             load_best(trainer, self.run.position)
         self._undo_end(trainer)
-        # All or nothing: a checkpoint that is written from here on, because of an exception, is one of before the end,
-        # and who resumes from it ends the task from its beginning. The loader, the buffers and the random states are
-        # then those that the methods' ends are made from.
+        # All or nothing: if an exception interrupts the end, its checkpoint has the state from before the end. A run
+        # that resumes from it repeats the whole end, with the same loader, buffers and random states.
         self._seconds_before = trained
         self._frozen = self._entry(trainer)
         self._save_before_end(trainer)
@@ -345,7 +344,7 @@ class TaskCoordinator(Callback):
         )
 
     def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets the methods change the weights, once: who resumes from here on finds them changed."""
+        """Lets the methods change the weights, once: a run that resumes later finds them changed."""
         methods = self.methods(trainer)
         changing = [method for method in methods if method.consolidates]
         done, self._consolidated = self._consolidated, False

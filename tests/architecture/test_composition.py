@@ -72,7 +72,7 @@ def test_replay_and_interpolation_in_any_order_give_the_same_bits(tmp_path):
     found = []
     for name, order in (("one", 1), ("other", -1)):
         matrix = TaskMatrix()
-        module = fit(tmp_path / name, [Replay(20, 0.25), Interpolate(0.5), EWC(0.1, samples=8)][::order] + [matrix])
+        module = fit(tmp_path / name, [*[Replay(20, 0.25), Interpolate(0.5), EWC(0.1, samples=8)][::order], matrix])
         found.append((weights(module), matrix.matrix))
     assert all(torch.equal(found[0][0][n], found[1][0][n]) for n in found[0][0])
     assert torch.equal(found[0][1], found[1][1])
