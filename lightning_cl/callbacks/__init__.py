@@ -1,6 +1,7 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
+from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
@@ -39,6 +40,7 @@ __all__ = [
     "KLToBase",
     "LwF",
     "MemoryCallback",
+    "ProgressiveAdapters",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
