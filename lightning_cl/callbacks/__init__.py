@@ -2,8 +2,8 @@
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
-from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
+from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
