@@ -2,6 +2,7 @@
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
+from lightning_cl.callbacks.architecture.orthogonal_lora import OrthogonalLoRA
 from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
@@ -45,6 +46,7 @@ __all__ = [
     "LwF",
     "MemoryCallback",
     "Merge",
+    "OrthogonalLoRA",
     "ProgressiveAdapters",
     "PromptSamples",
     "QuadraticPenalty",
