@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         KFACEWC,
         L2SP,
         MAS,
+        MIGU,
         SI,
         DERpp,
         GeneralReplay,
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
         KLToBase,
         LwF,
         Merge,
+        PackNet,
         PromptSamples,
         Replay,
         RWalk,
         SelfReplay,
         TaskMatrix,
         TaskProgress,
+        WeightAverage,
     )
     from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
@@ -58,8 +61,10 @@ _HOME = {
     "L2SP": "callbacks",
     "LwF": "callbacks",
     "MAS": "callbacks",
+    "MIGU": "callbacks",
     "MeanWhenLearnt": "metrics",
     "Merge": "callbacks",
+    "PackNet": "callbacks",
     "PromptSamples": "callbacks",
     "RWalk": "callbacks",
     "Replay": "callbacks",
@@ -71,6 +76,7 @@ _HOME = {
     "TaskProgress": "callbacks",
     "TrainedBPE": "data",
     "WarmupDecay": "models",
+    "WeightAverage": "callbacks",
     "fit_tasks": "sequence",
 }
 
@@ -81,6 +87,7 @@ __all__ = [
     "KFACEWC",
     "L2SP",
     "MAS",
+    "MIGU",
     "SI",
     "AverageAccuracy",
     "BackwardTransfer",
@@ -96,6 +103,7 @@ __all__ = [
     "LwF",
     "MeanWhenLearnt",
     "Merge",
+    "PackNet",
     "PromptSamples",
     "RWalk",
     "Replay",
@@ -106,6 +114,7 @@ __all__ = [
     "TaskProgress",
     "TrainedBPE",
     "WarmupDecay",
+    "WeightAverage",
     "fit_tasks",
 ]
 

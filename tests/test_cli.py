@@ -166,12 +166,16 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "lwf": ["LwF"],
         "lwf_replay": ["Replay", "LwF"],
         "mas": ["MAS"],
+        "merge": ["Merge"],
+        "migu": ["MIGU"],
+        "packnet": ["PackNet"],
         "rwalk": ["RWalk"],
         "si": ["SI"],
         "replay": ["Replay"],
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],
         "probes": ["KLToBase"],
+        "weight_average": ["WeightAverage"],
     }
     assert classes(config) == [*classes(base), *added[path.stem]]
 

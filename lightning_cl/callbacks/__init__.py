@@ -1,7 +1,10 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.architecture.migu import MIGU
+from lightning_cl.callbacks.architecture.packnet import PackNet
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
+from lightning_cl.callbacks.merging.weight_average import WeightAverage
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -29,6 +32,7 @@ __all__ = [
     "KFACEWC",
     "L2SP",
     "MAS",
+    "MIGU",
     "SI",
     "ContinualCallback",
     "DERpp",
@@ -38,6 +42,7 @@ __all__ = [
     "LwF",
     "MemoryCallback",
     "Merge",
+    "PackNet",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
@@ -45,4 +50,5 @@ __all__ = [
     "SelfReplay",
     "TaskMatrix",
     "TaskProgress",
+    "WeightAverage",
 ]

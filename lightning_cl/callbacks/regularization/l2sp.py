@@ -59,6 +59,8 @@ class L2SP(QuadraticPenalty):
     ) -> None:
         super().__init__(strength, apply, share, state_dtype, state_device)
         self.anchored_to = check_choice("anchor", anchor, ("previous", "start"))
+        if anchor == "start":
+            self.relies_on = frozenset()  # whatever a task trains, it has a start
 
     @override
     def on_sequence_start(self) -> None:
