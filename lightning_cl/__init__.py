@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         KFACEWC,
         L2SP,
         MAS,
+        MIGU,
         SI,
         BlockExpansion,
         DERpp,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         LwF,
         Merge,
         OrthogonalLoRA,
+        PackNet,
         ProgressiveAdapters,
         PromptSamples,
         Replay,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         TaskAdapters,
         TaskMatrix,
         TaskProgress,
+        WeightAverage,
     )
     from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
@@ -66,10 +69,12 @@ _HOME = {
     "L2SP": "callbacks",
     "LwF": "callbacks",
     "MAS": "callbacks",
+    "MIGU": "callbacks",
     "MeanWhenLearnt": "metrics",
     "Merge": "callbacks",
     "ProgressiveAdapters": "callbacks",
     "OrthogonalLoRA": "callbacks",
+    "PackNet": "callbacks",
     "PromptSamples": "callbacks",
     "RWalk": "callbacks",
     "Replay": "callbacks",
@@ -83,6 +88,7 @@ _HOME = {
     "TaskProgress": "callbacks",
     "TrainedBPE": "data",
     "WarmupDecay": "models",
+    "WeightAverage": "callbacks",
     "fit_tasks": "sequence",
 }
 
@@ -93,6 +99,7 @@ __all__ = [
     "KFACEWC",
     "L2SP",
     "MAS",
+    "MIGU",
     "SI",
     "AverageAccuracy",
     "BackwardTransfer",
@@ -111,6 +118,7 @@ __all__ = [
     "MeanWhenLearnt",
     "Merge",
     "OrthogonalLoRA",
+    "PackNet",
     "ProgressiveAdapters",
     "PromptSamples",
     "RWalk",
@@ -124,6 +132,7 @@ __all__ = [
     "TaskProgress",
     "TrainedBPE",
     "WarmupDecay",
+    "WeightAverage",
     "fit_tasks",
 ]
 
