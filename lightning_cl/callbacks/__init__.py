@@ -2,6 +2,7 @@
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
+from lightning_cl.callbacks.architecture.progressive_network import ProgressiveNetwork
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
@@ -41,6 +42,7 @@ __all__ = [
     "LwF",
     "MemoryCallback",
     "ProgressiveAdapters",
+    "ProgressiveNetwork",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
