@@ -171,6 +171,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "mas": ["MAS"],
         "rwalk": ["RWalk"],
         "si": ["SI"],
+        "task_adapters": ["TaskAdapters"],
         "replay": ["Replay"],
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],

@@ -1,10 +1,13 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
+from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
 from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
 from lightning_cl.callbacks.architecture.progressive_network import ProgressiveNetwork
+from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
+from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -37,10 +40,12 @@ __all__ = [
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",
+    "InputFreeze",
     "Interpolate",
     "KLToBase",
     "LwF",
     "MemoryCallback",
+    "Merge",
     "ProgressiveAdapters",
     "ProgressiveNetwork",
     "PromptSamples",
@@ -48,6 +53,7 @@ __all__ = [
     "RWalk",
     "Replay",
     "SelfReplay",
+    "SubspaceFreeze",
     "TaskAdapters",
     "TaskMatrix",
     "TaskProgress",

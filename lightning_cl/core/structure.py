@@ -55,9 +55,10 @@ class Structure:
         for method, name in named(methods):
             if answers(method, "build"):
                 refuse_sharded(trainer, f"{name} adds parts to the module, which comes too late for")
-        if any(map(_is_compiled, pl_module.modules())):
+        adding = [method for method in methods if answers(method, "build")]
+        if adding and any(map(_is_compiled, pl_module.modules())):
             raise MisconfigurationException(
-                f"{type(methods[0]).__name__} adds parts to the module, and torch.compile has seen it without them;"
+                f"{type(adding[0]).__name__} adds parts to the module, and torch.compile has seen it without them;"
                 " compile in the module's configure_model, or leave torch.compile out"
             )
         configure, load = pl_module.configure_model, pl_module.on_load_checkpoint

@@ -83,7 +83,7 @@ def _check(model: Any, layers: Sequence[tuple[str, Any]], rows: _Rows) -> None:
 
 
 class _Rows:
-    """The adapters of the rows, and their places in the input of a layer."""
+    """The adapters of the rows, and the rows' positions in the input of a layer."""
 
     def __init__(self, names: list[str], model: Any) -> None:
         self.names = names
