@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         KFACEWC,
         L2SP,
         MAS,
+        MIGU,
         SI,
         BlockExpansion,
         DERpp,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
         LwF,
         Merge,
         OrthogonalLoRA,
+        PackNet,
+        ProgressiveAdapters,
+        ProgressiveNetwork,
         PromptSamples,
         Replay,
         RWalk,
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
         TaskAdapters,
         TaskMatrix,
         TaskProgress,
+        WeightAverage,
     )
     from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
@@ -67,9 +72,13 @@ _HOME = {
     "L2SP": "callbacks",
     "LwF": "callbacks",
     "MAS": "callbacks",
+    "MIGU": "callbacks",
     "MeanWhenLearnt": "metrics",
     "Merge": "callbacks",
+    "ProgressiveAdapters": "callbacks",
     "OrthogonalLoRA": "callbacks",
+    "PackNet": "callbacks",
+    "ProgressiveNetwork": "callbacks",
     "PromptSamples": "callbacks",
     "RWalk": "callbacks",
     "Replay": "callbacks",
@@ -83,6 +92,7 @@ _HOME = {
     "TaskProgress": "callbacks",
     "TrainedBPE": "data",
     "WarmupDecay": "models",
+    "WeightAverage": "callbacks",
     "fit_tasks": "sequence",
 }
 
@@ -93,6 +103,7 @@ __all__ = [
     "KFACEWC",
     "L2SP",
     "MAS",
+    "MIGU",
     "SI",
     "AverageAccuracy",
     "BackwardTransfer",
@@ -112,6 +123,9 @@ __all__ = [
     "MeanWhenLearnt",
     "Merge",
     "OrthogonalLoRA",
+    "PackNet",
+    "ProgressiveAdapters",
+    "ProgressiveNetwork",
     "PromptSamples",
     "RWalk",
     "Replay",
@@ -124,6 +138,7 @@ __all__ = [
     "TaskProgress",
     "TrainedBPE",
     "WarmupDecay",
+    "WeightAverage",
     "fit_tasks",
 ]
 

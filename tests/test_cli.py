@@ -152,6 +152,8 @@ def test_shipped_method_adds_to_the_quickstart(path):
     base, config = config_of("--config", QUICKSTART), config_of("--config", QUICKSTART, "--config", path)
     added = {
         "agem": ["AGEM"],
+        "progressive_network": ["ProgressiveNetwork"],
+        "progressive_adapters": ["ProgressiveAdapters"],
         "block_expansion": ["BlockExpansion"],
         "der": ["DER"],
         "derpp": ["DERpp"],
@@ -167,12 +169,17 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "lwf": ["LwF"],
         "lwf_replay": ["Replay", "LwF"],
         "mas": ["MAS"],
+        "merge": ["Merge"],
+        "migu": ["MIGU"],
+        "packnet": ["PackNet"],
         "rwalk": ["RWalk"],
         "si": ["SI"],
+        "task_adapters": ["TaskAdapters"],
         "replay": ["Replay"],
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],
         "probes": ["KLToBase"],
+        "weight_average": ["WeightAverage"],
     }
     assert classes(config) == [*classes(base), *added[path.stem]]
 

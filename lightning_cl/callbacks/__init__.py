@@ -3,11 +3,16 @@
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.architecture.inflora import InfLoRA
 from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
+from lightning_cl.callbacks.architecture.migu import MIGU
 from lightning_cl.callbacks.architecture.orthogonal_lora import OrthogonalLoRA
+from lightning_cl.callbacks.architecture.packnet import PackNet
+from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
+from lightning_cl.callbacks.architecture.progressive_network import ProgressiveNetwork
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
+from lightning_cl.callbacks.merging.weight_average import WeightAverage
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -35,6 +40,7 @@ __all__ = [
     "KFACEWC",
     "L2SP",
     "MAS",
+    "MIGU",
     "SI",
     "BlockExpansion",
     "ContinualCallback",
@@ -48,6 +54,9 @@ __all__ = [
     "MemoryCallback",
     "Merge",
     "OrthogonalLoRA",
+    "PackNet",
+    "ProgressiveAdapters",
+    "ProgressiveNetwork",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
@@ -57,4 +66,5 @@ __all__ = [
     "TaskAdapters",
     "TaskMatrix",
     "TaskProgress",
+    "WeightAverage",
 ]

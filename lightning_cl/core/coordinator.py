@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from lightning_cl.core.begun_batch import BegunBatch
 from lightning_cl.core.best_weights import load_best
-from lightning_cl.core.checks import FORMAT, check_state, check_trainer, methods_of, named
-from lightning_cl.core.deployment import deployed
+from lightning_cl.core.checks import FORMAT, check_loaders, check_state, check_trainer, methods_of, named
+from lightning_cl.core.deployment import View
 from lightning_cl.core.loops import (
     count_from,
     forget_restart,
@@ -46,8 +46,8 @@ CHECKPOINT_KEY = "lightning_cl"
 class TaskCoordinator(Callback):
     """Asks the methods of one Trainer their questions (see :mod:`lightning_cl.core.questions`).
 
-    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. Under
-    ``fit_tasks`` it is told which task it is; without it, each ``trainer.fit`` is one task.
+    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. ``fit_tasks``
+    tells it the current task; without ``fit_tasks``, each ``trainer.fit`` is one task.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class TaskCoordinator(Callback):
         self.load_best = False
         self.loads = False  # the coming fit of a sequence begins with a checkpoint
         self._structure = Structure()
-        self._view: AbstractContextManager[None] | None = None  # in which the model is asked now
+        self._view = View()
         self._steps_at_fit = 0
         self._seconds_before = 0.0
         self._clock: float | None = None
@@ -70,7 +70,7 @@ class TaskCoordinator(Callback):
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
-        self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
+        self._frozen: dict[str, Any] | None = None  # while a task ends: the checkpoint entry from before the end
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
         self._consolidated = False  # the checkpoint was written when the weights of the task's end were changed
@@ -115,16 +115,7 @@ class TaskCoordinator(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.run.data is not None and not self._checked:
             self._checked = True
-            with untouched_random_state():
-                for task in self.run.data.trained_tasks:
-                    loader = self.run.data.train_loader(task)
-                    if is_indexed(loader) and len(loader) == 0:
-                        raise MisconfigurationException(
-                            f"task {task.name!r}: its training loader gives no batch (is the data empty, or smaller"
-                            " than a batch with drop_last=True?)"
-                        )
-                    for method in self.methods(trainer):
-                        method.check_loader(loader, task.name)
+            check_loaders(self.run.data, self.methods(trainer))
         if stage == "fit":
             if not self.run.driven:
                 self.run.names, self.at_boundary = [], False
@@ -200,7 +191,7 @@ class TaskCoordinator(Callback):
             self._restore_progress(trainer, resumed, inside=resumed_inside is not None)
 
     def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
-        """The loader's place and the random states, so that the next batch is the one that would have come."""
+        """Restores the loader's position and the random states, so that the next batch is that of an unbroken run."""
         self._states_to_restore = resumed["random_states"]
         loader: Any = trainer.train_dataloader
         # A stream was resumed before its first batch was fetched.
@@ -321,9 +312,8 @@ class TaskCoordinator(Callback):
         if self.load_best:
             load_best(trainer, self.run.position)
         self._undo_end(trainer)
-        # All or nothing: a checkpoint that is written from here on, because of an exception, is one of before the end,
-        # and who resumes from it ends the task from its beginning. The loader, the buffers and the random states are
-        # then those that the methods' ends are made from.
+        # All or nothing: if an exception interrupts the end, its checkpoint has the state from before the end. A run
+        # that resumes from it repeats the whole end, with the same loader, buffers and random states.
         self._seconds_before = trained
         self._frozen = self._entry(trainer)
         self._save_before_end(trainer)
@@ -345,7 +335,7 @@ class TaskCoordinator(Callback):
         )
 
     def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets the methods change the weights, once: who resumes from here on finds them changed."""
+        """Lets the methods change the weights, once: a run that resumes later finds them changed."""
         methods = self.methods(trainer)
         changing = [method for method in methods if method.consolidates]
         done, self._consolidated = self._consolidated, False
@@ -394,12 +384,12 @@ class TaskCoordinator(Callback):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._remove_handles()
-        self._leave_view()
+        self._view.leave()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove_handles()
-        self._leave_view()
+        self._view.leave()
         self._structure.detach()
 
     # ------------------------------------------------------------------ the model is asked
@@ -407,39 +397,27 @@ class TaskCoordinator(Callback):
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:  # in a fit, the current task is validated as it is trained
-            self._enter_view(trainer, pl_module)
+            self._view.enter(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
+        self._view.leave()
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._enter_view(trainer, pl_module)
+        self._view.enter(trainer, pl_module)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
+        self._view.leave()
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._enter_view(trainer, pl_module)
+        self._view.enter(trainer, pl_module)
 
     @override
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
-
-    def _enter_view(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
-        data = getattr(trainer, "datamodule", None)
-        task = data.shown.name if isinstance(data, TaskDataModule) and data.shown is not None else None
-        self._view = deployed(trainer, pl_module, task)
-        self._view.__enter__()
-
-    def _leave_view(self) -> None:
-        view, self._view = self._view, None
-        if view is not None:
-            view.__exit__(None, None, None)
+        self._view.leave()
 
     def _remove_handles(self) -> None:
         for handle in self._handles:

@@ -136,7 +136,7 @@ def forget_progress(trainer: L.Trainer) -> None:
 
 
 def forget_restart(trainer: L.Trainer) -> None:
-    """Makes a fit after a boundary a fresh one, since nothing of it was trained.
+    """Makes Lightning treat a fit after a boundary as a new one, since none of its batches were trained.
 
     Lightning treats any checkpoint as one from inside a fit. If it has no progress, Lightning takes the first epoch of
     a short task as finished, and the batches come in the order of the second epoch.

@@ -35,7 +35,7 @@ class Described(Protocol):
         """Makes the data sets."""
 
     def describe(self, task: Task) -> list[str]:
-        """Returns the counts of a task's training data, one on each line."""
+        """Returns lines with the counts of a task's training data, one count each."""
 
     def training_data(self, task: Task) -> Any:
         """Returns the data set that a task is trained on."""
@@ -49,7 +49,7 @@ def preview(data: Described, colour: bool = False) -> str:
 
     Args:
         data: the tasks. If they are not set up yet, their text is read and tokenised. No model is needed.
-        colour: also write what bears loss in green, by ANSI codes.
+        colour: True also writes the tokens that bear loss in green, by ANSI codes.
     """
     if not data.is_set_up:
         data.prepare_data()

@@ -1,11 +1,11 @@
 """Block expansion (LLaMA-Pro, Wu et al. 2024): copies of decoder blocks that change nothing until they are trained.
 
-A copy stands after its original in the path. Its projections into the residual stream are zero, weights and biases, so
-that it adds nothing at first (section 3.2 of the paper). The result is a plain ``transformers`` model with more blocks:
-the configuration is rewritten, and no class of this library is needed to load it again.
+A copy comes directly after its original in the forward pass. Its projections into the residual stream are zero, weights
+and biases, so that it adds nothing at first (section 3.2 of the paper). The result is a plain ``transformers`` model
+with more blocks: the configuration is rewritten, and no class of this library is needed to load it again.
 
 A base block always keeps its *position*, counted from 0 in the model before any expansion. The *index* of a block is
-its place in the list as it is now; it grows as blocks are inserted before it, and names of parameters grow with it
+its position in the present list; it grows as blocks are inserted before it, and names of parameters grow with it
 (:func:`moved_blocks`).
 """
 

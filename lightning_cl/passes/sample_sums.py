@@ -43,8 +43,8 @@ def sum_over_samples(
 ) -> SampleSums:
     """``Σ_x transform(∂L_x/∂θ)`` over a task's samples and all ranks, and the number of positions that bear loss.
 
-    :class:`~lightning_cl.functional.sample_gradients.SampleGradients` measures a batch at a time. First, three samples
-    are measured by it and by plain autograd. Parameters whose results differ, or that no rule covers, are measured by
+    :class:`~lightning_cl.functional.sample_gradients.SampleGradients` measures a batch at a time. First, it is compared
+    with plain autograd on three samples. Parameters whose results differ, or that no rule covers, are measured by
     autograd in a second pass, one sample at a time.
 
     Args:
@@ -120,7 +120,7 @@ def squared_batch_gradients(
     samples: TaskSamples,
     losses_of: LossesOf,
 ) -> SampleSums:
-    """``Σ_m (∂ Σ_{x in batch m} L_x / ∂θ)²``, which is often used as the Fisher although it is not.
+    """Computes ``Σ_m (∂ Σ_{x in batch m} L_x / ∂θ)²``, which is often used instead of the Fisher but differs from it.
 
     Args:
         trainer: the Trainer inside ``fit``.

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
+from lightning_cl.core.deployment import deployed
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.passes.generation import answers, generator_of, prompt_tokens
@@ -93,7 +94,8 @@ class PromptSamples(ContinualCallback):
         device = next(model.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         prompts = [prompt_tokens(data.tokenizer, prompt, self.chat) for prompt in self.prompts]
-        self.answers[trained] = answers(model, data.tokenizer, prompts, length)
+        with deployed(trainer, pl_module):
+            self.answers[trained] = answers(model, data.tokenizer, prompts, length)
         pl_module.to(device)
 
     @override

@@ -59,6 +59,8 @@ class L2SP(QuadraticPenalty):
     ) -> None:
         super().__init__(strength, apply, share, state_dtype, state_device)
         self.anchored_to = check_choice("anchor", anchor, ("previous", "start"))
+        if self.anchored_to == "start":
+            self.relies_on = frozenset()  # whatever a task trains is held where it started
 
     @override
     def on_sequence_start(self) -> None:

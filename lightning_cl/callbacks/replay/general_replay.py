@@ -29,12 +29,12 @@ class GeneralReplay(BufferCallback):
 
     Replay of the tasks' own samples keeps the tasks. It does not keep abilities that the model had before and that no
     task contains: on TRACE (Wang et al. 2023) GSM8K falls from 26 to 3 with it. A small, fixed set of general data
-    keeps them. With :class:`~lightning_cl.Replay` in the same Trainer, the shares add up.
+    keeps them. If :class:`~lightning_cl.Replay` is in the same Trainer, the two shares add up.
 
-    Memory and compute: as :class:`~lightning_cl.Replay`, but nothing at the ends of tasks.
+    Memory and compute: as for :class:`~lightning_cl.Replay`, but without its work at the ends of tasks.
 
     Args:
-        data: the data that stands for what must not be forgotten. It can be whatever a task's data can be (a file, a
+        data: data that shows the abilities to keep. It can be whatever a task's data can be (a file, a
             folder, a name on the hub, ``sample:…``, texts, records, a ``datasets.Dataset``, streaming too), or a torch
             ``Dataset`` of samples like the tasks'. Text is tokenised as the tasks are.
         ratio: share of the tokens that bear loss in each window of batches, or pairs of progress and share.

@@ -41,7 +41,7 @@ def resolve_source(source: str, what: str = "model") -> str:
 
 
 def sample_model(name: str, what: str = "model") -> Path:
-    """The folder of ``sample:NAME``, converted at the first call.
+    """Returns the folder of ``sample:NAME``, which is converted at the first call.
 
     Raises:
         ValueError: if there is no such sample, or its package is not installed; the message says how to get it.

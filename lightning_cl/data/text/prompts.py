@@ -30,12 +30,19 @@ class PromptDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         sample = self.samples[index]
-        ids, mask = sample["input_ids"].tolist(), sample["loss_mask"].tolist()
-        end = max((i + 1 for i, learnt in enumerate(mask) if learnt), default=len(ids))
-        start = next((i + 1 for i in reversed(range(end)) if not mask[i]), 0)
-        if start == 0:
-            start = min(_BEGINNING, max(1, end // 2))
+        ids, (start, end) = sample["input_ids"].tolist(), answer_in(sample["loss_mask"].tolist())
         return {"prompt": ids[:start], "reference": ids[start:end]}
+
+
+def answer_in(mask: Sequence[bool]) -> tuple[int, int]:
+    """Returns the positions at which the last answer of a sample starts and ends; all before it is the prompt.
+
+    Args:
+        mask: True for the tokens that bear loss. Where all do, the answer starts after a few.
+    """
+    end = max((i + 1 for i, learnt in enumerate(mask) if learnt), default=len(mask))
+    start = next((i + 1 for i in reversed(range(end)) if not mask[i]), 0)
+    return (start, end) if start > 0 else (min(_BEGINNING, max(1, end // 2)), end)
 
 
 def join_prompts(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[list[int]]]:

@@ -44,7 +44,7 @@ def has_calls(messages: Sequence[Message]) -> bool:
 
 
 def parsed_arguments(arguments: Any, name: str) -> Any:
-    """Returns arguments as an object, also if they are given as JSON text (OpenAI's own export).
+    """Returns the arguments of a call as an object; OpenAI's export has them as JSON text.
 
     Raises:
         ValueError: for a text that is not valid JSON.
