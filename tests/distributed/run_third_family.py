@@ -17,9 +17,11 @@ from toys import Classifier, classification, trainer  # noqa: E402
 
 from lightning_cl import (  # noqa: E402
     EWC,
+    InfLoRA,
     InputFreeze,
     Interpolate,
     Merge,
+    OrthogonalLoRA,
     PackNet,
     SubspaceFreeze,
     TaskAdapters,
@@ -37,7 +39,10 @@ STACKS = {
     "inputs": lambda: [InputFreeze(0.8, batches=4)],
     "pack": lambda: [PackNet(0.25)],
     "adapters": lambda: [TaskAdapters(seed=3)],
+    "orthogonal": lambda: [OrthogonalLoRA(seed=3)],
+    "inflora": lambda: [InfLoRA(0.8, batches=2, seed=3)],
 }
+ADAPTED = ("adapters", "orthogonal", "inflora")
 
 
 def main(out: str, ranks: int, kind: str) -> None:
@@ -46,10 +51,8 @@ def main(out: str, ranks: int, kind: str) -> None:
     methods, matrix = STACKS[kind](), TaskMatrix()
     strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
     run = trainer(out, [*methods, matrix], max_epochs=2, **strategy)
-    module = SomebodysAdapter(dropout=0.0) if kind == "adapters" else Classifier(lr=0.05)
-    data = TaskDataModule(
-        TEXTS if kind == "adapters" else NUMBERS, batch_size=(4 if kind == "adapters" else 8) // ranks
-    )
+    module = SomebodysAdapter(dropout=0.0) if kind in ADAPTED else Classifier(lr=0.05)
+    data = TaskDataModule(TEXTS if kind in ADAPTED else NUMBERS, batch_size=(4 if kind in ADAPTED else 8) // ranks)
     fit_tasks(run, module, data)
     found = {"weights": dict(module.state_dict()), "matrix": {"matrix": matrix.matrix}}
     torch.save(found, f"{out}/rank{run.global_rank}.pt")

@@ -108,7 +108,7 @@ class InputBases:
 
 
 def samples_for(trainer: L.Trainer, loader: Any, batches: int, seed: int, owner: str, what: str) -> TaskSamples:
-    """As many of a loader's samples as so many of its batches hold.
+    """As many of a loader's samples as so many of its batches hold, those of all ranks together.
 
     Args:
         trainer: inside ``fit``.
@@ -119,5 +119,7 @@ def samples_for(trainer: L.Trainer, loader: Any, batches: int, seed: int, owner:
         what: whose inputs they are, for the progress display.
     """
     size = getattr(loader, "batch_size", None)
-    count = 1 if trainer.fast_dev_run else batches * (size if isinstance(size, int) else 8)  # type: ignore[attr-defined]
+    count = batches * (size if isinstance(size, int) else 8) * trainer.world_size
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        count = 1
     return TaskSamples(trainer, count, seed, f"{owner}: inputs of {what}", loader=loader)
