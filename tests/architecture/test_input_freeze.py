@@ -9,9 +9,18 @@ from adapting import VOCABULARY, peft_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from regularized import Ends, SomebodysLM, adamw, fit, seeded, weights
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Classifier, classification, trainer
+from toys import TINY_LLAMA, Classifier, classification, trainer
 
-from lightning_cl import EWC, InputFreeze, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl import (
+    EWC,
+    CausalLM,
+    InputFreeze,
+    SubspaceFreeze,
+    TaskDataModule,
+    TaskMatrix,
+    TrainedBPE,
+    fit_tasks,
+)
 from lightning_cl.data.text.collator import TokenCollator
 from lightning_cl.passes.input_moments import find_shared_inputs, input_moments, real_positions
 from lightning_cl.passes.task_samples import TaskSamples
@@ -206,6 +215,34 @@ def test_positions_of_a_packed_batch():
     full = TokenCollator(0)([[samples[0]]])
     assert real_positions(full).all()
     assert real_positions((torch.zeros(2, 3), torch.zeros(2))) is None
+
+
+@pytest.mark.parametrize("method", [InputFreeze, SubspaceFreeze])
+def test_text_in_packed_rows_and_a_resume_between_tasks(tmp_path, method):
+    """A language model of ours with gradient checkpointing, and general text from the first task on."""
+    texts = {name: [f"{name} {word} {i}" for i in range(8)] for name, word in (("a", "one"), ("b", "other"))}
+
+    def run(root, ckpt_path=None):
+        L.seed_everything(3, verbose=False)
+        module = CausalLM(
+            {**TINY_LLAMA}, lambda p: torch.optim.AdamW(p, lr=1e-2), gradient_checkpointing=True, schedule=None
+        )
+        freeze = method(0.5, **({"general": ["Some text.", "And some more of it."]} if method is InputFreeze else {}))
+        tokenizer = TrainedBPE(270, str(tmp_path / "tokenizer"))
+        data = TaskDataModule(texts, tokenizer=tokenizer, packing=True, max_length=48, batch_size=2)
+        saver = ModelCheckpoint(save_last=True)
+        fit_tasks(trainer(root, [freeze, saver], max_epochs=2), module, data, ckpt_path)
+        return module, freeze
+
+    whole, freeze = run(tmp_path / "whole")
+    assert [entry["layers"] for entry in freeze.history.values()] == [14, 14]
+    assert all(0 < entry["protected_share"] < 1e-6 for entry in freeze.history.values())
+    boundary = tmp_path / "whole" / "tasks" / "0-a.ckpt"
+    again, _ = run(tmp_path / "again", boundary)
+    kept = torch.load(boundary, weights_only=True)["state_dict"]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+        assert torch.equal(value, kept[name]) == ("_proj" not in name), name
 
 
 @pytest.mark.parametrize(

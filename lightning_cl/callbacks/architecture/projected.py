@@ -15,7 +15,7 @@ from lightning_cl.arguments import check_choice, check_integer
 from lightning_cl.callbacks.architecture.linear_layers import LINEAR, check_targets
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.method import ContinualCallback
-from lightning_cl.core.placement import trainable_parameters
+from lightning_cl.core.placement import clean_name, trainable_parameters
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.passes.passes import progress
 
@@ -141,7 +141,7 @@ class ProjectedWeights(ContinualCallback):
     @override
     def on_sequence_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, parameter in pl_module.named_parameters():
-            if name.replace("_orig_mod.", "") in self._frozen:
+            if clean_name(name) in self._frozen:
                 parameter.requires_grad_(True)
         self._frozen = set()
 
