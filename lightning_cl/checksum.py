@@ -40,7 +40,7 @@ class _Counted:
 
 
 def save_checked(content: Any, file: IO[bytes]) -> None:
-    """Writes what ``torch.save`` writes, followed by a checksum over all of it; nothing is held in memory for that.
+    """Writes what ``torch.save`` writes, followed by a checksum over all of it, without a copy in RAM.
 
     Args:
         content: what to save.
@@ -61,7 +61,7 @@ def find_damage(path: Path) -> str | None:
         path: a file of ``torch.save``.
 
     Returns:
-        what is wrong with it, in words; None if it is as it was written.
+        the damage, in words; None if the file is as it was written.
     """
     try:
         return _find_damage(path)

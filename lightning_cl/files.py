@@ -19,9 +19,9 @@ _OLD = 3600.0  # seconds after which nobody still writes a file that is not lock
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name next to it, and renames: nobody finds half of it, whenever the writer is killed.
+    """Writes a file under a temporary name and renames it, so that a killed writer never leaves half of it.
 
-    The folder is made. The file gets the usual permissions: others may share the folder.
+    The folder is made if it is missing. The file gets the usual permissions, since others may share the folder.
 
     Args:
         path: the file.
@@ -45,7 +45,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def naming_file(path: Path) -> Iterator[None]:
     """Makes errors of the operating system say which file could not be written, and why.
 
-    Writers of archives hide the error of the file below them in one of their own; it is found there.
+    Writers of archives wrap the file's error in one of their own; the original is found in it.
 
     Raises:
         OSError: naming the file, the cause, and how many bytes are free on its disk.
@@ -67,7 +67,7 @@ def naming_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_for_writing(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a new file, and holds a lock on it that ends with the process: :func:`remove_abandoned` leaves it alone."""
+    """Opens a new file and locks it until the process ends, so that :func:`remove_abandoned` does not delete it."""
     while True:
         with open(path, "wb") as file:
             if fcntl is not None:
@@ -80,11 +80,11 @@ def locked_for_writing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> int:
-    """Removes temporary files below a folder whose writer is gone.
+    """Removes temporary files in a folder if the process that wrote them has ended.
 
     Args:
-        folder: is searched with all folders in it.
-        pattern: of the names.
+        folder: the folder to search, with all its subfolders.
+        pattern: the pattern of the names.
 
     Returns:
         the bytes that were freed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 import torch
 from peft import LoraConfig, get_peft_model
 from toys import TINY_LLAMA
@@ -41,3 +42,40 @@ def move(module, tasks, size=0.2):
 @torch.no_grad()
 def logits(model, ids=IDS):
     return model.eval()(input_ids=ids).logits
+
+
+class SomebodysAdapter(L.LightningModule):
+    """A third-party module with a PeftModel in it; it knows nothing of this library."""
+
+    def __init__(self, dropout=0.1, lr=1e-2, **lora):
+        super().__init__()
+        self.inner = torch.nn.ModuleDict({"model": peft_model(lora_dropout=dropout, **lora)})
+        self.lr = lr
+
+    def training_step(self, batch, batch_idx):
+        return self.inner["model"](**batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.inner["model"](**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Rows whose next token follows a rule of the task."""
+
+    def __init__(self, seed, count=12, length=8):
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randint(VOCABULARY, (count, 1), generator=generator)
+        self.rows = (start + torch.arange(length) * (2 * seed + 1)) % VOCABULARY
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
+
+    def batch(self):
+        return {key: torch.stack([self[i][key] for i in range(len(self))]) for key in self[0]}

@@ -152,6 +152,8 @@ def test_shipped_method_adds_to_the_quickstart(path):
     base, config = config_of("--config", QUICKSTART), config_of("--config", QUICKSTART, "--config", path)
     added = {
         "agem": ["AGEM"],
+        "progressive_adapters": ["ProgressiveAdapters"],
+        "block_expansion": ["BlockExpansion"],
         "der": ["DER"],
         "derpp": ["DERpp"],
         "general_replay": ["GeneralReplay"],
@@ -171,6 +173,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "packnet": ["PackNet"],
         "rwalk": ["RWalk"],
         "si": ["SI"],
+        "task_adapters": ["TaskAdapters"],
         "replay": ["Replay"],
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],

@@ -82,9 +82,9 @@ class ReplayBuffer:
 
     @property
     def held(self) -> Sequence[int]:
-        """The records that a task's batches are planned from: those of :meth:`hold`, or without it all that are stored.
+        """The records that a task's batches are planned from: those at the last :meth:`hold`, else all stored ones.
 
-        Among them may be some that were removed since.
+        Some of them may have been removed since.
         """
         return self.numbers if self._slots.held is None else self._slots.held
 
@@ -270,10 +270,10 @@ class ReplayBuffer:
         checkpoints that were written before, either. Call it on all ranks.
 
         Args:
-            predicate: gets a :class:`Stored`, returns True if it is to be removed.
+            predicate: gets a :class:`Stored` and returns True if that sample is to be removed.
 
         Returns:
-            how many records were removed, with copies that other or earlier runs have left in the folder.
+            the number of removed records, with copies that other or earlier runs left in the folder.
         """
         self.store.commit()
         found = erase_found(self.store, predicate)
@@ -290,7 +290,7 @@ class ReplayBuffer:
     # ------------------------------------------------------------------ keeping
 
     def hold(self) -> None:
-        """Keeps what is stored now for plans, until the next call; a buffer may take in samples meanwhile."""
+        """Keeps the records stored now for plans, until the next call; meanwhile the buffer may add samples."""
         self._slots.hold()
         self._hold()
 
@@ -333,12 +333,12 @@ class ReplayBuffer:
         self.store.commit()
 
     def compact(self, least: int = 1 << 20, agreed: Callable[[bool], bool] = bool) -> None:
-        """Frees the disk space of samples that the buffer has let go, if that is most of it; between tasks.
+        """Frees the disk space of evicted samples, if they take most of it. Call it between tasks.
 
         Replaced files are deleted at the next call. From then on no run resumes from a checkpoint that needs them.
 
         Args:
-            least: bytes that are worth it.
+            least: the number of bytes that must be gained.
             agreed: gets True if this process would do it, and returns True if all processes would.
         """
         if not isinstance(self.store, DiskStore):

@@ -18,10 +18,10 @@ _PARTS = ("ids", "mask", "blob")
 
 
 class MemoryStore:
-    """Samples in RAM, as bytes. What the buffer lets go is forgotten at once.
+    """Samples in RAM, as bytes. A sample that the buffer evicts is deleted at once, unless :meth:`hold` protects it.
 
-    ``erase`` reaches the samples in memory and every checkpoint that is written from then on; checkpoints that were
-    written before still have them.
+    ``erase`` deletes samples from RAM, so later checkpoints do not contain them. Checkpoints that were written before
+    still do.
     """
 
     writes = True
@@ -31,7 +31,7 @@ class MemoryStore:
         self._info: dict[int, Info] = {}
         self._removed: set[bytes] = set()
         self._held: set[int] = set()
-        self._evicted: set[int] = set()  # of those that are held
+        self._evicted: set[int] = set()  # held records that the buffer has evicted
         self._next = 0
 
     def append(
@@ -93,7 +93,7 @@ class MemoryStore:
         self._removed.update(keys)
 
     def evict(self, number: int) -> None:
-        """Forgets a record, or does so when it is not held any more."""
+        """Deletes a record: now, or as soon as :meth:`hold` no longer protects it."""
         if number in self._held:
             self._evicted.add(number)
         else:
@@ -160,7 +160,7 @@ class MemoryStore:
         ends = np.cumsum(np.concatenate([np.zeros((1, 3), np.int64), state["sizes"].numpy()]), axis=0).tolist()
         columns = [state[name].tolist() for name in ("form", "length", "loss_tokens", "position", "label", "numbers")]
         for index, (form, length, loss, position, label, number) in enumerate(zip(*columns, strict=True)):
-            self._next = number  # as it was: others may have remembered it
+            self._next = number  # the old number: other objects may have stored it
             begin, end = ends[index], ends[index + 1]
             ids, mask, blob = (bytes(content[name][begin[i] : end[i]]) for i, name in enumerate(_PARTS))
             encoded = Encoded(ids, mask, blob, state["forms"][form], length, loss)

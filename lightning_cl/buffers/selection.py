@@ -131,13 +131,13 @@ class Selection:
 
 
 class LargestFirst:
-    """Gives the slot with the largest key; O(log n).
+    """A heap that gives the slot with the largest key, in O(log n).
 
-    A heap with its keys in one flat array: 12 bytes per slot, where tuples would take a hundred.
+    Its keys are in one flat array: 12 bytes per slot, instead of about a hundred for tuples.
 
     Args:
         keys: the key of every slot, shared with the owner.
-        slots: what is in it at first.
+        slots: the slots in the heap at first.
     """
 
     def __init__(self, keys: array[float], slots: Iterable[int] = ()) -> None:
@@ -149,7 +149,7 @@ class LargestFirst:
         return len(self._heap)
 
     def largest(self) -> float:
-        """The largest key; −∞ without slots."""
+        """Returns the largest key; −∞ if the heap is empty."""
         return self._keys[self._heap[0]] if self._heap else -math.inf
 
     def push(self, slot: int) -> None:
@@ -189,9 +189,9 @@ def spread(kind: str, state: dict[str, Any], values: Tensor, empty: int = 0) -> 
 
     Args:
         kind: type of the column.
-        state: of :meth:`Selection.state_dict`: which slots they are.
-        values: one of each.
-        empty: what stands in the free ones.
+        state: the result of :meth:`Selection.state_dict`, which lists the taken slots.
+        values: one value for each taken slot.
+        empty: the value of the free slots.
     """
     slots = state["slots"].tolist()
     whole = np.full(len(slots) + len(state["free"]), empty, dtype=kind)

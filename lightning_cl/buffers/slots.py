@@ -74,10 +74,10 @@ class Slots:
     # ------------------------------------------------------------------ filling
 
     def choose(self, group: str, key: float, cost: int, task: str) -> tuple[int | None, list[int]]:
-        """Decides on a newcomer, as :meth:`~lightning_cl.buffers.selection.Selection.choose` does.
+        """Decides if a new sample gets a slot, as :meth:`~lightning_cl.buffers.selection.Selection.choose` does.
 
         Returns:
-            its slot, which waits for its record, or None; and the records that had to leave.
+            the newcomer's slot, which waits for its record (None if there is none), and the evicted records.
         """
         slot, gone = self._selection.choose(group, key, cost)
         left = self._empty(gone)
@@ -102,7 +102,7 @@ class Slots:
         self.per_task[self.task_names[self._tasks[slot]]] += 1
 
     def renumber(self, numbers: Sequence[int]) -> None:
-        """Says the new numbers of all records, in the order of the filled slots."""
+        """Replaces the numbers of all records, given in the order of the filled slots."""
         new = dict(zip(self.numbers, numbers, strict=True))
         for slot in self.filled():
             self._numbers[slot] = new[self._numbers[slot]]
@@ -110,11 +110,11 @@ class Slots:
             self.held = array("q", (new[number] for number in self.held if number in new))
 
     def hold(self) -> None:
-        """Notes which records are in the slots now."""
+        """Remembers the records that are in the slots now, as :attr:`held`."""
         self.held = array("q", self.numbers)
 
     def release(self, slots: Sequence[int]) -> list[int]:
-        """Empties slots, and gives the records that were in them."""
+        """Empties slots, and returns the records that were in them."""
         self._selection.release(slots)
         return self._empty(slots)
 
@@ -132,7 +132,7 @@ class Slots:
     # ------------------------------------------------------------------ state
 
     def state_dict(self, is_erased: Callable[[int], bool]) -> tuple[list[int], dict[str, Any]]:
-        """Everything, and the records that it is about: those in the slots, then others that are held.
+        """Returns the records of the state (those in the slots, then other held ones), and the state itself.
 
         Args:
             is_erased: gets a record's number; an erased one is not held any more.
@@ -153,11 +153,11 @@ class Slots:
         """Restores :meth:`state_dict`.
 
         Args:
-            state: of the same budget.
+            state: the state of slots with the same budget.
             numbers: the records, in the order that :meth:`state_dict` gave.
         """
         self._selection.load_state_dict(state)
-        self.count = len(state["slots"])  # after them come some that are only held
+        self.count = len(state["slots"])  # records after these are held, but in no slot
         self._numbers = spread("q", state, numbers[: self.count], _EMPTY)
         self._tasks, self.task_names = spread("i", state, state["tasks"]), list(state["task_names"])
         self.per_task = Counter(self.task_names[task] for task in self.tasks)

@@ -1,4 +1,4 @@
-"""The store of a buffer's samples: all that the buffer asks of it."""
+"""The interface of a store of samples, as a buffer uses it."""
 
 from __future__ import annotations
 

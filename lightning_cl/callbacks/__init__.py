@@ -1,7 +1,12 @@
 """The methods: one file each, and the base and the coordinator that they share."""
 
+from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
+from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
 from lightning_cl.callbacks.architecture.migu import MIGU
 from lightning_cl.callbacks.architecture.packnet import PackNet
+from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
+from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
+from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.merging.weight_average import WeightAverage
@@ -34,20 +39,25 @@ __all__ = [
     "MAS",
     "MIGU",
     "SI",
+    "BlockExpansion",
     "ContinualCallback",
     "DERpp",
     "GeneralReplay",
+    "InputFreeze",
     "Interpolate",
     "KLToBase",
     "LwF",
     "MemoryCallback",
     "Merge",
     "PackNet",
+    "ProgressiveAdapters",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
     "Replay",
     "SelfReplay",
+    "SubspaceFreeze",
+    "TaskAdapters",
     "TaskMatrix",
     "TaskProgress",
     "WeightAverage",

@@ -266,7 +266,10 @@ class ContinualCLI(LightningCLI):
             what, loader = ("model", "transformers.AutoModelForCausalLM")
             if model.lora is not None:
                 what, loader = ("adapter", "peft.AutoPeftModelForCausalLM")
-            print(f"  {folder / 'model'}: the {what}, for {loader}.from_pretrained\n")
+            places = sorted(path.parent for path in (folder / "model").glob("*/adapter_config.json"))
+            for place in places or [folder / "model"]:  # one adapter for each task, or one for all
+                print(f"  {place}: the {what}, for {loader}.from_pretrained")
+            print()
 
     def validate(
         self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any

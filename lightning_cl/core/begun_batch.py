@@ -15,7 +15,7 @@ _FEW = 1_000_000
 
 
 class BegunBatch:
-    """State from the beginning of a batch, which a checkpoint holds where an exception cuts the batch off.
+    """State from the beginning of a batch, which a checkpoint contains if an exception interrupts the batch.
 
     Memory: a copy of the module's buffers (running statistics) where they have at most a million numbers, and only
     where an exception leads to a checkpoint. Compute: that copy, once per batch.
@@ -33,8 +33,8 @@ class BegunBatch:
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """A batch is about to be trained on."""
         self.content, self._moved = batch, False
-        # Where an exception leads to a checkpoint, the batch that it came in is trained on anew, with the same random
-        # numbers and the running statistics of before.
+        # If an exception leads to a checkpoint, its batch is trained on anew, with the random numbers and running
+        # statistics from the batch's beginning.
         self._start = _state_of(pl_module) if saves_on_exception(trainer) else None
 
     def loader_told(self, trainer: L.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and how the last whole one is found."""
+"""Checkpoints that are never half written, and the search for the last whole one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_cl.files import locked_for_writing, naming_file, remove_abandoned
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Returns where a run's files go: the logger's folder, or ``default_root_dir`` (to be called on all ranks)."""
+    """Returns a run's folder: the logger's, or ``default_root_dir``; call it on all ranks."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes under a temporary name next to the target, syncs, renames: a kill at any byte leaves no half checkpoint.
+    """Writes a temporary file, syncs and renames it, so that a kill never leaves half a checkpoint.
 
-    Lightning's own writer goes through a temporary file too, but in another folder and without a sync, and holds the
-    whole checkpoint in memory once more.
+    The temporary file is next to the target. Lightning's own writer also uses one, but in another folder and without a
+    sync, and it needs RAM for the whole checkpoint once more.
     """
 
     @override
@@ -51,13 +51,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 def remove_killed_writes(checkpoint: Path) -> None:
-    """Removes what killed writers have left in the run that a checkpoint is of; each is as large as a checkpoint.
+    """Removes files that killed writers left in a checkpoint's run; each is as large as a checkpoint.
 
     Args:
-        checkpoint: of the run, in its folder, in ``tasks`` or below ``checkpoints``.
+        checkpoint: a checkpoint of the run, in its folder, in ``tasks`` or below ``checkpoints``.
     """
     above = checkpoint.absolute().parents
-    folder = next((place for place in above[:3] if (place / "tasks").is_dir()), above[0])
+    folder = next((path for path in above[:3] if (path / "tasks").is_dir()), above[0])
     freed = remove_abandoned(folder, ".*.ckpt.*.tmp")
     if freed:
         rank_zero_info(f"{folder}: {freed:,} bytes that killed writes had left are removed")
@@ -66,7 +66,7 @@ def remove_killed_writes(checkpoint: Path) -> None:
 def resolve_checkpoint(
     ckpt_path: str | Path | None, folder: str | Path, methods: set[str] | None = None
 ) -> Path | None:
-    """A checkpoint's path; ``"last"`` is the newest one below `folder` that a sequence can resume from.
+    """Returns a checkpoint's path; ``"last"`` is the newest below `folder` that a sequence can resume from.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -76,7 +76,7 @@ def resolve_checkpoint(
         return None
     if str(ckpt_path) == "last":
         return find_last_checkpoint(folder, methods)
-    if Path(ckpt_path).is_file():  # else a folder of shards, or a word that Lightning knows
+    if Path(ckpt_path).is_file():  # otherwise a folder of shards, or a word that Lightning knows
         check_checkpoint(ckpt_path)
     return Path(ckpt_path)
 
@@ -93,7 +93,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, its tensors mapped from the file; :func:`resolve_checkpoint` has compared its checksum.
+    """Reads a checkpoint with memory-mapped tensors; :func:`resolve_checkpoint` has compared its checksum.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -110,16 +110,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Tells a checkpoint that is as it was written from one that is damaged; reads all of it."""
+    """Returns True if a checkpoint is undamaged; reads all of it."""
     return find_damage(path) is None
 
 
 def find_last_checkpoint(folder: str | Path, methods: set[str] | None = None) -> Path:
-    """The newest whole checkpoint below a folder that was written by a sequence with all its state.
+    """Finds the newest whole checkpoint below a folder that a sequence wrote with all its state.
 
     Args:
-        folder: where to look.
-        methods: the callbacks (names) of the run that wants to resume, if they matter: other runs are passed over.
+        folder: the folder to search.
+        methods: the callbacks' names of the run to resume; checkpoints with others are skipped. None: any.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -136,4 +136,4 @@ def find_last_checkpoint(folder: str | Path, methods: set[str] | None = None) ->
             rank_zero_warn(f"{path} is of a run with {sorted(state['methods'])}; an earlier checkpoint is used")
         else:
             return path
-    raise FileNotFoundError(f"ckpt_path='last': there is no checkpoint to go on from below {Path(folder).absolute()}")
+    raise FileNotFoundError(f"ckpt_path='last': there is no checkpoint to resume from below {Path(folder).absolute()}")

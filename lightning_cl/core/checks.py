@@ -13,19 +13,19 @@ from lightning_cl.core.run_state import named as named
 from lightning_cl.lightning_internals import starts_processes_of_its_own
 
 FORMAT = 3
-"""Of the ``lightning_cl`` entry of a checkpoint."""
+"""Format version of the ``lightning_cl`` entry in a checkpoint."""
 
 
 def methods_of(trainer: L.Trainer) -> list[Questions]:
-    """The continual-learning callbacks of a Trainer, in its order."""
+    """Returns the continual-learning callbacks of a Trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, Questions)]  # type: ignore[attr-defined]
 
 
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Checks that these methods can work with this Trainer and module at all.
+    """Checks that the methods can work with this Trainer and module.
 
     Raises:
-        MisconfigurationException: saying what to do instead.
+        MisconfigurationException: with what to do instead.
     """
     if starts_processes_of_its_own(trainer):
         raise MisconfigurationException(
@@ -71,10 +71,10 @@ def _check_pairs(methods: list[Questions]) -> None:
 
 
 def refuse_sharded(trainer: L.Trainer, reason: str) -> None:
-    """Refuses strategies that leave each process a part of the parameters.
+    """Refuses strategies that give each process only a part of the parameters.
 
     Raises:
-        MisconfigurationException: `reason`, the strategy's name, and what to use.
+        MisconfigurationException: with `reason`, the strategy's name, and what to use instead.
     """
     strategy = type(trainer.strategy).__name__
     if strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
@@ -82,10 +82,10 @@ def refuse_sharded(trainer: L.Trainer, reason: str) -> None:
 
 
 def refuse_several_loaders(loader: Any, task: str, method: str) -> None:
-    """Refuses a collection of loaders where single samples are taken from one.
+    """Refuses a collection of loaders, if a method takes single samples from one loader.
 
     Raises:
-        MisconfigurationException: naming method and task.
+        MisconfigurationException: with the names of method and task.
     """
     if isinstance(loader, (dict, list, tuple)):
         raise MisconfigurationException(
@@ -95,10 +95,10 @@ def refuse_several_loaders(loader: Any, task: str, method: str) -> None:
 
 
 def check_state(trainer: L.Trainer, state: dict[str, Any], path: Any = "the checkpoint") -> None:
-    """Checks that the callbacks of the run are those that wrote the checkpoint.
+    """Checks that the run has the same callbacks as the checkpoint.
 
     Raises:
-        MisconfigurationException: naming what is missing or too many.
+        MisconfigurationException: with the names of missing or additional callbacks.
     """
     if state["format"] != FORMAT:
         raise MisconfigurationException(

@@ -46,8 +46,8 @@ CHECKPOINT_KEY = "lightning_cl"
 class TaskCoordinator(Callback):
     """Asks the methods of one Trainer their questions (see :mod:`lightning_cl.core.questions`).
 
-    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. Under
-    ``fit_tasks`` it is told which task it is; without it, each ``trainer.fit`` is one task.
+    It is put at the end of ``trainer.callbacks`` by the first method's ``setup`` or by ``fit_tasks``. ``fit_tasks``
+    tells it the current task; without ``fit_tasks``, each ``trainer.fit`` is one task.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class TaskCoordinator(Callback):
         self._states_to_restore: list[Any] | None = None
         self._loaded = False
         self._checked = False
-        self._frozen: dict[str, Any] | None = None  # while a task ends: what a checkpoint of before the end holds
+        self._frozen: dict[str, Any] | None = None  # while a task ends: the checkpoint entry from before the end
         self.before_end: Path | None = None  # what was written before the methods' ends
         self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
         self._consolidated = False  # the checkpoint was written when the weights of the task's end were changed
@@ -200,7 +200,7 @@ class TaskCoordinator(Callback):
             self._restore_progress(trainer, resumed, inside=resumed_inside is not None)
 
     def _restore_progress(self, trainer: L.Trainer, resumed: dict[str, Any], inside: bool) -> None:
-        """The loader's place and the random states, so that the next batch is the one that would have come."""
+        """Restores the loader's position and the random states, so that the next batch is that of an unbroken run."""
         self._states_to_restore = resumed["random_states"]
         loader: Any = trainer.train_dataloader
         # A stream was resumed before its first batch was fetched.
@@ -321,9 +321,8 @@ class TaskCoordinator(Callback):
         if self.load_best:
             load_best(trainer, self.run.position)
         self._undo_end(trainer)
-        # All or nothing: a checkpoint that is written from here on, because of an exception, is one of before the end,
-        # and who resumes from it ends the task from its beginning. The loader, the buffers and the random states are
-        # then those that the methods' ends are made from.
+        # All or nothing: if an exception interrupts the end, its checkpoint has the state from before the end. A run
+        # that resumes from it repeats the whole end, with the same loader, buffers and random states.
         self._seconds_before = trained
         self._frozen = self._entry(trainer)
         self._save_before_end(trainer)
@@ -345,9 +344,9 @@ class TaskCoordinator(Callback):
         )
 
     def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets the methods change the weights, once: who resumes from here on finds them changed."""
+        """Lets the methods change the weights, once: a run that resumes later finds them changed."""
         methods = self.methods(trainer)
-        changing = [method for method in methods if answers(method, "consolidate")]
+        changing = [method for method in methods if method.consolidates]
         done, self._consolidated = self._consolidated, False
         assert self._frozen is not None
         if done:
@@ -365,7 +364,7 @@ class TaskCoordinator(Callback):
         """Keeps the training that is done in ``tasks/<index>-<name>.trained.ckpt``, where an end can take long."""
         if not self.run.driven or trainer.fast_dev_run or not trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
             return
-        changes = any(answers(method, "consolidate") for method in self.methods(trainer))
+        changes = any(method.consolidates for method in self.methods(trainer))
         if (changes or any(method.ends_long for method in self.methods(trainer))) and self.run.data is not None:
             index = self.run.position.index
             self.before_end = before_end_file(trainer, self.run.data.trained_tasks[index], index)
@@ -455,7 +454,7 @@ class TaskCoordinator(Callback):
         self.run.names = [task.name for task in data.trained_tasks]
         self.started = self.ended = self.at_boundary = self._loaded = self._checked = False
         self._undo_end(trainer)
-        self.before_end = None
+        self.before_end, self._structure.built = None, 0
         self._boundary_states, self._stop = None, False
         self.run.position, self.run.first_step, self.run.costs = (
             TaskPosition(0, self.run.names[0], len(self.run.names)),
@@ -511,6 +510,7 @@ class TaskCoordinator(Callback):
             "name": self.run.position.name,
             "started": self.started and not self.at_boundary,
             "ended": self.ended and not self.at_boundary,
+            "built": self._structure.built,
             "first_step": self.run.first_step,
             "begin_seconds": self.run.begin_seconds,
             "train_seconds": self._train_seconds(),
@@ -558,6 +558,16 @@ class TaskCoordinator(Callback):
             for method, name in named(self.methods(trainer)):
                 if name in kept and (answers(method, "deployed") or answers(method, "build")):
                     method.load_continual_state(kept[name]["state"])
+
+    def load_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Loads a checkpoint's weights outside of the Trainer's stages, after the methods have built what they need."""
+        self._structure.attach(trainer, pl_module, self.run, CHECKPOINT_KEY, lambda: None)
+        try:
+            pl_module.configure_model()
+            pl_module.on_load_checkpoint(checkpoint)
+            pl_module.load_state_dict(checkpoint["state_dict"])
+        finally:
+            self._structure.detach()
 
     def load(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         """Restores itself and all methods from a checkpoint's entry, once.

@@ -1,4 +1,4 @@
-"""The view of a model that its user gets: which adapter, which merge, which mask answers."""
+"""The model as its user gets it: with the adapter, merge or mask that one method chooses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_cl.core.questions import answers
 def deployed(trainer: L.Trainer, pl_module: L.LightningModule, task: str | None = None) -> AbstractContextManager[None]:
     """Returns a context in which a module computes what its user would get.
 
-    Whatever asks the model between tasks does so inside of it. At most one method of a Trainer decides about it.
+    All code that runs the model between tasks does so in this context. At most one method of a Trainer chooses it.
 
     Args:
         trainer: the Trainer.
         pl_module: its module.
-        task: the task that is asked about; None: nobody says which.
+        task: the task whose data the module gets; None: unknown.
     """
     deciding = [method for method in methods_of(trainer) if answers(method, "deployed")]
     return deciding[0].deployed(trainer, pl_module, task) if deciding else nullcontext()

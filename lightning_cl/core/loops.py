@@ -1,8 +1,8 @@
-"""Lightning's loops: the only file that changes them, all of it measured on 2.6.6.
+"""Changes to Lightning's loops; no other file makes any. All of it was checked with Lightning 2.6.6.
 
-* A repeated ``fit`` trains nothing, without an error: the epochs of the last fit count. So they are reset.
+* A repeated ``fit`` trains nothing and raises no error, since the epochs of the last fit count. So they are reset.
 * ``max_steps`` counts the steps of all fits. So it is raised for each task, after optimizers and schedules were made.
-* The training loader is asked for at one place. So what methods mix into it is added there.
+* Lightning gets the training loader from one source. So this source adds the samples that methods mix in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_cl.tasks import Task
 
 
 class _TasksSteps(int):
-    """The step at which a task ends, counted over all tasks; it is shown as the task's own number of steps."""
+    """Step at which a task ends, counted over all tasks; it is shown as the task's own number of steps."""
 
     own: int
 
@@ -45,7 +45,7 @@ class _TasksSteps(int):
 
 @contextmanager
 def restored_limits(trainer: L.Trainer) -> Iterator[Limits]:
-    """The Trainer's own limits; whatever happens inside, it has them again afterwards."""
+    """Gives the Trainer's own limits, and restores them afterwards, also after an exception."""
     accumulated = trainer.accumulate_grad_batches
     limits = Limits(trainer.max_epochs, trainer.max_steps, trainer.fit_loop.min_steps, accumulated)
     try:
@@ -58,7 +58,7 @@ def restored_limits(trainer: L.Trainer) -> Iterator[Limits]:
 
 
 def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
-    """Makes ``max_epochs``, ``max_steps`` and ``min_steps`` of the coming fit those of this task.
+    """Sets ``max_epochs``, ``max_steps`` and ``min_steps`` of the coming fit to those of this task.
 
     Raises:
         MisconfigurationException: if the task would never end.
@@ -81,7 +81,7 @@ def limit_to_task(trainer: L.Trainer, task: Task, limits: Limits) -> Limits:
 
 
 def plan_limits(trainer: L.Trainer, max_epochs: int | None, max_steps: int) -> None:
-    """Gives a Trainer with ``fast_dev_run`` back the limits that it was made with: Lightning has overwritten them.
+    """Restores the limits that a Trainer with ``fast_dev_run`` was made with; Lightning has overwritten them.
 
     A preflight's own limits come from :func:`limit_to_task`; these are for :func:`planned_steps`.
     """
@@ -89,12 +89,12 @@ def plan_limits(trainer: L.Trainer, max_epochs: int | None, max_steps: int) -> N
 
 
 def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | None:
-    """Returns the optimizer steps of a task when it is no preflight; None if nobody can know.
+    """Returns a task's optimizer steps outside of a preflight; None if they cannot be known.
 
     Args:
-        trainer: with ``fast_dev_run``. Its own limits are known where :func:`plan_limits` told them.
+        trainer: the Trainer with ``fast_dev_run``. Its own limits are known only after :func:`plan_limits`.
         task: the task.
-        batches: in an epoch; None for a stream.
+        batches: number of batches in an epoch; None for a stream.
     """
     known = (trainer.max_epochs, trainer.max_steps) != (1, int(trainer.fast_dev_run))  # type: ignore[attr-defined]
     limits = Limits(trainer.max_epochs, trainer.max_steps, None) if known else Limits(None, -1, None)
@@ -103,13 +103,13 @@ def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | 
 
 
 def expected_steps(trainer: L.Trainer, epochs: int | None, steps: int, batches: int | None) -> int | None:
-    """Returns the optimizer steps of a fit; None if nobody can know.
+    """Returns the optimizer steps of a fit; None if they cannot be known.
 
     Args:
-        trainer: says how many batches make a step.
-        epochs: at most; None or -1: no limit.
-        steps: at most; -1: no limit.
-        batches: in an epoch; None for a stream.
+        trainer: gives the number of batches in a step.
+        epochs: the most epochs; None or -1: no limit.
+        steps: the most steps; -1: no limit.
+        batches: number of batches in an epoch; None for a stream.
     """
     counts = [steps] if steps > 0 else []
     if epochs is not None and epochs > 0 and batches is not None:
@@ -118,7 +118,7 @@ def expected_steps(trainer: L.Trainer, epochs: int | None, steps: int, batches: 
 
 
 def count_from(trainer: L.Trainer, limits: Limits, first_step: int) -> None:
-    """The loop counts the steps of all tasks: to be called when optimizers and schedules have read the task's own."""
+    """Makes the loop count the steps of all tasks; call it after optimizers and schedules read the task's own."""
     loop = trainer.fit_loop.epoch_loop
     if limits.max_steps != -1:
         loop.max_steps = _TasksSteps(first_step, limits.max_steps)  # Lightning's closing line shows it
@@ -127,7 +127,7 @@ def count_from(trainer: L.Trainer, limits: Limits, first_step: int) -> None:
 
 
 def forget_progress(trainer: L.Trainer) -> None:
-    """A checkpoint that is written now starts a fit from its first batch; only the number of steps is kept."""
+    """Resets progress, so that a checkpoint written now starts a fit at its first batch; the step number is kept."""
     loop = trainer.fit_loop
     loop.epoch_progress.reset()
     loop.epoch_loop.batch_progress.reset()
@@ -136,10 +136,10 @@ def forget_progress(trainer: L.Trainer) -> None:
 
 
 def forget_restart(trainer: L.Trainer) -> None:
-    """A fit that starts from a boundary is a fresh one: nothing of it was trained.
+    """Makes Lightning treat a fit after a boundary as a new one, since none of its batches were trained.
 
-    Lightning takes any checkpoint for one from inside a fit. With no progress in it, it takes the first epoch of a
-    short task for finished, and the batches come in the order of the second.
+    Lightning treats any checkpoint as one from inside a fit. If it has no progress, Lightning takes the first epoch of
+    a short task as finished, and the batches come in the order of the second epoch.
     """
     loop = trainer.fit_loop
     # The fit loop's own `restarting` cannot be set to False where `max_steps` counts.
@@ -147,21 +147,21 @@ def forget_restart(trainer: L.Trainer) -> None:
 
 
 def load_weights(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Loads a checkpoint's weights into the module that is being trained, and nothing else of it."""
+    """Loads only a checkpoint's weights into the module that is being trained."""
     module = trainer.lightning_module
     call._call_lightning_module_hook(trainer, "on_load_checkpoint", checkpoint)
     trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
 
 
 def batches_in_flight(trainer: L.Trainer) -> int:
-    """Batches that were begun with and not trained on: one, while an exception is handled."""
+    """Returns the batches that were fetched but not yet trained on: one, while an exception is handled."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     result: int = progress.ready - progress.processed  # type: ignore[attr-defined]
     return result
 
 
 def batches_of_open_window(trainer: L.Trainer) -> int:
-    """Batches whose gradients wait for others before the optimizer steps (gradient accumulation)."""
+    """Returns the batches whose gradients are accumulated for the next optimizer step."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     if progress.is_last_batch:
         return 0  # the last window of an epoch may be shorter
@@ -170,12 +170,12 @@ def batches_of_open_window(trainer: L.Trainer) -> int:
 
 
 def batches_ready(trainer: L.Trainer) -> int:
-    """Batches of this epoch that Lightning has begun with."""
+    """Returns the number of batches of this epoch that Lightning has begun."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class _MixingSource(_DataLoaderSource):
-    """Source of the Trainer's training loader, with what the methods mix into it."""
+    """Source of the Trainer's training loader, which lets the methods mix samples into it."""
 
     def __init__(self, source: _DataLoaderSource, trainer: L.Trainer, methods: list[Questions]) -> None:
         super().__init__(source.instance, source.name)
@@ -220,10 +220,10 @@ def let_methods_mix(
     """Lets the methods add to the training loader when Lightning asks for it.
 
     Args:
-        trainer: about to fit.
-        methods: its methods.
-        check: whether they shall look at the loader first (``fit_tasks`` has done so for all tasks).
-        on_loader: gets the user's loader first.
+        trainer: the Trainer before its fit.
+        methods: the Trainer's methods.
+        check: True lets the methods check the loader first (``fit_tasks`` has done so for all tasks).
+        on_loader: is called first, with the user's loader.
     """
     source = trainer.fit_loop._data_source
     if not isinstance(source, _MixingSource):
@@ -232,10 +232,10 @@ def let_methods_mix(
 
 
 def steps_of_task(trainer: L.Trainer) -> int | None:
-    """Returns the optimizer steps of the coming fit, for schedules; None if nobody can know.
+    """Returns the optimizer steps of the coming fit, for schedules; None if they cannot be known.
 
-    For use in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set the data up,
-    which would lose the loader's place on a resume.
+    Use it in ``configure_optimizers``. Unlike ``trainer.estimated_stepping_batches`` it does not set up the data, which
+    would lose the loader's position after a resume.
     """
     epochs, steps = trainer.max_epochs, trainer.max_steps
     by_epochs = None
@@ -258,7 +258,7 @@ def steps_of_task(trainer: L.Trainer) -> int | None:
 
 
 def _shards_of_lightning(trainer: L.Trainer) -> dict[str, int]:
-    """Rank and number of ranks over which Lightning shards a plain loader; empty where it does not."""
+    """Returns rank and number of ranks for Lightning's sharding of a plain loader; empty if there is none."""
     if not shards_loaders(trainer):
         return {}
     return trainer.distributed_sampler_kwargs or {}

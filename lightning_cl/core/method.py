@@ -10,10 +10,10 @@ from lightning_cl.core.questions import Questions
 
 
 class ContinualCallback(Questions):
-    """Base of all methods: it sees to it that the Trainer has a coordinator, which asks the questions.
+    """Base of all methods. It gives the Trainer a coordinator, which asks the questions.
 
-    A method overrides the questions that it answers, and none of Lightning's hooks for the same moments. It needs no
-    memory and no time of its own.
+    A method overrides the questions that it answers, and none of Lightning's hooks for the same moments. A method that
+    overrides ``setup`` calls ``super().setup``. The base class itself needs no memory and no time.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""Location of a method's tensors: whole in checkpoints, with their parameters in training, or on the CPU."""
+"""Devices of a method's tensors: next to their parameters or on the CPU, and whole in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_cl.functional.penalty import full_value as whole
 
 
 class Streamed(Mapping[str, Tensor]):
-    """Tensors that are brought to a parameter's device one at a time, when they are asked for.
+    """Tensors that are copied to a parameter's device one at a time, when they are read.
 
     Args:
-        tensors: name to tensor, anywhere.
-        parameters: the names to offer, and where each is wanted.
+        tensors: name to tensor, on any device.
+        parameters: name to parameter; a tensor is copied to its parameter's device.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
@@ -33,13 +33,13 @@ class Streamed(Mapping[str, Tensor]):
 
 
 def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None, on_cpu: bool = False) -> Tensor:
-    """A stored tensor where its parameter is: on its device, sharded as it is, grown as it has grown.
+    """Fits a stored tensor to its parameter: on the same device, with the same sharding and shape.
 
     Args:
         tensor: as stored, of the parameter's shape or smaller along some axes (a head that got new classes).
         parameter: the parameter.
-        fill: what new entries hold; None: zero.
-        on_cpu: keep it on the CPU, in pinned memory where there is a GPU.
+        fill: values for new entries; None: zero.
+        on_cpu: keep it on the CPU, in pinned memory if there is a GPU.
 
     Raises:
         MisconfigurationException: if the parameter has become smaller, or is sharded and the tensor is to stay on the
@@ -71,36 +71,36 @@ def fit_to(tensor: Tensor, parameter: Tensor, fill: Tensor | None, on_cpu: bool 
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """A tensor of the CPU in pinned memory, from where copies to a GPU do not wait, if there is a GPU."""
+    """Returns a CPU tensor in pinned memory if there is a GPU, so that copies do not block."""
     return tensor.pin_memory() if torch.cuda.is_available() and not tensor.is_pinned() else tensor
 
 
 def full_cpu(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU: a sharded tensor in a checkpoint would come back as rank 0's part on all ranks."""
+    """Returns the whole tensor on the CPU; all ranks would load rank 0's part of a sharded one."""
     return whole(tensor.detach()).to("cpu", copy=True)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; an ordinary one as it is."""
+    """Returns this process's part of a sharded tensor; an ordinary tensor is returned unchanged."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
 
 
 def trainable_parameters(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Name to trainable parameter; tied weights once, names without what ``torch.compile`` puts in front."""
+    """Returns name to trainable parameter; tied weights once, names without the prefix of ``torch.compile``."""
     return {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def all_parameters(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Name to parameter, frozen ones too; names as in :func:`trainable_parameters`."""
+    """Returns name to parameter, also frozen ones; names as in :func:`trainable_parameters`."""
     return {clean_name(name): p for name, p in module.named_parameters()}
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without ``_orig_mod.``."""
+    """Returns a parameter's name without ``_orig_mod.``."""
     return name.replace("_orig_mod.", "")
 
 
 def tensor_bytes(*groups: dict[str, Tensor]) -> int:
-    """The bytes of dictionaries of tensors."""
+    """Returns the bytes of dictionaries of tensors."""
     return sum(t.numel() * t.element_size() for group in groups for t in group.values())

@@ -12,11 +12,11 @@ on_sequence_start   ``fit_tasks`` starts a sequence anew, without a checkpoint
 check_loader        before any training, for the loader of every task
 build               the module is built and its weights are not loaded yet: in a fit, an evaluation, a prediction and
                     every kind of resume
-choose_trainable    after it, before the optimizers are made
+choose_trainable    after ``build``, before the optimizers are made
 mix_into            the loader of a task is built
 start_from          once per task, never on a resume inside it: the weights that the task starts with
-on_task_start       after it
-place               whenever training starts or resumes: bring tensors to the model's device
+on_task_start       after ``start_from``
+place               whenever training starts or resumes: move tensors to the model's device
 on_batch            a batch is about to be trained on
 extra_loss          after the module's own loss, before the backward pass
 observe_gradients   gradients are complete, unscaled, reduced over ranks, not clipped; nobody has edited them
@@ -25,16 +25,21 @@ edit_weights        right after a real optimizer step
 after_step          after all weight edits
 close_path          once per task, after all other callbacks' ``on_train_end``: the last look at the weights as
                     training left them
-consolidate         after it: change the weights, in the order of ``consolidate_order``
-on_task_end         after it: importances, anchors, teachers, buffers of the weights that the task ends with
-deployed            whenever the model is asked: columns of the matrix, evaluations, predictions, prompts
+consolidate         after ``close_path``: change the weights, in the order of ``consolidate_order``
+on_task_end         after ``consolidate``: compute importances, anchors, teachers and buffers from the task's final
+                    weights
+deployed            whenever outputs are wanted: the matrix, evaluations, predictions, prompts
 at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``; in the order of
                     ``boundary_order``
 after_boundary      when all have answered ``at_boundary``: time to report
 on_sequence_end     ``fit_tasks`` returns: leave the module as it is to be used
-end_cost            the plan is told: what the end of a task will take
-advice              the report is written: what of the method could be changed
+end_cost            the plan is printed: return what the end of a task will take
+advice              the report is written: name what could be changed of the method
 ==================  ====================================================================================
+
+A method that adds samples to batches also answers the properties ``mixes`` and ``replays``. One that learns something
+has ``continual_state``, ``load_continual_state`` and ``state_bytes``. The class attributes of :class:`Questions` say
+what a method needs from other methods, and what it forbids them.
 """
 
 from __future__ import annotations
@@ -66,8 +71,8 @@ trained on in later ones.
 
 
 def answers(method: Any, question: str) -> bool:
-    """Tells if a method answers a question with anything but nothing."""
-    return getattr(type(method), question) is not getattr(Questions, question)
+    """Tells if a method overrides a question, and has not declared it unanswered."""
+    return question not in method.unanswered and getattr(type(method), question) is not getattr(Questions, question)
 
 
 class EndCost(NamedTuple):
@@ -82,7 +87,7 @@ class EndCost(NamedTuple):
 
 
 class Questions(Callback):
-    """The questions of a method, each answered by nothing; see the module's docstring for their order.
+    """The questions of a method; here each does nothing. The module's docstring has their order.
 
     State goes into ``checkpoint["lightning_cl"]`` and not through Lightning's ``state_dict``: Lightning checks for two
     states of one key when the Trainer is made, before two callbacks of one class can be told apart.
@@ -114,6 +119,9 @@ class Questions(Callback):
     weakens: Mapping[Trait, str] = MappingProxyType({})
     """Things of a run of which the method leaves others only a part, each with the reason; a warning says so."""
 
+    unanswered: frozenset[str] = frozenset()
+    """Questions that the class answers and the method, with its settings, does not."""
+
     replays_first: bool = False
     """True if samples that it replays are there in the first task already."""
 
@@ -133,7 +141,7 @@ class Questions(Callback):
         """A run starts or resumes; nothing is read from a checkpoint yet."""
 
     def on_sequence_start(self) -> None:
-        """A new sequence starts; what the method learnt before, it may keep."""
+        """A new sequence starts; the method may keep what it learnt before."""
 
     @property
     def mixes(self) -> bool:
@@ -154,8 +162,8 @@ class Questions(Callback):
     def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
         """The module is built, its weights are not loaded: add the parts that these tasks need.
 
-        It is asked often, with more tasks as the run gets on, and adds only what is missing. Random numbers come from a
-        seed of the method's own.
+        It is asked often, with more tasks as the run proceeds, and adds only what is missing. Random numbers come from
+        the method's own seed.
         """
 
     def choose_trainable(self, pl_module: L.LightningModule, task: TaskPosition) -> None:
@@ -168,10 +176,13 @@ class Questions(Callback):
         """A task starts: anchors, snapshots, fresh sums."""
 
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training starts or resumes: bring tensors to where the parameters are."""
+        """Training starts or resumes: move tensors to the device of the parameters."""
 
     def on_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: Trained) -> None:
-        """The new samples, of all ranks, that are about to be trained on; not for loaders that do not know them."""
+        """A batch is about to be trained on: `trained` lists its new samples on all ranks.
+
+        It is not asked with loaders that do not know their samples.
+        """
 
     def extra_loss(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
         """A term to add to the loss of this batch, with a graph; its scale is that of the module's own loss."""
@@ -196,6 +207,11 @@ class Questions(Callback):
     def close_path(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task's training is done, and nothing has changed the weights since: the last look at them."""
 
+    @property
+    def consolidates(self) -> bool:
+        """True if the method may change the weights at the end of this task."""
+        return answers(self, "consolidate")
+
     def consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A task's training is done: change the weights before anything is measured or anchored."""
 
@@ -207,7 +223,7 @@ class Questions(Callback):
         Args:
             trainer: the Trainer.
             pl_module: its module.
-            task: the task that is asked about; None: nobody says which.
+            task: the task whose data the module gets; None: unknown.
         """
         return nullcontext()
 

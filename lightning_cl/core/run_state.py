@@ -61,6 +61,9 @@ class RunState:
     """Sums of the importances that several proximal penalties have applied in this step, by parameter."""
     costs: list[dict[str, float]] = field(default_factory=list)
     """Steps, seconds and sample counts of each task that has ended."""
+    loading: bool = False
+    """True while parts are built for a checkpoint's weights that are about to be loaded: the module is to have no
+    others."""
     begin_seconds: float = 0.0
     """Seconds that methods have spent for the current task before its training."""
 

@@ -28,6 +28,7 @@ class Structure:
     """
 
     def __init__(self) -> None:
+        self.built = 0  # tasks whose parts are in the module
         self._wrapped: L.LightningModule | None = None
         self._own: dict[str, Any] = {}  # the hooks that the user has set on the module itself
 
@@ -54,9 +55,10 @@ class Structure:
         for method, name in named(methods):
             if answers(method, "build"):
                 refuse_sharded(trainer, f"{name} adds parts to the module, which comes too late for")
-        if any(isinstance(part, torch._dynamo.OptimizedModule) for part in pl_module.modules()):
+        adding = [method for method in methods if answers(method, "build")]
+        if adding and any(map(_is_compiled, pl_module.modules())):
             raise MisconfigurationException(
-                f"{type(methods[0]).__name__} adds parts to the module, and torch.compile has seen it without them;"
+                f"{type(adding[0]).__name__} adds parts to the module, and torch.compile has seen it without them;"
                 " compile in the module's configure_model, or leave torch.compile out"
             )
         configure, load = pl_module.configure_model, pl_module.on_load_checkpoint
@@ -104,6 +106,7 @@ class Structure:
             names: the tasks, in their order.
             trains: False while a checkpoint is about to be loaded: nothing is chosen yet.
         """
+        self.built, run.loading = len(names), not trains
         with untouched_random_state():
             for method in _builders(run.methods):
                 method.build(trainer, pl_module, names)
@@ -111,6 +114,11 @@ class Structure:
                 position = TaskPosition(len(names) - 1, names[-1], max(len(run.names), len(names)))
                 for method in _builders(run.methods):
                     method.choose_trainable(pl_module, position)
+
+
+def _is_compiled(part: torch.nn.Module) -> bool:
+    in_place = getattr(part, "_compiled_call_impl", None) is not None
+    return in_place or isinstance(part, torch._dynamo.OptimizedModule)
 
 
 def _builders(methods: Sequence[Any]) -> list[Questions]:
@@ -124,4 +132,5 @@ def names_of(names: Sequence[str], count: int) -> list[str]:
 
 def tasks_in(entry: dict[str, Any]) -> list[str]:
     """Returns the tasks whose parts are in a checkpoint, from the run's entry in it."""
-    return names_of(entry["tasks"], entry["index"] + (1 if entry["started"] else 0))
+    # One that was written while a task began has its parts, too.
+    return names_of(entry["tasks"], entry.get("built") or entry["index"] + (1 if entry["started"] else 0))

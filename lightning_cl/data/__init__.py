@@ -1,4 +1,4 @@
-"""Tasks as data: the DataModule of a sequence, its loaders, and how text becomes batches."""
+"""The data of tasks: the DataModule of a sequence, its loaders, and the steps from text to batches."""
 
 from lightning_cl.data.loader import TaskLoader
 from lightning_cl.data.module import TaskDataModule

@@ -1,4 +1,4 @@
-"""Interface of the loaders of this package: what the batches hold, the position in them, and what is mixed in."""
+"""The common interface of this package's loaders: content of the batches, position, and mixed-in samples."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ class TaskLength(NamedTuple):
     """Length of a task, as far as it is known before its first batch."""
 
     epochs: float = 1.0
-    """At most so many; infinite where only steps end the task."""
+    """The most epochs; infinite if only the number of steps ends the task."""
     batches: float | None = None
-    """At most so many in all; None where only the epochs end the task."""
+    """The most batches in all epochs together; None if only the number of epochs ends the task."""
     limit: int | float = 1.0
-    """Batches of an epoch that are trained on, or their share, as ``limit_train_batches``."""
+    """Number of batches of an epoch that are trained on, or their share, as ``limit_train_batches``."""
 
     @property
     def known_batches(self) -> float:
-        """The number of batches as far as it follows without the length of the data; else infinite."""
+        """The most batches that can be computed without the length of the data; else infinite."""
         by_epochs = self.limit * self.epochs if isinstance(self.limit, int) else math.inf
         return min(by_epochs, math.inf if self.batches is None else self.batches)
 
 
 class TaskBatches(ABC):
-    """Batches of one task that tell what they hold, resume at any position, and take replayed samples in.
+    """Batches of one task that report their content, can resume at any position, and accept replayed samples.
 
-    The run's coordinator and the methods know a loader by this interface alone, whether its data has an index or is a
-    stream. Lightning takes it as a training loader: it iterates, and calls :meth:`set_epoch`.
+    The run's coordinator and the methods use a loader by this interface alone, for data with an index and for streams.
+    Lightning uses it as a training loader: it iterates, and calls :meth:`set_epoch`.
 
     Attributes:
-        batch_size: samples, or with packing blocks, in a batch on one rank.
+        batch_size: samples in a batch on one rank; with packing, blocks.
         collate_fn: joins samples, or lists of samples, to a batch.
         block_length: the most tokens of a packed row; None without packing.
-        rank: this process.
+        rank: number of this process.
         world_size: number of processes.
         counts: samples and loss-bearing tokens that were given out in this task, new and replayed.
     """
@@ -46,7 +46,7 @@ class TaskBatches(ABC):
     batch_sampler = None  # Lightning looks for it next to `sampler`
 
     is_stream: ClassVar[bool]
-    """True if there is no length and no index; Lightning then fetches one batch ahead."""
+    """True if the data has no length and no index; Lightning then fetches one batch ahead."""
 
     batch_size: int
     collate_fn: Callable[[list[Any]], Any]
@@ -67,34 +67,34 @@ class TaskBatches(ABC):
 
     @abstractmethod
     def set_epoch(self, epoch: int) -> None:
-        """Sets the number of the epoch; Lightning does so before each one."""
+        """Sets the number of the epoch; Lightning calls it before each epoch."""
 
     @abstractmethod
     def mix_in(self, mix: Mix, length: TaskLength | None = None) -> None:
-        """Lets the samples of a buffer take part in the batches from now on, next to those of other buffers.
+        """Mixes the samples of a buffer into the batches from now on, in addition to those of other buffers.
 
         Args:
-            mix: what, and how much of it.
-            length: of the task; needed for a share that changes over it. None: one epoch.
+            mix: the buffer, and its share of the batches.
+            length: length of the task; needed if the share changes over the task. None: one epoch.
 
         Raises:
-            ValueError: if there is no room for it next to what is mixed in already, or it does not fit this loader.
+            ValueError: if all shares together leave no room for new samples, or the mix does not fit this loader.
         """
 
     @abstractmethod
     def begin(self) -> tuple[Kinds | None, Trained | None]:
-        """Tells that the next batch of those given out is about to be trained on.
+        """Takes note that training begins with the next of the batches given out.
 
         Returns:
-            its replayed parts (None where nothing is replayed), and the new samples of all ranks.
+            the batch's replayed parts (None if nothing is replayed), and the new samples of all ranks.
         """
 
     @abstractmethod
     def position(self, in_flight: int = 0) -> dict[str, Any]:
-        """Returns the position after the last batch that was trained on, and what was given out in this task.
+        """Returns the position after the last batch that was trained on, and the counts of this task up to there.
 
         Args:
-            in_flight: how many of the latest batches have not been trained on.
+            in_flight: number of the latest batches that have not been trained on.
         """
 
     @abstractmethod
@@ -102,19 +102,19 @@ class TaskBatches(ABC):
         """Lets the next iterator resume from a :meth:`position`.
 
         Args:
-            position: of :meth:`position`.
-            on_resumed: called when the order of the epoch is laid out again, before its first sample is fetched: the
-                moment to restore random states, since the order may have drawn from them.
+            position: the result of :meth:`position`.
+            on_resumed: called when the epoch is planned again, before its first sample is fetched. Random states are
+                to be restored then, since the planning may have drawn from them.
         """
 
 
 def is_stream(loader: Any) -> bool:
-    """Tells if a loader is one of this package over data without length and index."""
+    """Tells if a loader is one of this package's, for data without length and index."""
     return isinstance(loader, TaskBatches) and loader.is_stream
 
 
 def is_indexed(loader: Any) -> bool:
-    """Tells if a loader is one of this package over data with length and index."""
+    """Tells if a loader is one of this package's, for data with length and index."""
     return isinstance(loader, TaskBatches) and not loader.is_stream
 
 

@@ -1,4 +1,4 @@
-"""A user's loader: reasons against planning it by index, its samples, and the settings that are taken over."""
+"""Users' own loaders: checks if they can be planned by index, and takes over their samples and settings."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def taken_over(loader: DataLoader[Any], for_training: bool, placement: dict[str,
     """The arguments of a ``TaskLoader`` that gives the same batches as a user's loader, in the same order.
 
     Args:
-        loader: over a map-style data set, with automatic batching.
-        for_training: False: without shuffling, which would draw from the random states of training.
+        loader: a loader over a map-style data set, with automatic batching.
+        for_training: False switches shuffling off, since it would draw from the random states of training.
         placement: further arguments of ``TaskLoader``; a ``batch_size`` overrides the loader's.
 
     Raises:
@@ -36,12 +36,12 @@ def taken_over(loader: DataLoader[Any], for_training: bool, placement: dict[str,
     reason = why_not_plannable(loader)
     if reason is not None:
         raise TypeError(reason)
-    batches: Any = loader.batch_sampler  # its sampler, not the loader's: they differ if the user gave it
+    batches: Any = loader.batch_sampler  # its sampler counts; the loader's differs if the user gave a batch sampler
     sampler = batches.sampler
     shuffle = isinstance(sampler, RandomSampler)
     if isinstance(sampler, SubsetRandomSampler) and not for_training:
         sampler = sorted(int(index) for index in sampler.indices)
-    # Shuffling on several ranks needs one order for all: drawn from the seed.
+    # Shuffling on several ranks needs one order for all, so it is drawn from the seed.
     own_order = isinstance(sampler, SequentialSampler) or (shuffle and not for_training)
     own_order = own_order or (
         placement.get("world_size", 1) > 1
@@ -68,7 +68,7 @@ def taken_over(loader: DataLoader[Any], for_training: bool, placement: dict[str,
 
 
 def task_indices(loader: Any) -> Sequence[int]:
-    """Returns the samples of its data set that a loader can give: a sampler may leave some to other tasks.
+    """Returns the indices of the samples that a loader can give; a sampler may leave some of the data set out.
 
     Args:
         loader: a :class:`TaskLoader` or a ``DataLoader`` whose batches can be planned by index.

@@ -1,4 +1,4 @@
-"""The loader of one task: any map-style data set, mixed with replay, sharded over ranks, resumable at any batch."""
+"""The loader of one task: it takes any map-style data set, mixes replay in, and can resume at any batch."""
 
 from __future__ import annotations
 
@@ -26,35 +26,34 @@ from lightning_cl.data.mixing.replayed import loss_tokens as loss_tokens
 class TaskLoader(TaskBatches):
     """Batches of one task for the Trainer.
 
-    A plain ``DataLoader`` silently feeds the wrong batches after a resume in the middle of an epoch, and cannot change
-    the share of new samples from batch to batch. This loader plans each epoch as lists of indices, from seeds alone or
-    from the user's own sampler, and lets a ``DataLoader`` fetch and collate them. Its position is two numbers and a
-    random state. Lightning takes it as it is; sharding over ranks happens here, so that all ranks together see the
-    batches that one process would see.
+    A plain ``DataLoader`` silently gives the wrong batches after a resume in the middle of an epoch, and it cannot
+    change the share of new samples from batch to batch. This loader plans each epoch as lists of indices, from seeds
+    alone or from the user's own sampler. A ``DataLoader`` then fetches and collates them. The loader's position is two
+    numbers and a random state. The loader divides batches among the ranks itself: all ranks together see the batches
+    that one process would see.
 
     Args:
-        dataset: map-style.
+        dataset: a map-style data set.
         batch_size: samples in a batch, on one rank.
         collate_fn: joins samples to a batch.
-        shuffle: whether each epoch has a random order (from `seed`).
+        shuffle: True gives each epoch a random order (from `seed`).
         seed: seed of the order.
-        sampler: an order of the user's making instead; its random state is kept for a resume.
+        sampler: a user's sampler that gives the order instead; its random state is kept for a resume.
         drop_last: leave out a last batch that is not full.
-        rank: this process.
+        rank: number of this process.
         world_size: number of processes.
         broadcast: sends rank 0's order to all ranks (only for `sampler` with several ranks).
         settings: further arguments of ``DataLoader`` (workers, pinning).
-        like: the user's ``DataLoader`` that this one stands in for: random numbers are drawn when, and from where, it
-            would draw them.
-        block_length: pack samples into rows of at most so many tokens (:class:`BlockPlan` says how, also with replay):
-            `batch_size` counts blocks, and `collate_fn` gets lists of samples, one for each block. The data set tells
-            the tokens of a sample by ``length(index)``.
-        length_buckets: batches of samples of like length (:func:`bucketed_order`), where there is less padding. Without
-            effect where there is nothing to do: with packing, without shuffling, with a `sampler`, and for data sets
-            without ``length(index)``.
+        like: the user's ``DataLoader`` that this one replaces. Random numbers are drawn at the same moments, and from
+            the same generator, as there.
+        block_length: pack samples into rows of at most this many tokens (:class:`BlockPlan` explains it, also with
+            replay). `batch_size` then counts blocks, and `collate_fn` gets lists of samples, one for each block. The
+            data set must give the number of tokens of a sample by ``length(index)``.
+        length_buckets: put samples of similar length into a batch (:func:`bucketed_order`), for less padding. It has no
+            effect with packing, without shuffling, with a `sampler`, or for data sets without ``length(index)``.
 
     Raises:
-        TypeError: if samples to be packed do not tell their length.
+        TypeError: if samples are to be packed and their length is not known.
         ValueError: if a sample is longer than a block, or a `sampler`'s order is to be packed.
     """
 
@@ -93,7 +92,7 @@ class TaskLoader(TaskBatches):
         self._resume: dict[str, Any] | None = None
         self._on_resumed: Callable[[], None] | None = None
         self.counts = no_counts()
-        # Of the batches given out, until somebody takes them: what is replayed, and all ranks' new samples.
+        # For each batch given out and not yet begun: its replayed parts, and the new samples of all ranks.
         self.given: deque[tuple[Kinds | None, Trained]] = deque()
         self._draws_random = like is not None or sampler is not None
         self._generator = like.generator if like is not None else None
@@ -113,8 +112,8 @@ class TaskLoader(TaskBatches):
         """The same batches as a user's ``DataLoader``, in the same order.
 
         Args:
-            loader: over a map-style data set, with automatic batching.
-            for_training: False: without shuffling, which would draw from the random states of training.
+            loader: a loader over a map-style data set, with automatic batching.
+            for_training: False switches shuffling off, since it would draw from the random states of training.
             placement: ``rank``, ``world_size``, ``broadcast``, ``seed``, and ``batch_size`` to override the loader's.
 
         Raises:
@@ -140,7 +139,7 @@ class TaskLoader(TaskBatches):
             self._plan = self._plan_epochs()
             planned = len(self)
             if not self._samples.is_constant and planned > 0:
-                # An epoch's length is known now, with what is replayed in it.
+                # Only now is the length of an epoch known, replayed samples included.
                 limit = length.limit
                 shown = min(limit, planned) if isinstance(limit, int) else int(planned * limit)
                 total = min(length.epochs * shown, math.inf if length.batches is None else length.batches)
@@ -148,10 +147,10 @@ class TaskLoader(TaskBatches):
                 self._plan = self._plan_epochs()
 
     def padding_share(self) -> float | None:
-        """The share of padding among the places of the epoch's batches, in [0, 1).
+        """The share of padding tokens among all positions of the epoch's batches, in [0, 1).
 
-        Of the batches as they are now, on this rank, with replay where it is mixed in; for packing, against blocks of
-        full length. None where lengths are not known, or the order is a sampler's.
+        It counts this rank's batches as they are planned now, mixed-in replay included. With packing, every block
+        counts with its full length. The result is None if lengths are not known, or if a sampler gives the order.
         """
         lengths = self._samples.lengths
         if lengths is None or self.order_sampler is not None:
@@ -169,8 +168,8 @@ class TaskLoader(TaskBatches):
         return self._plan.length(lambda: task_indices(self))
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing happens before the first batch is asked for. Lightning makes the iterator before it
-        # restores a state and before it sets the epoch.
+        # This is a generator, so nothing happens before the first batch is asked for. That is needed: Lightning makes
+        # the iterator before it restores a state and before it sets the epoch.
         resume, self._resume = self._resume, None
         start = 0
         if resume is not None and resume["epoch"] == self._epoch and resume["position"] > 0:
@@ -182,7 +181,7 @@ class TaskLoader(TaskBatches):
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state() if self._generator is None else self._generator.get_state())
         if self._draws_random:
-            # What DataLoader's own iterator draws, so that everything after it is what the user's loader would give.
+            # DataLoader's own iterator draws this number; all later random numbers are then those of the user's loader.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         plan = self._batches()[start:]
         self._finish_resume()
@@ -201,13 +200,13 @@ class TaskLoader(TaskBatches):
             rows = share_of_rank(everywhere, self.rank, self.world_size)
             self._position += 1
             self._count(rows)
-            if batch is not None:  # Lightning passes such a batch over
+            if batch is not None:  # Lightning skips a batch that is None
                 kinds = kinds_of(rows, self._samples) if self._samples.replays else None
                 self.given.append((kinds, self._trained(everywhere)))
             yield batch
 
     def _asked_for(self, rows: list[Any], asked: deque[list[Any]]) -> list[Any]:
-        """A planned batch when it is about to be fetched: all ranks' rows are remembered, this rank's are fetched."""
+        """Gives this rank's rows of a planned batch just before they are fetched, and remembers all ranks' rows."""
         chosen = [self._samples.chosen(row) for row in rows] if self._samples.chooses else rows
         asked.append(chosen)
         return share_of_rank(chosen, self.rank, self.world_size)
@@ -236,7 +235,7 @@ class TaskLoader(TaskBatches):
         self._epoch, self._position, self._epoch_rng = (position[name] for name in ("epoch", "position", "epoch_rng"))
         self.counts = dict(position["counts"])
 
-    # Lightning saves and restores a loader by these names; what counts is restored by the coordinator.
+    # Lightning saves and restores a loader by these names; the coordinator then restores its own, exact position.
     state_dict, load_state_dict = position, resume_from
 
     def _finish_resume(self) -> None:
@@ -271,7 +270,7 @@ class TaskLoader(TaskBatches):
                     self.counts[f"{kind}_tokens"] += self._samples.tokens(index)
 
     def _rng_states(self) -> dict[str, torch.Tensor] | None:
-        """The random states that an epoch of the user's loader starts from."""
+        """The random states at the start of an epoch of the user's loader."""
         if not self._draws_random:
             return None
         generators = {"loader": self._generator, "sampler": getattr(self.order_sampler, "generator", None)}
@@ -289,7 +288,7 @@ class TaskLoader(TaskBatches):
 
 
 class _Asked:
-    """A batch sampler that says what is asked of it, when it is."""
+    """A batch sampler that calls a function for each batch when the batch is asked for."""
 
     def __init__(self, plan: list[list[Any]], ask: Callable[..., list[Any]], asked: deque[list[Any]]) -> None:
         self._plan, self._ask, self._asked = plan, ask, asked

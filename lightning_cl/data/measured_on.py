@@ -1,4 +1,4 @@
-"""A fingerprint of what a task is measured on: numbers of two kinds of validation data must not meet in one column."""
+"""A fingerprint of a task's validation data: one column of the matrix must be measured on the same data throughout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_cl.data.stream import StreamLoader
 from lightning_cl.data.text.dataset import TokenDataset
 from lightning_cl.tasks import Task
 
-_LOOKED_AT = 8  # samples of a data set of somebody else's making
+_LOOKED_AT = 8  # samples that are read of a data set that is not made of tensors
 _SETTINGS = {
     "limit": "limit_val_batches",
     "batch_size": "the batch size",
@@ -32,15 +32,15 @@ def measured_on(data: TaskDataModule, task: Task, limit: int | float, processes:
     """Describes what a task's column of the matrix is measured on, as numbers, texts and hashes.
 
     Args:
-        data: set up.
+        data: the tasks, set up.
         task: one of its tasks.
         limit: ``Trainer(limit_val_batches=…)``.
-        processes: how many of them share the batches.
+        processes: the number of processes that share the batches.
 
     Returns:
-        ``data`` (a hash of the samples as they are, tokenised where they are text; None where they cannot be read by
-        index), ``samples``, ``batches``, and the settings ``limit``, ``batch_size``, ``processes``, ``packing``,
-        ``max_length`` and ``template``.
+        ``data``, ``samples``, ``batches``, and the settings ``limit``, ``batch_size``, ``processes``, ``packing``,
+        ``max_length`` and ``template``. ``data`` is a hash of the samples, for text of their tokens; it is None if they
+        cannot be read by index.
     """
     loaders = _flat(data.val_loader(task))
     sets = [getattr(loader, "dataset", None) for loader in loaders]
@@ -50,7 +50,7 @@ def measured_on(data: TaskDataModule, task: Task, limit: int | float, processes:
         "data": _hash_all(sets),
         "samples": [_length(one) for one in sets],
         "batches": [_batches(loader, limit) for loader in loaders],
-        "limit": repr(limit),  # 1.0 is all, and 1 is one
+        "limit": repr(limit),  # 1.0 means all batches, and 1 means one batch
         "batch_size": [getattr(loader, "batch_size", None) for loader in loaders],
         "processes": processes,
         "packing": data.packing if text else None,
@@ -60,9 +60,9 @@ def measured_on(data: TaskDataModule, task: Task, limit: int | float, processes:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Says in words what two fingerprints differ in; None where both are of the same data in the same batches.
+    """Names the differences between two fingerprints in words; None if both have the same data in the same batches.
 
-    The longest sample, the template and the limit count only where they show in the tokens and the batches.
+    `max_length`, the template and the limit count only if they change the tokens or the batches.
     """
     compared = ["data", "samples", "batches", "batch_size", "processes", "packing"]
     if now["data"] is None or now["packing"]:
@@ -97,7 +97,7 @@ def _length(dataset: Any) -> int | None:
 
 
 def _batches(loader: Any, limit: int | float) -> int | None:
-    """Returns the number of batches to look at; the limit itself where nobody knows how many there are."""
+    """Returns the number of batches to measure; without a known length, the limit if it is a number of batches."""
     length = _length(loader)
     if isinstance(limit, int):
         return limit if length is None else min(length, limit)
@@ -113,9 +113,9 @@ def _hash_all(sets: Sequence[Any]) -> str | None:
 
 
 def content_hash(dataset: Any) -> str | None:
-    """A hash of a data set's samples: all of them where they are tensors, else a few spread over it.
+    """A hash of a data set's samples: of all if they are tensors, else of a few spread over the data set.
 
-    None where samples cannot be read by index, or are not twice the same (random crops).
+    None if samples cannot be read by index, or differ when they are read again (random crops).
     """
     if isinstance(dataset, TokenDataset):
         return _digest(*dataset.tensors.values())
@@ -127,11 +127,11 @@ def content_hash(dataset: Any) -> str | None:
     length = _length(dataset)
     if length is None or not hasattr(dataset, "__getitem__"):
         return None
-    places = sorted({round(i * (length - 1) / (_LOOKED_AT - 1)) for i in range(_LOOKED_AT)}) if length else []
+    indices = sorted({round(i * (length - 1) / (_LOOKED_AT - 1)) for i in range(_LOOKED_AT)}) if length else []
     try:
-        once, again = (_digest(*(dataset[place] for place in places)) for _ in range(2))
+        once, again = (_digest(*(dataset[index] for index in indices)) for _ in range(2))
     except (KeyError, TypeError, IndexError):
-        return None  # not a data set that is read by numbers
+        return None  # the data set cannot be read by numbers
     return once if once == again else None
 
 
@@ -144,7 +144,7 @@ def _digest(*values: Any) -> str:
 
 
 def _pieces(value: Any) -> Iterable[bytes]:
-    """A value as bytes, with what it is in front."""
+    """A value as bytes, after its type and shape or length."""
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous()
         yield f"{value.dtype}{list(value.shape)}".encode()

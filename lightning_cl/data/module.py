@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_cl.arguments import check_choice, check_integer, check_share
 from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.foreign_loader import why_not_plannable
 from lightning_cl.data.loader import TaskLoader
@@ -42,54 +42,55 @@ from lightning_cl.tasks import Task
 
 @dataclass
 class _Prepared:
-    """A task's data when it can be trained on: data sets, or loaders and DataModules of other people's making."""
+    """A task's data in the form that is trained on: data sets, or the user's own loaders and DataModules."""
 
     train: Any
     val: Any
     test: Any
-    held_out: bool = False  # whether `val` was split off `train`
-    texts: dict[str, Any] = field(default_factory=dict)  # what of it was text, also where nothing is left
+    held_out: bool = False  # True if `val` was split off `train`
+    texts: dict[str, Any] = field(default_factory=dict)  # the roles that were text, empty data sets too
 
 
 class TaskDataModule(L.LightningDataModule):
-    """The data of a sequence of tasks; :func:`~lightning_cl.fit_tasks` leads the Trainer through it.
+    """The data of a sequence of tasks; :func:`~lightning_cl.fit_tasks` trains on them one after another.
 
-    Text, completions and conversations become samples of at most `max_length` tokens, with loss on what is to be learnt
-    (all of a text, the completion, the assistant's turns); they are kept in a cache
+    Text, completions and conversations become samples of at most `max_length` tokens. The loss is on what is to be
+    learnt: all of a text, the completion, the assistant's turns. The samples are kept in a cache
     (``$LIGHTNING_CL_CACHE``, by default ``~/.cache/lightning_cl``) until data, tokenizer or settings change. A torch
     ``Dataset``, a ``DataLoader`` and a ``LightningDataModule`` are used as they are.
 
     Args:
-        tasks: what to learn, in order: ``{name: data}``, as in ``{mails: mails.jsonl, notes: notes.txt}``, or a list of
-            ``Task``. In the dictionary,
-            data is what ``Task.train`` takes, or a dictionary of ``Task``'s arguments.
-        tokenizer: for tasks that are text: the name of a tokenizer on the hub, a folder, a ``.gguf`` file,
-            ``sample:SmolLM2-135M-Instruct``, a ``transformers`` tokenizer, or :class:`~lightning_cl.data.TrainedBPE`
-            for a vocabulary of our own.
-        max_length: the most tokens in a sample: text is cut into blocks, and nothing of it is lost; completions and
-            conversations are cut off (a warning, the plan and the report count them).
+        tasks: the tasks in order, as ``{name: data}``, such as ``{mails: mails.jsonl, notes: notes.txt}``, or as a
+            list of ``Task``. In the dictionary, data is what ``Task.train`` takes, or a dictionary of ``Task``'s
+            arguments.
+        tokenizer: needed for tasks that are text. It is the name of a tokenizer on the hub, a folder, a ``.gguf`` file,
+            ``sample:SmolLM2-135M-Instruct``, a ``transformers`` tokenizer, or :class:`~lightning_cl.data.TrainedBPE`,
+            which trains a new vocabulary.
+        max_length: the most tokens in a sample. Text is cut into blocks, so none of it is lost. Longer completions and
+            conversations are cut off; a warning, the plan and the report count them.
         batch_size: samples in a batch, per device; with packing, blocks of `max_length` tokens.
-        packing: join samples to full blocks, each document apart from the others. For models that keep documents apart
-            by ``position_ids`` (:class:`~lightning_cl.data.text.collator.TokenCollator` says which; ``CausalLM`` finds
-            out before it trains).
-        length_buckets: without packing, batches of training samples of like length: less padding.
+        packing: join samples to full blocks; documents in a block do not see each other. It needs a model that
+            separates documents by ``position_ids`` (:class:`~lightning_cl.data.text.collator.TokenCollator` lists them;
+            ``CausalLM`` checks it before training).
+        length_buckets: without packing, put training samples of similar length into a batch, for less padding.
         num_workers: worker processes that load samples; 0 loads in the main process, as streams always do.
         seed: seed of the order of the samples and of the validation split.
         collate_fn: joins samples of torch data sets to a batch; default: torch's.
-        val_fraction: share of a text task that is held out where the task has no `val`; whole documents, the same ones
-            in every run; copies of a document stay on one side.
-        on_bad_record: ``error``: a malformed record stops the run before training, with file and line; in a stream,
-            which is read as it is trained on, when training comes to it. ``skip``: it is left out, counted and warned
-            about.
-        path_header: for folders and globs of source files, one document a file: a first line ``# file: <path>``.
-        chat_template: Jinja text, or a file with it, in place of the tokenizer's own; base models often have none.
+        val_fraction: share of a text task that is held out for validation if the task has no `val`. Whole documents
+            are held out, the same ones in every run. Copies of a document are all trained on, or all held out.
+        on_bad_record: with ``error``, a malformed record stops the run before training; the message names file and
+            line. A stream is read during training, so it stops there. With ``skip``, the record is left out, counted
+            and warned about.
+        path_header: begin each document from a folder or glob of source files with a line ``# file: <path>``.
+        chat_template: Jinja text, or a file with it, instead of the tokenizer's own; base models often have none.
         template: write ``{"prompt", "completion"}`` and ``{"prompt", "answer"}`` as a user's and an assistant's turn in
-            the chat template; by default they are joined as they are, which the plan says.
-        last_turn: of a conversation only the assistant's last turn bears loss; by default all of its turns do.
+            the chat template. By default they are joined without it, and the plan says so.
+        last_turn: put loss on the assistant's last turn of a conversation only; by default all its turns bear loss.
 
     Attributes:
-        index: which of the trained tasks is the current one. (``tasks`` becomes a list of ``Task``, and ``tokenizer``,
-            once the data is set up, the tokenizer itself.)
+        index: index of the current task among the trained tasks.
+        tasks: a list of ``Task``, whatever form they were given in.
+        tokenizer: the tokenizer itself, as soon as the data is set up.
 
     Raises:
         ValueError: for arguments out of range, two tasks of one name, or no task to train on.
@@ -120,12 +121,9 @@ class TaskDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
-        if not (isinstance(val_fraction, (int, float)) and math.isfinite(val_fraction) and 0 < val_fraction < 1):
-            raise ValueError(f"val_fraction={val_fraction!r}: expected a share between 0 and 1")
-        if on_bad_record not in ("error", "skip"):
-            raise ValueError(f"on_bad_record={on_bad_record!r}: expected 'error' or 'skip'")
+            check_integer(name, value, least, f"an integer of at least {least}")
+        check_share("val_fraction", val_fraction, ends=False)
+        check_choice("on_bad_record", on_bad_record, ("error", "skip"), "'error' or 'skip'")
         self.tokenizer: Any = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
         self.seed, self.collate_fn, self.val_fraction = seed, collate_fn, val_fraction
@@ -147,17 +145,17 @@ class TaskDataModule(L.LightningDataModule):
 
     @property
     def trained_tasks(self) -> list[Task]:
-        """The tasks to train on, in order; the others are only watched."""
+        """The tasks to train on, in order; the other tasks are only evaluated."""
         return [task for task in self.tasks if not task.watched]
 
     @property
     def current(self) -> Task:
-        """The task that ``train_dataloader`` gives."""
+        """The task whose batches ``train_dataloader`` gives."""
         return self.trained_tasks[self.index]
 
     @contextmanager
     def in_sequence(self) -> Iterator[None]:
-        """Lets :meth:`setup` pass in a fit of several tasks, which a plain ``trainer.fit`` is refused."""
+        """Lets :meth:`setup` accept a fit of several tasks; in a plain ``trainer.fit`` it refuses that."""
         before, self.driven = self.driven, True
         try:
             yield
@@ -166,13 +164,13 @@ class TaskDataModule(L.LightningDataModule):
 
     @contextmanager
     def showing(self, task: Task) -> Iterator[None]:
-        """Makes the loaders for validation, test and prediction those of one task, until the block ends or raises.
+        """Makes validation, test and prediction use the loaders of one task, until the block ends or raises.
 
         Args:
-            task: one of :attr:`tasks`, also one that is only watched.
+            task: one of :attr:`tasks`; it may be a task that is only evaluated.
 
         Raises:
-            ValueError: if the task is none of them.
+            ValueError: if the task is not one of them.
         """
         column = next((column for column, one in enumerate(self.tasks) if one is task), None)
         if column is None:
@@ -190,7 +188,7 @@ class TaskDataModule(L.LightningDataModule):
         return self.current if self.watch is None else self.tasks[self.watch]
 
     def check(self) -> None:
-        """Finds what is wrong with tasks and files before anything is built.
+        """Checks the tasks and their files before anything is built.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -214,12 +212,12 @@ class TaskDataModule(L.LightningDataModule):
                     )
 
     def _is_unknown_table(self, source: Any) -> bool:
-        """Columns of no known format, where text was to be tokenised: nobody could train on them."""
+        """Tells if a table has no columns that can be tokenised, although there is a tokenizer."""
         columns = getattr(source, "column_names", None)
         return self.tokenizer is not None and isinstance(columns, list) and "input_ids" not in columns
 
     def fingerprint(self) -> str | None:
-        """A hash of the tokenizer: a model must not continue with another vocabulary than it was trained with."""
+        """A hash of the tokenizer; a resumed model must have the vocabulary that it was trained with."""
         return fingerprint(self.tokenizer) if hasattr(self.tokenizer, "get_vocab") else None
 
     @property
@@ -229,19 +227,19 @@ class TaskDataModule(L.LightningDataModule):
 
     @property
     def longest_row(self) -> int | None:
-        """Positions that a model has to have for the longest row of a batch of text; None without text."""
+        """Positions that a model needs for the longest row of a batch of text; None without text."""
         texts = [data for prepared in (self._prepared or {}).values() for data in prepared.texts.values()]
         if any(self.packing or isinstance(data, TokenStream) for data in texts):
-            return self.max_length  # padding behind a short block is numbered, too
+            return self.max_length  # the padding after a short block has position numbers, too
         return max((data.longest for data in texts if len(data)), default=None)
 
     # ------------------------------------------------------------------ Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Trains the vocabulary, if there is one to train, tokenises, and lets the tasks' DataModules prepare theirs.
+        """Trains the vocabulary if there is one to train, tokenises, and calls ``prepare_data`` of tasks' DataModules.
 
-        With several processes Lightning calls it in one of them, before ``setup`` in all: those find what it left in
-        the cache.
+        With several processes, Lightning calls it in one of them, before it calls ``setup`` in all. The others then
+        read the tokens from the cache.
         """
         if isinstance(self.tokenizer, TrainedBPE):
             self.tokenizer.train(self._vocabulary_texts())
@@ -256,8 +254,8 @@ class TaskDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all tasks, once."""
-        # After fit_tasks the Trainer still holds this module; a fit on other data is not our business. Without a
-        # Trainer, somebody looks at the data.
+        # After fit_tasks the Trainer still refers to this DataModule, and a later fit on other data is allowed.
+        # Without a Trainer, the user only looks at the data.
         trains = self.trainer is not None and trains_on(self.trainer, self)
         if stage == "fit" and not self.driven and trains and len(self.trained_tasks) > 1:
             raise RuntimeError(
@@ -266,7 +264,7 @@ class TaskDataModule(L.LightningDataModule):
             )
         for module in self._data_modules():
             module.trainer = self.trainer
-            # Training data is looked at before the first fit: `fit` first, each stage once.
+            # Training data is needed before the first fit, so the stage `fit` is set up first. Each stage comes once.
             for needed in ("fit", stage or "fit"):
                 if (id(module), needed) not in self._set_up:
                     self._set_up.add((id(module), needed))
@@ -288,14 +286,14 @@ class TaskDataModule(L.LightningDataModule):
             self._loader = None
             return loader
         if self._loader is not None and self._loader_task == self.current.name:
-            loader.counts = self._loader.counts  # reload_dataloaders_every_n_epochs: one task, one count
+            loader.counts = self._loader.counts  # with reload_dataloaders_every_n_epochs, a task has several loaders
         if self.trainer is not None:
             loader.set_epoch(self.trainer.current_epoch)
         self._loader, self._loader_task = loader, self.current.name
         return loader
 
     def val_dataloader(self) -> Any:
-        """Validation batches of the current task; of the watched one while the matrix is measured."""
+        """Validation batches of the current task; inside :meth:`showing`, those of the shown task."""
         task = self.shown
         loader = self.val_loader(task)
         return [] if loader is None else loader
@@ -309,10 +307,10 @@ class TaskDataModule(L.LightningDataModule):
         return [] if test is None else self._loader_of(test, task, shuffle=False)
 
     def predict_dataloader(self) -> Any:
-        """The beginnings of the evaluated task's test samples (else validation samples), for generation.
+        """Prompts for generation from the task's test samples; without any, from validation or training samples.
 
-        A batch is ``{"prompt", "reference"}``, lists of token ids: what comes before the last part that bears loss (the
-        conversation up to the last answer; of a text without prompt, its beginning), and that part.
+        A batch is ``{"prompt", "reference"}``, lists of token ids. The reference is the last part of a sample that
+        bears loss, such as the last answer. The prompt is all before it; a text without prompt gives its beginning.
         """
         task = self.shown
         data = self._data(task)
@@ -325,15 +323,15 @@ class TaskDataModule(L.LightningDataModule):
         return DataLoader(PromptDataset(source), batch_size=task.batch_size or self.batch_size, collate_fn=join_prompts)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Handed on to the task's own DataModule, if it is one."""
+        """Calls the same hook of the task's own DataModule, if the task has one."""
         return self._delegate("on_before_batch_transfer", batch, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Handed on to the task's own DataModule, if it is one."""
+        """Calls the same hook of the task's own DataModule, if the task has one."""
         return self._delegate("on_after_batch_transfer", batch, dataloader_idx)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Handed on to the task's own DataModule, if it is one."""
+        """Calls the same hook of the task's own DataModule, if the task has one."""
         task = self.shown
         if isinstance(task.train, L.LightningDataModule):
             return task.train.transfer_batch_to_device(batch, device, dataloader_idx)
@@ -350,11 +348,11 @@ class TaskDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ loaders
 
     def train_loader(self, task: Task) -> Any:
-        """The training batches of a task: a :class:`TaskLoader` wherever they can be planned by index."""
+        """The training batches of a task: a :class:`TaskLoader` if they can be planned by index."""
         return self._loader_of(self._data(task).train, task, shuffle=True)
 
     def val_loader(self, task: Task) -> Any:
-        """The validation batches of a task, in order; its training data where there is nothing else."""
+        """The validation batches of a task, in order; without validation data, its training data."""
         data = self._data(task)
         source = data.val if data.val is not None else data.train
         if data.val is None and not hasattr(source, "__len__") and not isinstance(source, L.LightningDataModule):
@@ -366,14 +364,14 @@ class TaskDataModule(L.LightningDataModule):
         return self._loader_of(source, task, shuffle=False)
 
     def samples_of(self, name: str, source: Any) -> Any:
-        """Returns the training set that a task would have if it were all of this data: token samples, where it is text.
+        """Returns the training set of a task that is trained on all of this data; text becomes token samples.
 
         Args:
-            name: for messages.
+            name: name of the task, for messages.
             source: what ``Task.train`` takes.
 
         Raises:
-            ValueError: for malformed records, or where there is no token to predict.
+            ValueError: for malformed records, or if there is no token to predict.
         """
         if not is_text_source(source):
             return source
@@ -382,7 +380,7 @@ class TaskDataModule(L.LightningDataModule):
         return prepare_texts(task, sources, self.tokenizer, self._text_settings(task))["train"]
 
     def validated_on_training_data(self, task: Task) -> bool:
-        """Returns True if a task's column of the matrix is measured on the data that it was trained on."""
+        """Returns True if a task's column of the matrix is measured on the task's training data."""
         return self._data(task).val is None and not isinstance(task.train, L.LightningDataModule)
 
     def describe(self, task: Task) -> list[str]:
@@ -411,18 +409,20 @@ class TaskDataModule(L.LightningDataModule):
         return [*lines, f"{padding:.1%} padding ({how})"] if padding is not None else lines
 
     def training_data(self, task: Task) -> Any:
-        """A task's training data as it is used: token samples or a stream of them, or what ``Task.train`` is."""
+        """A task's training data: for text, token samples or a stream of them; else ``Task.train`` itself."""
         return self._data(task).train
 
     def text_data(self, task: Task) -> dict[str, Any]:
-        """Returns the part of a task's data that was text, by role: token data sets, and streams of token samples."""
+        """Returns the data sets and streams of token samples that were made from a task's text, by role."""
         return self._data(task).texts
 
     def preview(self, colour: bool = False) -> str:
-        """Each task's first sample as text with what bears loss marked, and what was left out; needs no model.
+        """Shows each task's first sample as text, marks what bears loss, and counts what was left out.
+
+        It needs no model.
 
         Args:
-            colour: mark what bears loss in green too, for a terminal.
+            colour: also write what bears loss in green, for a terminal.
         """
         return preview(self, colour)
 
@@ -507,7 +507,7 @@ class TaskDataModule(L.LightningDataModule):
         return TokenCollator(pad_token_id(self.tokenizer))
 
     def _wrap(self, loader: Any, task: Task, for_training: bool) -> Any:
-        """A loader of somebody else's, made resumable where that is possible."""
+        """A user's loader, made resumable if that is possible."""
         if why_not_plannable(loader) is not None or self._sharded_by_its_owner():
             return loader
         return TaskLoader.from_dataloader(
@@ -520,13 +520,13 @@ class TaskDataModule(L.LightningDataModule):
         )
 
     def _sharded_by_its_owner(self) -> bool:
-        """``Trainer(use_distributed_sampler=False)``: whoever made a loader shards it over ranks himself."""
+        """Tells if users divide their loaders among the ranks: ``Trainer(use_distributed_sampler=False)``."""
         if self.trainer is None or self.trainer.world_size == 1:
             return False
         return not shards_loaders(self.trainer)
 
     def _ranks(self) -> dict[str, Any]:
-        # Data parallel ranks: under tensor parallelism several processes share one batch.
+        # These are data-parallel ranks. Under tensor parallelism, several processes share one batch.
         sampler = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return {"rank": sampler.get("rank", 0), "world_size": sampler.get("num_replicas", 1)}
 

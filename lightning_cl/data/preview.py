@@ -1,4 +1,4 @@
-"""A preview of tasks as text: one sample of each with what bears loss marked, and what was left out."""
+"""A preview of tasks as text: one sample of each task, with marks around what bears loss, and counts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_cl.data.text.text_tasks import TokenStream
 from lightning_cl.tasks import Task
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
-_HEAD, _TAIL = 700, 200  # characters that are shown of a part
-_PARTS = 16  # of a sample, with and without loss in turn
+_HEAD, _TAIL = 700, 200  # characters that are shown of a part, at its beginning and end
+_PARTS = 16  # parts that are shown of a sample; parts with and without loss alternate
 LEGEND = "⟦…⟧ bears loss (a sample's first token never does: nothing predicts it)"
 
 
 class Described(Protocol):
-    """All that a preview asks of a DataModule with tasks."""
+    """The part of a DataModule with tasks that a preview needs."""
 
     tasks: list[Task]
     tokenizer: Any
@@ -35,7 +35,7 @@ class Described(Protocol):
         """Makes the data sets."""
 
     def describe(self, task: Task) -> list[str]:
-        """Returns the counts of a task's training data, a line each."""
+        """Returns lines with the counts of a task's training data, one count each."""
 
     def training_data(self, task: Task) -> Any:
         """Returns the data set that a task is trained on."""
@@ -48,8 +48,8 @@ def preview(data: Described, colour: bool = False) -> str:
     """Shows each task's first training sample as text, and how many samples and records were left out.
 
     Args:
-        data: set up, or not yet: then its text is read and tokenised. No model is needed.
-        colour: mark what bears loss in green too, by ANSI codes.
+        data: the tasks. If they are not set up yet, their text is read and tokenised. No model is needed.
+        colour: True also writes the tokens that bear loss in green, by ANSI codes.
     """
     if not data.is_set_up:
         data.prepare_data()
@@ -64,12 +64,12 @@ def preview(data: Described, colour: bool = False) -> str:
 
 
 def sample_lines(data: Described, task: Task, colour: bool = False) -> list[str]:
-    """A task's first training sample (of a watched task, validation sample) as lines of text.
+    """A task's first training sample as lines of text; for a watched task, its first validation sample.
 
-    Where it is no text, they say what it is.
+    If the sample is not text, the lines name its type.
 
     Args:
-        data: set up.
+        data: the tasks, set up.
         task: one of its tasks.
         colour: see :func:`preview`.
     """
@@ -98,7 +98,7 @@ def wants_colour(stream: Any) -> bool:
 
 
 def printable(text: str, stream: Any) -> str:
-    """The same text, where a stream's encoding has no such marks with others, and without what it cannot write."""
+    """The text with replacements for the marks and characters that a stream's encoding cannot write."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -113,7 +113,7 @@ def marked(ids: list[int], learnt: list[bool], tokenizer: Any, colour: bool = Fa
 
     Args:
         ids: the tokens.
-        learnt: for each whether it bears loss.
+        learnt: for each token, True if it bears loss.
         tokenizer: a ``transformers`` tokenizer.
         colour: see :func:`preview`.
     """
@@ -137,9 +137,10 @@ def _shown(data: Described, sample: Mapping[str, Any], count: int, colour: bool)
 
 
 def _parts(ids: list[int], learnt: list[bool], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """Stretches of tokens alike in loss, as text.
+    """The text cut into parts with and without loss.
 
-    Borders are found in the text of all tokens: alone, a stretch can lack a space, or begin inside a character.
+    The borders are found in the text of all tokens. A part that is decoded alone can lack a space, or begin inside a
+    character.
     """
     borders = [i for i in range(1, len(ids)) if learnt[i] != learnt[i - 1]] + [len(ids)]
     whole, start, begun = _decoded(ids, tokenizer), 0, 0
@@ -170,7 +171,7 @@ def _marked_part(text: str, bears_loss: bool, colour: bool) -> str:
 
 
 def _visible(character: str) -> str:
-    """Control characters of the data, escaped: they must not steer a terminal."""
+    """A character, escaped if it could control a terminal."""
     if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp"):
         return character
     return character.encode("unicode_escape").decode("ascii")

@@ -1,4 +1,4 @@
-"""Streams of text: tokenised as they come, batched or packed, resumable by reading on to the same place."""
+"""The loader of text streams: it tokenises while it reads, and resumes by reading up to the same position again."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ class StreamLoader(TaskBatches):
     """Batches from a stream of token samples without length or index.
 
     An epoch is one pass over the stream. All ranks read it, and each takes its share of every batch, so that together
-    they see the batches that one process would see. A resume reads the stream from its beginning to the place where it
-    stood. Replay mixes into it sample by sample (:class:`~lightning_cl.data.mixing.stream_mix.StreamMix`), in front of
-    the
-    packing: new and replayed documents share blocks.
+    they see the batches that one process would see. A resume reads the stream from its beginning to the old position.
+    Replayed samples are mixed in one by one (:class:`~lightning_cl.data.mixing.stream_mix.StreamMix`) before packing,
+    so new and replayed documents share blocks.
 
-    Lightning fetches one batch ahead from a loader without length. So the coordinator says by :meth:`begin` which
-    batches are trained on, and nothing here is called ``state_dict``: Lightning would save a later position.
+    Lightning fetches one batch ahead from a loader without length. So the coordinator calls :meth:`begin` for each
+    batch that is trained on. No method here is called ``state_dict``, since Lightning would save a later position.
 
     Args:
-        samples: begins a pass over the stream; gets the number of the epoch.
-        batch_size: samples, or with packing blocks, in a batch on one rank.
+        samples: a function that begins a pass over the stream; it gets the number of the epoch.
+        batch_size: samples in a batch on one rank; with packing, blocks.
         collate_fn: joins samples, or lists of samples, to a batch.
-        block_length: pack samples into blocks of at most so many tokens, in the order in which they come.
-        rank: this process.
+        block_length: pack samples into blocks of at most this many tokens, in the order of the stream.
+        rank: number of this process.
         world_size: number of processes.
     """
 
@@ -59,13 +58,13 @@ class StreamLoader(TaskBatches):
         self.counts = no_counts()
         self._mix = StreamMix(samples)
         self._open: list[list[Item]] = []  # blocks that are being filled
-        self._closed: list[list[Item]] = []  # blocks that wait
-        # Weight of what was replayed of each source beyond its share, in the blocks given out.
+        self._closed: list[list[Item]] = []  # full blocks, not yet in a batch
+        # For each source, its replayed weight minus its share, in the blocks given out.
         self._surplus: list[float] = []
-        self._given = 0  # batches of this task
-        self._waiting: deque[_Given] = deque()  # batches that nobody has begun with
-        self._latest: deque[_Given] = deque(maxlen=2)  # of those begun with last
-        self._position = 0  # the number of the last of them
+        self._given = 0  # batches of this task that were put together
+        self._waiting: deque[_Given] = deque()  # batches fetched but not yet trained on
+        self._latest: deque[_Given] = deque(maxlen=2)  # the latest batches that training has begun with
+        self._position = 0  # the number of the last of these
         self._goal: dict[str, Any] | None = None
         self._on_resumed: Callable[[], None] | None = None
 
@@ -79,9 +78,9 @@ class StreamLoader(TaskBatches):
         self._mix = StreamMix(self._samples, [*self._mix.mixes, mix], None if math.isinf(known) else known)
 
     def apart(self) -> StreamLoader:
-        """Another one over the same stream, from its beginning and without packing, for extra passes."""
+        """A new loader over the same stream, from its beginning and without packing, for extra passes."""
         own = {"rank": self.rank, "world_size": self.world_size}
-        # A copy: what is left out there is not counted here.
+        # It gets a copy of the stream, so that its left-out records are not counted here.
         return StreamLoader(copy.copy(self._samples), self.batch_size, self.collate_fn, **own)
 
     @override
@@ -105,7 +104,7 @@ class StreamLoader(TaskBatches):
         begun = self._position
         batches: Iterator[list[list[Item]]] = chain(pending, self._batches())
         first = next(batches, None)
-        if first is None and begun > 0:  # it stood at the end of a pass: the next one follows
+        if first is None and begun > 0:  # the old position was the end of a pass, so the next pass begins
             self._start(self._mix.epoch + 1)
             batches = self._batches()
             first = next(batches, None)
@@ -137,8 +136,8 @@ class StreamLoader(TaskBatches):
 
     @override
     def position(self, in_flight: int = 0) -> dict[str, Any]:
-        # Batches that were fetched but not yet trained on are a part of it: what is replayed in them was drawn from
-        # the buffer as it was then.
+        # The position includes the batches that were fetched but not yet trained on. Their replayed samples were drawn
+        # from the buffer as it was at that time.
         counts = dict(self.counts)
         begun = list(self._latest)
         untrained = begun[len(begun) - in_flight :]
@@ -159,7 +158,7 @@ class StreamLoader(TaskBatches):
         self._latest.clear()
 
     def _continue(self, goal: dict[str, Any]) -> list[list[list[Item]]]:
-        """Restores a :meth:`position`, and gives the batches that were put together already."""
+        """Restores a :meth:`position`, and returns the batches that were already put together."""
         self._mix.go_to(goal["epoch"], goal["mix"])
         self._open, self._closed = (self._recalled(goal[name]) for name in ("open", "closed"))
         self._surplus = list(goal["surplus"])
@@ -179,10 +178,10 @@ class StreamLoader(TaskBatches):
             [[self._mix.remember(item) for item in block] for block in blocks] for blocks in (self._open, self._closed)
         )
         blocks = {"open": opened, "closed": closed, "surplus": list(self._surplus)}
-        return {"given": self._given, "mix": self._mix.place(), **blocks}
+        return {"given": self._given, "mix": self._mix.position(), **blocks}
 
     def _batches(self) -> Iterator[list[list[Item]]]:
-        """Batches of all ranks."""
+        """Puts together the batches of all ranks."""
         items = self._mix.items(lambda: self._given)
         rows = ([item] for item in items) if self.block_length is None else self._blocks(items, self.block_length)
         size = self.batch_size * self.world_size
@@ -191,23 +190,23 @@ class StreamLoader(TaskBatches):
             yield batch
 
     def _blocks(self, items: Iterator[Item], length: int) -> Iterator[list[Item]]:
-        """First fit over a few open blocks; one that is nearly full, or the oldest, is closed.
+        """Packs samples by first fit into a few open blocks; closes a block that is nearly full, or the oldest.
 
-        A few closed blocks wait, and the one goes out that keeps the running share of what is replayed nearest to its
-        goal: documents of one kind that share a block would else come all at once.
+        Several closed blocks wait. The next one given out is the one that keeps the running replayed share nearest to
+        its goal, since a block may contain replayed documents only.
         """
         opened, closed = self._open, self._closed
         for item in items:
             size = len(item.sample["input_ids"])
-            place = next((i for i, block in enumerate(opened) if _used(block) + size <= length), None)
-            if place is None:
+            fitting = next((block for block in opened if _used(block) + size <= length), None)
+            if fitting is None:
                 opened.append([item])
             else:
-                opened[place].append(item)
+                fitting.append(item)
             full = next((i for i, block in enumerate(opened) if _used(block) >= 0.98 * length), None)
-            if full is not None or len(opened) > _OPEN:
+            if full is not None or len(opened) > _OPEN_BLOCKS:
                 closed.append(opened.pop(full or 0))
-            if len(closed) > (_CLOSED if self._mix.mixes else 0):
+            if len(closed) > (_CLOSED_BLOCKS if self._mix.mixes else 0):
                 yield self._best_closed()
         closed += opened
         opened.clear()
@@ -218,10 +217,10 @@ class StreamLoader(TaskBatches):
         surplus = [self._mix.surplus(block, self._given) for block in self._closed]
         totals = self._surplus or [0.0] * len(surplus[0])
 
-        def strays(place: int) -> float:
-            return max((abs(total + x) for total, x in zip(totals, surplus[place], strict=True)), default=0.0)
+        def deviation(index: int) -> float:
+            return max((abs(total + x) for total, x in zip(totals, surplus[index], strict=True)), default=0.0)
 
-        best = min(range(len(surplus)), key=strays)
+        best = min(range(len(surplus)), key=deviation)
         self._surplus = [total + x for total, x in zip(totals, surplus[best], strict=True)]
         return self._closed.pop(best)
 
@@ -230,10 +229,10 @@ class _Given(NamedTuple):
     """A batch that was given out.
 
     Attributes:
-        number: in this pass, from 1.
-        size: samples and loss-bearing tokens on this rank, as in the loader's counts.
-        kinds: of its rows on this rank.
-        rows: on all ranks.
+        number: its number in this pass, from 1.
+        size: its samples and loss-bearing tokens on this rank, as in the loader's counts.
+        kinds: the parts of its rows on this rank.
+        rows: its rows on all ranks.
     """
 
     number: int
@@ -247,7 +246,7 @@ def _used(block: Sequence[Item]) -> int:
 
 
 def _size(rows: Sequence[Sequence[Item]]) -> dict[str, int]:
-    """Samples, and tokens that bear loss, of a batch."""
+    """Counts the samples of a batch, and its tokens that bear loss."""
     counts = no_counts()
     for item in chain.from_iterable(rows):
         kind = "replayed" if item.part.replayed else "new"
@@ -256,5 +255,5 @@ def _size(rows: Sequence[Sequence[Item]]) -> dict[str, int]:
     return counts
 
 
-_OPEN = 8  # blocks that are filled at the same time
-_CLOSED = 24  # blocks that wait for their turn
+_OPEN_BLOCKS = 8  # blocks that are filled at the same time
+_CLOSED_BLOCKS = 24  # blocks that wait until they are given out

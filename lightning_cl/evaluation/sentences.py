@@ -1,4 +1,4 @@
-"""One plain sentence for each task: what became of it, and what this run could change."""
+"""One plain sentence for each task: its result, and what could be changed in this run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ keep, where no method of the run has an answer."""
 
 
 _LEARNT = 0.005  # the least gain, relative to the score before, that is called learning
-_KEPT = 0.9  # a larger share that was kept needs no advice
+_KEPT = 0.9  # no advice for a task of which more than this share was kept
 _TO_BEGIN_WITH = "add a method that replays earlier samples or holds the weights"
 _DIVERGED = "The run diverged: try a lower learning rate, or Trainer(gradient_clip_val=1.0)."
 

@@ -35,7 +35,7 @@ class Projection(NamedTuple):
 
     @property
     def cosine(self) -> float:
-        """Of the angle between the two; NaN where one of them is zero or not finite."""
+        """Cosine of the angle between the two gradients; NaN if one of them is zero or not finite."""
         norms = math.sqrt(self.gradient_square) * math.sqrt(self.reference_square)
         return self.dot / norms if 0 < norms < math.inf else math.nan
 
@@ -44,15 +44,14 @@ class Projection(NamedTuple):
 def project_(
     gradients: Gradients, reference: Gradients, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> Projection:
-    """Takes out of the gradients, in place, what points against the reference (eq. 11 of A-GEM).
+    """Removes from the gradients, in place, the part that points against the reference (eq. 11 of A-GEM).
 
-    Only parameters that both sides have a gradient for count: one that this step does not move cannot give way, and is
-    no part of the inequality. The factors of loss scaling do not matter: one on `reference` cancels, one on `gradients`
-    stays on them. Sums are taken in fp64 for fp64 gradients, and in fp32 for all others. With 16-bit gradients the
-    result is rounded once.
+    Only parameters with a gradient on both sides count: one that this step does not move is no part of the inequality.
+    Loss scaling does not matter: its factor cancels on `reference` and stays on `gradients`. Sums are taken in fp64 for
+    fp64 gradients, and in fp32 for all others. With 16-bit gradients the result is rounded once.
 
-    Where nothing is to be done the gradients keep every bit. They do so too if the reference is zero (its squared norm
-    is below the range of fp32) and if a sum is not finite, which the result tells.
+    The gradients keep every bit if there is no conflict, if the reference is zero (its squared norm is below the range
+    of fp32), or if a sum is not finite (the result has the sums).
 
     Memory: two temporaries of the largest gradient. Compute: two passes over both sides, a third where it projects.
 

@@ -1,4 +1,4 @@
-"""The cross-entropy of a large vocabulary without its logits: only where there is loss, and a chunk at a time."""
+"""The cross-entropy of a large vocabulary, computed only at positions with loss, one chunk of them at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def head_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy ``−1/n Σ_i log softmax(head(hidden_i))[labels_i]`` and the number of right predictions.
 
-    Logits exist for one chunk of positions at a time, in fp32 as the loss needs them; the backward pass computes each
-    chunk's again. With all positions in one chunk nothing is computed twice.
+    Logits exist for one chunk of positions at a time, in fp32 as the loss needs them. The backward pass computes those
+    of each chunk again. With all positions in one chunk nothing is computed twice.
 
     Memory: at most about three times `chunk_bytes`, for any number of positions. All logits would take
     ``4 · n · vocabulary`` bytes several times. Compute: one more forward of the head where there are several chunks.

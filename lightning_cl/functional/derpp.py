@@ -25,8 +25,8 @@ def index_type(classes: int) -> torch.dtype:
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits of each position, as they are stored, and the ``logsumexp`` of all others.
 
-    ``2(k + 1)`` bytes of values and ``2k`` or ``4k`` of indices per position. All others are one class, of which the
-    probability is kept: without it nothing would be known of how the k stand against the rest. With `k` at least
+    ``2(k + 1)`` bytes of values and ``2k`` or ``4k`` of indices per position. All others count as one class, whose
+    probability is stored: without it, the probability of the k classes together would be unknown. With `k` at least
     `classes` there are no others, and no value for them.
 
     Values are mean-centred (:func:`dark_loss` does not see the mean), so that fp16 keeps them to a relative error of
@@ -102,7 +102,7 @@ def dark_loss(logits: Tensor, values: Tensor, indices: Tensor, reduction: Litera
     only where the stored classes have their probabilities again. The paper writes the sum over all classes; its
     authors' code takes the mean, as here. So a factor has the same effect for every k, and the authors' factors (0.1 to
     0.5) fit. Its gradient is ``g_i = 2/n · (d_i − mean d)`` with ``d = z − v`` in a stored class, and that of all
-    others is shared out among them as a softmax over them. How they stand to each other it does not see.
+    others is shared out among them as a softmax over them. The loss does not depend on the ratios among those others.
 
     Stored classes of which nothing is known (a value of −∞) are left out of both means. Classes that a head has got
     since then are among all others, where there are any. No gradient flows to the values. Memory beyond the logits: a

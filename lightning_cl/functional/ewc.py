@@ -14,7 +14,7 @@ The estimators differ in where the labels ``y`` come from:
 Squaring the gradient of a batch's mean loss instead is not an estimate of any of these: it is too small by about the
 batch size, and it distorts the rank order of the parameters.
 
-The functions here take one sample at a time, by plain autograd: the definition as it stands.
+The functions here follow the definition literally: one sample at a time, by plain autograd.
 :class:`~lightning_cl.functional.SampleGradients` gives the same sums from whole batches.
 
 Source: Kirkpatrick et al. 2017 (EWC), eq. 3; van de Ven 2025 (arXiv:2502.11756) on the estimators.
@@ -165,7 +165,7 @@ def add_squared_gradients_(
 def fisher_diagonal(
     samples: Iterable[tuple[WeightedLosses, int]], parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], int]:
-    """The Fisher diagonal of this module's docstring, before the division by ``Σ n(x)``.
+    """Computes the Fisher diagonal as in this module's docstring, but without the division by ``Σ n(x)``.
 
     The sum and the count are returned apart because processes that share the samples add up both before dividing.
 

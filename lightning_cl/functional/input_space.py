@@ -120,9 +120,9 @@ def spectrum_outside(second_moment: Tensor, basis: Tensor | None = None) -> tupl
 
 @torch.no_grad()
 def grow_basis(second_moment: Tensor, threshold: float, basis: Tensor | None = None, most: int | None = None) -> Tensor:
-    """The basis with the fewest new directions that make it hold a share of the inputs' energy (GPM, eq. 9).
+    """Extends a basis by the fewest directions with which it contains a given share of the inputs' energy (GPM, eq. 9).
 
-    The old columns keep every bit, and come first. If the old basis holds enough already, nothing is added; so it is if
+    The old columns keep every bit, and come first. Nothing is added if the old basis contains enough already, or if
     all inputs were zero. Directions whose energy is only rounding of `second_moment` are never added.
 
     Memory and compute: see :func:`spectrum_outside`.

@@ -52,12 +52,12 @@ class Use:
 
 
 class MatrixUse(Use):
-    """The weight of a linear layer.
+    """One use of the weight of a linear layer.
 
     Args:
         inputs: ``[samples, positions, in]``.
         gradients: ``[samples, positions, out]``, at the output.
-        transposed: the weight is ``[in, out]`` (GPT-2's ``Conv1D``).
+        transposed: True if the weight is ``[in, out]`` (GPT-2's ``Conv1D``).
     """
 
     def __init__(self, inputs: Tensor, gradients: Tensor, transposed: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Orthogonality of the LoRAs of several tasks.
 
-Every task has a LoRA ``ΔW_i = s · B_i A_i`` of its own, all of them are active, and only the newest trains. The rows of
-``A_i`` (``[r_i, in]``, the down projection) are the input directions that a task uses, and those of the newest task are
-kept apart from the earlier ones, in one of three ways:
+Every task has its own LoRA ``ΔW_i = s · B_i A_i``. All of them are active, and only the newest is trained. The rows of
+``A_i`` (``[r_i, in]``, the down projection) are the input directions that a task uses. Those of the newest task are
+made orthogonal to the earlier ones, in one of three ways:
 
 =========  ======================================================================================
 penalty    ``Σ_{i<t} Σ_{ab} |A_i A_tᵀ|_ab`` (Wang et al. 2023, arXiv:2310.14152, eq. 7, and their code)
@@ -11,9 +11,9 @@ hard       after each step ``A_t ← A_t − (A_t Q) Qᵀ``
 =========  ======================================================================================
 
 ``Q`` (``[in, Σ r_i]``) is an orthonormal basis of all earlier rows. The penalty of the paper grows with rank, depth and
-length of the rows, so that its strength has to be found anew for each model; shorter rows lower it as well as turned
-ones. The overlap knows the angle only. Penalties are for one layer: add them up (or take the mean) over layers, and
-apply them once per optimizer step, not once per micro-batch.
+length of the rows, so one strength does not fit all models. Training can lower it by shorter rows instead of turned
+ones. The overlap depends on the angle only. Penalties are for one layer: add them up (or take the mean) over layers,
+and apply them once per optimizer step, not once per micro-batch.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def overlap_gradient(down: Tensor, basis: Tensor) -> Tensor:
 def project_down_(down: Tensor, basis: Tensor) -> None:
     """Takes out of a down projection, in place, what lies in the earlier ones' span: ``A_t ← A_t − (A_t Q) Qᵀ``.
 
-    Call it after the optimizer's step, and once before the first one. The overlap is then below 1e-6, also in 16 bits.
+    Call it after the optimizer's step, and once before the first one. The overlap is then below 1e-12 in fp32. In bf16
+    the rows are rounded once, which leaves about 1e-6 and at most 4e-6.
 
     Memory: ``r · directions`` numbers. Compute: ``8 · r · in · directions``.
 

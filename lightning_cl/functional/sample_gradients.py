@@ -113,7 +113,7 @@ class SampleGradients:
         totals, self.total = self.total, {n: torch.zeros_like(t) for n, t in self.total.items()}
         try:
             if not self.add(samples, losses):
-                self.loose.update(self.parameters)  # one by one it is seen which of them it is
+                self.loose.update(self.parameters)  # the pass over single samples finds the ones that fail
                 return
             made = self.total
         except torch.OutOfMemoryError:
@@ -128,8 +128,9 @@ class SampleGradients:
             add_one_by_one_(expected, single(), self.parameters, self.transform)
         scale = max((float(value.norm()) for value in expected.values()), default=0.0)
         for name, value in expected.items():
-            # Rounding of 16-bit arithmetic passes; a layer that is used in another way is off by far more.
-            if not float((made[name] - value).norm()) <= 0.02 * float(value.norm()) + 1e-6 * scale:  # NaN, too
+            # Rounding of 16-bit arithmetic passes; a layer that is used in another way is off by far more. NaN does not
+            # pass, because of `not`.
+            if not float((made[name] - value).norm()) <= 0.02 * float(value.norm()) + 1e-6 * scale:
                 self.loose.add(name)
 
     def _backward(self, loss: Tensor, retain_graph: bool) -> None:

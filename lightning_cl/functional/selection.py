@@ -1,4 +1,4 @@
-"""Rankings of samples: every beginning of one is a good choice of samples that stand for all."""
+"""Rankings of samples. The first k samples of a ranking represent all samples well, for every k."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def herding(features: Tensor, count: int) -> list[int]:
-    """Samples whose mean stays nearest to the mean of all (Welling 2009; iCaRL, Rebuffi et al. 2017, algorithm 4).
+    """Chooses samples whose mean is near the mean of all (Welling 2009; iCaRL, Rebuffi et al. 2017, algorithm 4).
 
     The k-th is ``argmin_x ‖μ − (φ(x) + Σ_{j<k} φ(p_j)) / k‖``, with features of length 1, as in iCaRL.
 
@@ -18,7 +18,7 @@ def herding(features: Tensor, count: int) -> list[int]:
         count: number of samples to choose; all, if there are fewer.
 
     Returns:
-        their indices, the best first.
+        their indices, in the order in which they were chosen; the best first.
     """
     points = torch.nn.functional.normalize(features.float(), dim=1)
     mean = points.mean(0)
@@ -37,10 +37,10 @@ def herding(features: Tensor, count: int) -> list[int]:
 
 
 def k_center(features: Tensor, count: int) -> list[int]:
-    """Samples such that the farthest of all others from its nearest is near (Sener & Savarese 2018, algorithm 1).
+    """Chooses samples such that every other sample is near a chosen one (Sener & Savarese 2018, algorithm 1).
 
-    The greedy choice: first the sample nearest to the mean, then always the one that is farthest from those chosen. Its
-    largest distance is at most twice the smallest possible.
+    The choice is greedy: first the sample nearest to the mean, then always the one farthest from those chosen. The
+    largest distance from a sample to its nearest chosen one is at most twice the smallest possible.
 
     Memory: a copy of `features`. Compute: ``count`` products of a matrix with a vector.
 

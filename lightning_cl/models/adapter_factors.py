@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_cl.functional.progressive import fold_gated_adapters
 from lightning_cl.models.adapter_names import task_name
 
 
@@ -50,6 +51,42 @@ def adapter_factors(model: Any, adapter: str) -> Iterator[Factors]:
         yield Factors(path, first, second, layer.scaling[adapter], embedding)
 
 
+def has_gates(layer: nn.Module, adapter: str) -> bool:
+    """Tells if an adapter has gates in a layer."""
+    return adapter in getattr(layer, "gated", {})
+
+
+def whole_factors(model: Any, adapter: str) -> Iterator[Factors]:
+    """The factors of all that an adapter adds, layer by layer: with what its gates let through, as one adapter.
+
+    Args:
+        model: a ``PeftModel``.
+        adapter: its name in peft.
+
+    Raises:
+        ValueError: as :func:`~lightning_cl.models.adapter_factors.adapter_factors`.
+    """
+    layers: dict[str, Any] = dict(model.named_modules())
+    earlier: dict[str, dict[str, Factors]] = {}
+    for factors in adapter_factors(model, adapter):
+        layer = layers[factors.path]
+        if not has_gates(layer, adapter):
+            yield factors
+            continue
+        for name in layer.gated[adapter]:
+            if name not in earlier:
+                earlier[name] = {part.path: part for part in adapter_factors(model, name)}
+        parts = [earlier[name][factors.path] for name in layer.gated[adapter]]
+        gates = layer.task_gates[adapter].detach().tolist()
+        scales = [gate * part.scale / factors.scale for gate, part in zip(gates, parts, strict=True)]
+        down, up = fold_gated_adapters(
+            [*(part.first for part in parts), factors.first],
+            [*(part.second for part in parts), factors.second],
+            [*scales, 1.0],
+        )
+        yield Factors(factors.path, down, up, factors.scale, embedding=False)
+
+
 def mean_factors(model: Any, adapters: Sequence[str]) -> Iterator[Factors]:
     """The mean of the products ``ΔW`` of several adapters, exactly: factors of all their ranks together, of scale 1.
 
@@ -63,7 +100,7 @@ def mean_factors(model: Any, adapters: Sequence[str]) -> Iterator[Factors]:
     check_products(model, adapters)
     found: dict[str, list[Factors]] = {}
     for adapter in adapters:
-        for factors in adapter_factors(model, adapter):
+        for factors in whole_factors(model, adapter):
             found.setdefault(factors.path, []).append(factors)
     for path, parts in found.items():
         first = torch.cat([part.first.float() for part in parts])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cl.models.adapter_factors import has_gates
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import adapter_of, find_peft_model, keep_switches
 
@@ -70,6 +71,11 @@ def _check(model: Any, layers: Sequence[tuple[str, Any]], rows: _Rows) -> None:
     for path, layer in layers:
         if getattr(layer, "merged", False):
             raise ValueError(f"tasks: an adapter is merged into {path}; call unmerge_adapter() first")
+        if any(has_gates(layer, name) for name in rows.names):
+            raise ValueError(
+                f"tasks: the adapters of {path} have gates to earlier ones, which work on whole batches only; use one"
+                " task at a time, or save each task's adapter, which folds them in"
+            )
         if "experts" in path.split(".") or hasattr(layer, "parameter_name"):
             raise ValueError(
                 f"tasks: {path} belongs to experts, which see single tokens and no rows; use one task at a time"
@@ -77,7 +83,7 @@ def _check(model: Any, layers: Sequence[tuple[str, Any]], rows: _Rows) -> None:
 
 
 class _Rows:
-    """The adapters of the rows, and their places in the input of a layer."""
+    """The adapters of the rows, and the rows' positions in the input of a layer."""
 
     def __init__(self, names: list[str], model: Any) -> None:
         self.names = names

@@ -77,7 +77,7 @@ def adapter_parameters(module: nn.Module, task: str) -> dict[str, nn.Parameter]:
 
 
 def adapter_bytes(module: nn.Module, task: str) -> int:
-    """Memory of the parameters of a task's adapter, in bytes."""
+    """Returns the size of the parameters of a task's adapter, in bytes."""
     return sum(p.numel() * p.element_size() for p in adapter_parameters(module, task).values())
 
 
@@ -96,8 +96,8 @@ def allocate_adapter(
     """Makes the adapter of a task, frozen, with the configuration of the module's template.
 
     The template is the adapter that the module came with (``default``). It is deleted as soon as the first task has an
-    adapter: it would stay untrained, and be saved and merged in place of the tasks'. The new adapter is in use only
-    then; else the one that was in use still is. A task that has an adapter already keeps it as it is.
+    adapter: otherwise it would stay untrained, and be saved and merged instead of the tasks' adapters. Only then is the
+    new adapter in use; otherwise the active adapter stays active. A task that has an adapter already keeps it as it is.
 
     The random factors depend on the seed and the task's name alone: they are the same on every device and process,
     and no global random state is moved.

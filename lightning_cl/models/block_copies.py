@@ -151,7 +151,7 @@ def _configs(model: Any) -> list[Any]:
 
 
 def _replace_quantized(block: nn.Module) -> None:
-    """Puts plain linear layers in the place of those of bitsandbytes."""
+    """Replaces the linear layers of bitsandbytes by plain ones."""
     plain = [parameter.dtype for parameter in block.parameters() if parameter.is_floating_point()]
     for name, module in list(block.named_modules()):
         if not type(module).__module__.startswith("bitsandbytes"):

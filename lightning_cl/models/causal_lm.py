@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_cl.core.loops import steps_of_task
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.models.adapters import use_adapter
+from lightning_cl.models.expansion import Structure, moved_names, structure_of
 from lightning_cl.models.frozen_base import (
     changed_settings,
     checksum,
@@ -123,8 +124,11 @@ class CausalLM(L.LightningModule):
         self.gradient_checkpointing, self.max_new_tokens = gradient_checkpointing, max_new_tokens
         self.lm: Any = None
         self.tokenizer: Any = None
-        self._base: frozenset[str] = frozenset()
+        self._base: frozenset[str] = frozenset()  # names of weights that checkpoints leave out while they are frozen
         self._base_checksum: str | None = None
+        self._base_config = ""
+        self._base_structure: Structure | None = None  # the blocks when the names were taken; new ones move them
+        self._as_loaded = False  # True until weights are trained, or come from a checkpoint
         self._scale = ""  # of the adapter that the model is built with
         self._head: SplitHead | None = None
         self._causality_checked = self._isolation_checked = False
@@ -144,14 +148,14 @@ class CausalLM(L.LightningModule):
             # When the model is built depends on who asks first; what training draws must not depend on that.
             with untouched_random_state():
                 built = self._build()
+            self._as_loaded = True
             self.lm = built.train()  # from_pretrained gives a model in evaluation mode: without dropout
-            self._base = frozenset() if isinstance(self.source, dict) else frozen_names(self)
+            if self.lora is not None:
+                self._describe_weights(frozen_names(self))
             # An adapter's scale is no parameter: with another one it is another model. Tasks may add adapters later.
             config = next(iter(self.lm.peft_config.values())) if hasattr(self.lm, "peft_config") else None
             if config is not None:
                 self._scale = f"r={config.r}, lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}"
-            # Now: later somebody may train a part of the base, or a Trainer's precision change its bits.
-            self._base_checksum = checksum(self, self._base) if self._base else None
         if self.tokenizer is not None:
             rows = len(self.lm.get_input_embeddings().weight)
             if len(self.tokenizer) > rows:
@@ -175,6 +179,31 @@ class CausalLM(L.LightningModule):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model if self.lora is None else add_lora(model, self.lora)
 
+    def leave_base_out(self) -> None:
+        """Leaves all weights that the model has now out of checkpoints, as long as they are frozen.
+
+        A method asks for it that freezes the model and trains parts of its own, before it adds them. The name of the
+        model and a checksum of its weights are in the checkpoints then. Nothing happens if the weights could not be
+        loaded again from where they came from (made from a configuration, or trained since), and under LoRA, where it
+        is so anyway.
+
+        Compute: one pass over the weights.
+        """
+        if not self._base and self.lora is None and self._as_loaded:
+            self._describe_weights(frozenset(name for name, _ in self.named_parameters(remove_duplicate=False)))
+
+    def _describe_weights(self, names: frozenset[str]) -> None:
+        if isinstance(self.source, dict):
+            return
+        self._base, self._base_structure = names, structure_of(self.lm)
+        # Now: later somebody may train a part of the base, or a Trainer's precision change its bits.
+        self._base_checksum = checksum(self, names) if names else None
+        self._base_config = describe_config(self.lm.config)
+
+    def _base_now(self) -> frozenset[str]:
+        """The base's names, which new blocks before them have moved."""
+        return moved_names(self, self.lm, self._base, self._base_structure) if self._base else self._base
+
     def _weights_dtype(self) -> str | None:
         if self.precision is not None:
             return self.precision
@@ -197,6 +226,10 @@ class CausalLM(L.LightningModule):
         return result
 
     # ------------------------------------------------------------------ steps
+
+    @override
+    def on_train_start(self) -> None:
+        self._as_loaded = False
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -339,7 +372,7 @@ class CausalLM(L.LightningModule):
         if self.lm is None:
             raise RuntimeError("CausalLM.save_pretrained: there is no model yet; train or validate first")
         trained = sorted(self._base - frozen_names(self))
-        if trained:
+        if trained and self.lora is not None:
             raise ValueError(
                 f"save_pretrained: {trained[:3]} of the frozen base were trained beside the adapter, and would be lost;"
                 " freeze them, or save the whole model with module.lm.merge_and_unload().save_pretrained(folder)"
@@ -367,14 +400,16 @@ class CausalLM(L.LightningModule):
         if not self._base:
             return
         # What became trainable since, a method's doing, is no longer the base.
-        out = self._base & frozen_names(self)
+        out = self._base_now() & frozen_names(self)
+        if not out and self.lora is None:
+            return  # all of it is trained, and in the checkpoint
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in out}
         checkpoint[BASE_KEY] = {
             "model": str(self.source),
             **self._describe_base(),
             "left_out": sorted(out),
             "checksum": self._base_checksum,
-            "config": describe_config(self.lm.config),
+            "config": self._base_config,
         }
 
     @override
@@ -382,16 +417,17 @@ class CausalLM(L.LightningModule):
         base = checkpoint.get(BASE_KEY)
         if base is None:
             return
+        self.leave_base_out()
         ours = self._describe_base()
         theirs = {name: base[name] for name in ours}
-        if not set(base["left_out"]) <= self._base or base["checksum"] != self._base_checksum or theirs != ours:
+        if base["checksum"] != self._base_checksum or theirs != ours:
             same = theirs == ours and base["model"] == str(self.source)
             difference = "its weights have changed" if same else f"this run has {str(self.source)!r} ({ours})"
             raise MisconfigurationException(
                 f"checkpoint: it was trained on the frozen base {base['model']!r} ({theirs}) and does not contain it;"
                 f" {difference}. Give the same base, in the same precision, and the same lora"
             )
-        changed = changed_settings(base["config"], describe_config(self.lm.config)) if "config" in base else []
+        changed = changed_settings(base["config"], self._base_config) if "config" in base else []
         if changed:
             raise MisconfigurationException(
                 f"checkpoint: the configuration of its frozen base {base['model']!r} is another one now"
@@ -400,9 +436,10 @@ class CausalLM(L.LightningModule):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self._as_loaded = False
         if not self._base:
             return super().load_state_dict(state_dict, strict, assign)
-        return load_without_base(self, state_dict, self._base, strict, assign)
+        return load_without_base(self, state_dict, self._base_now(), strict, assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -1,20 +1,21 @@
 """Block expansion (LLaMA-Pro, Wu et al. 2024): copies of decoder blocks that change nothing until they are trained.
 
-A copy stands after its original in the path. Its projections into the residual stream are zero, weights and biases, so
-that it adds nothing at first (section 3.2 of the paper). The result is a plain ``transformers`` model with more blocks:
-the configuration is rewritten, and no class of this library is needed to load it again.
+A copy comes directly after its original in the forward pass. Its projections into the residual stream are zero, weights
+and biases, so that it adds nothing at first (section 3.2 of the paper). The result is a plain ``transformers`` model
+with more blocks: the configuration is rewritten, and no class of this library is needed to load it again.
 
 A base block always keeps its *position*, counted from 0 in the model before any expansion. The *index* of a block is
-its place in the list as it is now; it grows as blocks are inserted before it, and names of parameters grow with it
+its position in the present list; it grows as blocks are inserted before it, and names of parameters grow with it
 (:func:`moved_blocks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
+import torch
 from torch import nn
 
 from lightning_cl.models import block_copies, block_lists
@@ -26,10 +27,13 @@ __all__ = [
     "check_expandable",
     "decoder_blocks",
     "expand_blocks",
+    "find_language_model",
     "inserted_blocks",
     "moved_blocks",
+    "moved_names",
     "new_parameters",
     "rebuild_blocks",
+    "silence_blocks",
     "spread_positions",
     "structure_of",
 ]
@@ -47,6 +51,30 @@ class Structure(TypedDict):
 
     base_blocks: int
     positions: list[list[int]]
+
+
+def find_language_model(module: nn.Module) -> Any:
+    """The causal language model of ``transformers`` that a module is or contains.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    from transformers import PreTrainedModel
+
+    found: list[tuple[str, PreTrainedModel]] = []
+    for path, part in module.named_modules():
+        inner = any(path.startswith(f"{outer}." if outer else "") for outer, _ in found)
+        if isinstance(part, PreTrainedModel) and not inner and part.get_output_embeddings() is not None:
+            found.append((path, part))
+    if len(found) != 1:
+        number = "no causal language model of transformers, or it is not built yet"
+        if found:
+            number = f"{len(found)} language models, {[path for path, _ in found]}"
+        raise ValueError(
+            f"{type(module).__name__}: it contains {number}; expected one, as CausalLM has, or any module with a"
+            " transformers model that has a head"
+        )
+    return found[0][1]
 
 
 def spread_positions(base_blocks: int, count: int) -> list[int]:
@@ -194,6 +222,47 @@ def moved_blocks(before: Structure | None, after: Structure) -> dict[int, int]:
     """
     order = _order(after)
     return {i: order.index(entry) for i, entry in enumerate(_order(before or {**after, "positions": []}))}
+
+
+def moved_names(module: nn.Module, model: Any, names: Iterable[str], before: Structure | None) -> frozenset[str]:
+    """The names that entries of ``state_dict()`` have now, from their names before an expansion.
+
+    Args:
+        module: is or contains the model.
+        model: as it is now.
+        names: in the module, when the model had the structure `before`.
+        before: None: the base model.
+    """
+    after = structure_of(model)
+    if after is None or after == before:
+        return frozenset(names)
+    indices = moved_blocks(before, after)
+    blocks = decoder_blocks(model)
+    prefix = next(name for name, part in module.named_modules() if part is blocks) + "."
+    moved = set()
+    for name in names:
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            name = f"{prefix}{indices[int(index)]}.{rest}"
+        moved.add(name)
+    return frozenset(moved)
+
+
+@torch.no_grad()
+def silence_blocks(model: Any, task: int = 0, outputs: Sequence[str] | None = None) -> None:
+    """Sets the new blocks of a task back to what they were when they were inserted; parameters stay the same objects.
+
+    Args:
+        model: an expanded model, whose base blocks have not changed since.
+        task: whose blocks.
+        outputs: as in :func:`expand_blocks`.
+    """
+    structure = structure_of(model)
+    order = [] if structure is None else _order(structure)
+    blocks = list(decoder_blocks(model))
+    for index in inserted_blocks(model, task):
+        original = blocks[order.index((order[index][0], None))]
+        blocks[index].load_state_dict(block_copies.silent_copy(model, original, outputs).state_dict())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_cl.models.adapter_factors import mean_factors
+from lightning_cl.models.adapter_gates import is_gated
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import adapter_of, is_untrained
 from lightning_cl.models.loading import load_pretrained, quiet_peft
@@ -130,6 +131,7 @@ def _write(
 
     folder = Path(folder)
     name = adapters[0]
+    mean = mean or is_gated(model, name)  # the mean of one: all that it adds, as one adapter
     if base is not None:
         for adapter in adapters:
             model.peft_config[adapter].base_model_name_or_path = str(base)

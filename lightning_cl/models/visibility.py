@@ -1,4 +1,4 @@
-"""Checks of which tokens a model's logits depend on: none that come later, and none of another packed document."""
+"""Checks that a model's logits depend on no later token, and on no token of another packed document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_cl.passes.heads import evaluated, few_tokens
 
 
 def check_causality(model: Any) -> None:
-    """Finds models that see the future: with them a loss on next tokens is near zero, and nothing is learnt.
+    """Refuses models that see later tokens: their loss on the next token falls to near zero, and they learn nothing.
 
     Raises:
         MisconfigurationException: if the logits of a token depend on the tokens after it.
@@ -42,10 +42,12 @@ def check_causality(model: Any) -> None:
 
 
 def check_isolation(model: Any) -> None:
-    """Finds models in which packed documents see each other: two of them, packed and apart, must have the same logits.
+    """Refuses models in which packed documents see each other.
+
+    Two documents must have the same logits when they are packed and when they are apart.
 
     Raises:
-        MisconfigurationException: if they see each other.
+        MisconfigurationException: if packed documents see each other.
     """
     with _exactly(model):
         # Two rows, as in a batch: flash attention keeps documents apart in a single row only.
@@ -72,7 +74,7 @@ def check_isolation(model: Any) -> None:
 def _depends(model: Any, inputs: Mapping[str, Tensor], outputs: slice, tokens: slice) -> bool | None:
     """Tells if the logits at some positions depend on the embeddings of tokens at others.
 
-    The gradient says it however small the weights are: across a mask it is exactly 0.
+    The gradient shows it even if the weights are small: across a mask it is exactly 0.
 
     Returns:
         None where no gradient can be had (sharded weights, kernels without one).

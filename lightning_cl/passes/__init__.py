@@ -1,1 +1,1 @@
-"""Extra passes over data, with the mathematics' view of a model: samples, student, teacher, heads, generation."""
+"""Extra passes over data, and access to a model's parts: samples, student, teacher, heads, generation."""

@@ -1,4 +1,4 @@
-"""The losses whose squared single-sample gradients make a Fisher estimate, for any module and whole batches."""
+"""The losses whose squared single-sample gradients give a Fisher estimate, for any module and whole batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_cl.passes.passes import training_loss
 Estimator = Literal["auto", "sample", "empirical", "exact", "batched"]
 ESTIMATORS = ("auto", "sample", "empirical", "exact", "batched")
 _EXACT_LIMIT = 4096
-# With `auto`: a Fisher without the noise of drawn labels is worth so many backward passes.
+# `auto` makes at most this many backward passes for a Fisher without the noise of drawn labels.
 _EXACT_BY_ITSELF = 32
 
 
@@ -27,10 +27,10 @@ class FisherLosses:
     Args:
         trainer: inside ``fit``.
         pl_module: the module.
-        estimator: where the labels come from (:mod:`lightning_cl.functional.ewc`).
+        estimator: the source of the labels (:mod:`lightning_cl.functional.ewc`).
         outputs: a user's function that gives logits, or None.
-        seed: of the sampled labels; every sample has a generator of its own, so that they do not depend on batches and
-            ranks.
+        seed: seed of the sampled labels. Every sample has its own generator, so that its labels do not depend on
+            batches and ranks.
         owner: the callback's name, for messages.
 
     Attributes:
@@ -53,7 +53,7 @@ class FisherLosses:
         self._shifted: bool | None = None
 
     def __call__(self, batch: Any, numbers: list[int]) -> tuple[Iterable[Tensor], int]:
-        """Scalars, each a sum over the batch's samples, and how many positions bear loss."""
+        """Returns scalars, each a sum over the batch's samples, and the number of positions that bear loss."""
         if self.estimator in ("empirical", "batched"):
             return self._with_data_labels(batch, numbers)
         logits = self.read_logits(batch)
@@ -67,7 +67,7 @@ class FisherLosses:
             return self._with_data_labels(batch, numbers)
         selected, samples, mask = select(batch, logits, self.read_logits.shifted)
         most = int(torch.bincount(samples).max()) if len(samples) else 0
-        # Outputs that are not those of tokens have as many positions in every sample, so all batches decide alike.
+        # Without tokens, all samples have equally many positions, so the decision is the same for all batches.
         is_small = mask is None and most * selected.shape[-1] <= _EXACT_BY_ITSELF
         if self.estimator == "exact" or (self.estimator == "auto" and is_small):
             self.used.add("exact")
@@ -103,7 +103,7 @@ class FisherLosses:
             return [], 0
         mask = loss_positions(batch, shifted=self._shifted)
         count = int(mask.sum()) if mask is not None else len(numbers)
-        # A mean over tokens (over samples) times their number is the sum of the definition.
+        # The Fisher is defined with the sum over tokens or samples, which is their mean times their number.
         return [loss * count], count
 
 
@@ -111,8 +111,8 @@ def select(batch: Any, logits: Tensor, shifted: bool) -> tuple[Tensor, Tensor, T
     """The logits of the positions that bear loss.
 
     Returns:
-        ``[positions, classes]``; for each, which sample of the batch it belongs to; and the mask ``[samples, length]``
-        they were selected by (None for outputs that are not those of tokens: there all positions count).
+        the logits ``[positions, classes]``; for each position the index of its sample in the batch; and the mask
+        ``[samples, length]`` that selected them. Without tokens, all positions count and the mask is None.
     """
     logits = aligned(batch, logits, shifted)
     mask = loss_positions(batch, logits, shifted)

@@ -1,4 +1,4 @@
-"""Text that a model writes after several prompts at once: the most probable one, or drawn from its distribution."""
+"""Generation of text after several prompts at once: the most probable tokens, or drawn ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Written:
     """A text that a model wrote after a prompt.
 
     Args:
-        ids: the new tokens, up to and with the one that ended it.
-        ended: True if the last one is an end token; else the text was cut off.
+        ids: the new tokens, with the end token if there is one.
+        ended: True if the last token is an end token; else the text was cut off.
         surprise: mean of −log p of these tokens under the model, at temperature 1, in nats.
     """
 
@@ -41,17 +41,17 @@ def continue_tokens(
 ) -> list[list[int]]:
     """Lets a ``transformers`` model write after each prompt, the most probable token at each position.
 
-    The model is in evaluation mode meanwhile. Prompts are padded on the left, so that all of them end at one place.
+    The model is in evaluation mode during this. Prompts are padded on the left, so that all end at the same position.
 
     Args:
-        model: with ``generate``.
-        prompts: token ids, none empty.
-        max_new_tokens: the longest answer.
-        pad_id: what to pad with.
-        end_ids: tokens that end an answer, next to those of the model's own ``generation_config``.
+        model: a model with ``generate``.
+        prompts: token ids of each prompt; none is empty.
+        max_new_tokens: the most tokens of an answer.
+        pad_id: the token to pad with.
+        end_ids: tokens that end an answer, in addition to those of the model's own ``generation_config``.
 
     Returns:
-        for each prompt the new tokens, up to and without the one that ends the answer.
+        for each prompt the new tokens, without the end token.
     """
     ends = _ends(model, end_ids)
     rows = _generate(model, prompts, max_new_tokens, pad_id, ends)
@@ -70,18 +70,18 @@ def sample_tokens(
 ) -> list[Written]:
     """Lets a ``transformers`` model write after each prompt, drawn from its distribution.
 
-    Each prompt has random numbers of its own, one for each place: what is written after it depends neither on the
-    prompts next to it nor on the global random states, and moves none of them.
+    Each prompt has its own random numbers, one for each position. So its text does not depend on the other prompts or
+    on the global random states, and these states are not changed.
 
     Args:
-        model: with ``generate``.
-        prompts: token ids, none empty.
-        max_new_tokens: the longest answer.
-        pad_id: what to pad with.
-        seeds: one for each prompt.
-        temperature: above 0; what the logits are divided by.
+        model: a model with ``generate``.
+        prompts: token ids of each prompt; none is empty.
+        max_new_tokens: the most tokens of a text.
+        pad_id: the token to pad with.
+        seeds: a seed for each prompt.
+        temperature: the logits are divided by it; above 0.
         top_p: draw among the fewest most probable tokens that have this probability together (Holtzman et al. 2020).
-        end_ids: tokens that end an answer, next to those of the model's own ``generation_config``.
+        end_ids: tokens that end a text, in addition to those of the model's own ``generation_config``.
     """
     ends = _ends(model, end_ids)
     drawing = _Drawing(seeds, max_new_tokens, temperature, top_p)
@@ -94,7 +94,7 @@ def sample_tokens(
 
 
 class _Drawing:
-    """A logits processor that draws: it leaves one token possible, which a greedy search then takes."""
+    """A logits processor that draws one token and excludes all others, so that a greedy search takes it."""
 
     def __init__(self, seeds: Sequence[int], steps: int, temperature: float, top_p: float) -> None:
         numbers = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -104,21 +104,21 @@ class _Drawing:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # Sums along a row have no deterministic kernel on CUDA.
-        where = "cpu" if torch.are_deterministic_algorithms_enabled() else scores.device
-        numbers = self.numbers[:, len(self.surprises)].to(where)
-        tokens = draw(scores.to(where), numbers, self.temperature, self.top_p).to(scores.device)
+        device = "cpu" if torch.are_deterministic_algorithms_enabled() else scores.device
+        numbers = self.numbers[:, len(self.surprises)].to(device)
+        tokens = draw(scores.to(device), numbers, self.temperature, self.top_p).to(scores.device)
         self.surprises.append(-scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu())
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """One token for each row of logits, by inverting the distribution function.
+    """Draws one token for each row of logits, by inverting the distribution function.
 
     Args:
         logits: ``[rows, vocabulary]``.
         numbers: ``[rows]``, uniform in [0, 1).
         temperature: above 0.
-        top_p: the probability of what is drawn from; 1: all tokens.
+        top_p: draw among the fewest tokens that have this probability together; 1: among all tokens.
 
     Returns:
         int64 ``[rows]``.
@@ -126,16 +126,18 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_p: float
     p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         p = p.masked_fill(~_most_probable(p, top_p), 0.0)
-    # In the order of the vocabulary: that of nearly equal probabilities is a matter of rounding.
+    # Tokens stay in the order of the vocabulary, since sorting nearly equal probabilities depends on rounding.
     reached = p.cumsum(-1)
     total = reached[:, -1:]
-    target = torch.minimum(numbers[:, None].to(reached) * total, total * (1 - 1e-6))  # never after the last possible
+    target = torch.minimum(
+        numbers[:, None].to(reached) * total, total * (1 - 1e-6)
+    )  # so it never is beyond the last possible token
     return torch.searchsorted(reached, target, right=True)[:, 0]
 
 
 def _most_probable(p: Tensor, top_p: float) -> Tensor:
     """Marks the fewest tokens that have the probability `top_p` together: bool ``[rows, vocabulary]``."""
-    for count in (1024, p.shape[-1]):  # a thousand are mostly enough, and found in a tenth of the time
+    for count in (1024, p.shape[-1]):  # 1024 are nearly always enough, and take a tenth of the time
         largest, order = p.topk(min(count, p.shape[-1]))
         reached = largest.cumsum(-1)
         if bool((reached[:, -1] >= top_p).all()):
@@ -152,7 +154,7 @@ def _generate(
     ends: set[int],
     processors: Sequence[Any] = (),
 ) -> list[list[int]]:
-    """The new tokens of all rows, the most probable ones after `processors`, with what comes after an end token."""
+    """The most probable new tokens of all rows after `processors`, including the tokens after an end token."""
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -190,17 +192,17 @@ def _ends(model: Any, end_ids: Sequence[int]) -> set[int]:
 
 
 def _end(row: list[int], ends: set[int]) -> int:
-    """The place of the first end token; the length where there is none."""
-    return next((place for place, token in enumerate(row) if token in ends), len(row))
+    """The position of the first end token; the length if there is none."""
+    return next((position for position, token in enumerate(row) if token in ends), len(row))
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
-    """A prompt as the model is to see it.
+    """The tokens of a prompt in the form that the model was trained with.
 
     Args:
-        tokenizer: of the model.
-        prompt: a text to continue; with `chat`, what a user says.
-        chat: write it as the user's turn of the tokenizer's chat template, with the beginning of the answer.
+        tokenizer: the model's tokenizer.
+        prompt: a text to continue; with `chat`, the message of a user.
+        chat: write the prompt as the user's turn in the tokenizer's chat template, with the beginning of the answer.
     """
     if chat:
         text = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""A causal language model taken apart: hidden states first, logits of the positions that need them afterwards."""
+"""A causal language model in two steps: first hidden states, then logits at the positions that need them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 class SplitHead:
-    """Decoder and head of a ``transformers`` model, under peft or not.
+    """Decoder and head of a ``transformers`` model, with peft or without.
 
-    What stands between head and logits (soft-capping is known) differs between architectures, so both ways are
-    compared on a few tokens first.
+    Architectures differ in the operations between head and logits (soft-capping is supported). So the logits of the
+    two steps are first compared with the model's own on a few tokens.
 
     Args:
-        model: with ``get_decoder`` and ``get_output_embeddings``.
-        quiet: say nothing where the head cannot be taken apart.
+        model: a model with ``get_decoder`` and ``get_output_embeddings``.
+        quiet: print nothing if the head cannot be separated.
 
     Attributes:
-        exact: whether both ways give the same logits; if not, the model's own loss has to be used.
-        vocabulary: logits of a position.
+        exact: True if the two steps give the model's logits; if not, the model's own loss has to be used.
+        vocabulary: number of logits at a position.
     """
 
     def __init__(self, model: Any, quiet: bool = False) -> None:
@@ -36,12 +36,12 @@ class SplitHead:
             rank_zero_info(f"{name}: its head cannot be taken apart; the loss needs all its logits")
 
     def hidden_states(self, inputs: Mapping[str, Any]) -> Tensor:
-        """``[batch, length, width]``, what the head reads."""
+        """The input of the head, ``[batch, length, width]``."""
         result: Tensor = self._causal.get_decoder()(**{**inputs, "use_cache": False}).last_hidden_state
         return result
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[…, vocabulary]`` of ``[…, width]``."""
+        """The logits ``[…, vocabulary]`` of hidden states ``[…, width]``."""
         return self.bend(self.head(hidden))
 
     @property
@@ -55,12 +55,12 @@ class SplitHead:
         return self._causal.get_output_embeddings()
 
     def bend(self, logits: Tensor) -> Tensor:
-        """The soft cap, for models that have one."""
+        """Applies the soft cap to logits, for models that have one."""
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def _agrees(self) -> bool:
         if getattr(getattr(self._causal, "config", None), "output_router_logits", False):
-            return False  # experts' auxiliary loss comes with the model's own
+            return False  # only the model's own loss includes the auxiliary loss of its experts
         try:
             decoder, head = self._causal.get_decoder(), self._causal.get_output_embeddings()
         except (AttributeError, NotImplementedError):
@@ -69,7 +69,7 @@ class SplitHead:
             return False
         with evaluated(self._causal):
             ids = few_tokens(self._causal)
-            # An untrained model's logits are small: larger ones show what bends them.
+            # An untrained model's logits are small. Larger ones show a cap or another nonlinearity.
             for factor in (1.0, 1000.0):
                 handle = decoder.register_forward_hook(_scaled(factor))
                 try:
@@ -98,7 +98,7 @@ def _scaled(factor: float) -> Any:
 
 @contextmanager
 def evaluated(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients inside; afterwards each submodule has its own mode again."""
+    """Puts a model in evaluation mode without gradients inside the block, and restores all modes after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The logits of a batch: how they are reached, and which positions of a batch bear loss."""
+"""The logits of a batch: reads them from any module, and finds the positions that bear loss."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ OutputsFunction = Callable[[L.LightningModule, Any], Tensor]
 
 
 class LogitsReader:
-    """Reaches a module's logits: by a user's function, or from the submodule whose output has ``.logits``.
+    """Reads a module's logits by a user's function, or from the submodule whose output has ``.logits``.
 
-    What is run to see that submodule's output is the module's method ``batch_logits(batch)``, else its
+    To see that submodule's output, the module's method ``batch_logits(batch)`` is run if it has one, else its
     ``training_step``.
 
     Args:
@@ -46,7 +46,7 @@ class LogitsReader:
                 caught.append((module, logits))
 
         if self._outputs is not None:
-            # Whose logits a user's function gives, if any model's: it says which labels they are to be held against.
+            # If the user's function calls a model, the model's class decides which labels the logits belong to.
             first, self._asked = not self._asked, True
             handles = [module.register_forward_hook(catch) for module in self._module.modules() if first]
             try:
@@ -61,7 +61,7 @@ class LogitsReader:
             return None
         watched = list(self._module.modules()) if self.source is None else [self.source]
         handles = [module.register_forward_hook(catch) for module in watched]
-        # A module whose training_step makes no logits offers them by a method of that name.
+        # A module whose training_step makes no logits can give them by this method.
         own = getattr(type(self._module), "batch_logits", None)
         returned = None
         try:
@@ -82,16 +82,16 @@ class LogitsReader:
 
     @property
     def shifted(self) -> bool:
-        """Returns True if position t predicts token t + 1: not in masked, token-classifying, encoder-decoder models."""
+        """True if position t predicts token t + 1; False for masked, token-classifying and encoder-decoder models."""
         name = type(self.source).__name__
         unshifted = name.endswith(("ForMaskedLM", "ForTokenClassification", "ForPreTraining"))
         return not unshifted and not getattr(getattr(self.source, "config", None), "is_encoder_decoder", False)
 
 
 def aligned(batch: Any, outputs: Tensor, shifted: bool = True) -> Tensor:
-    """Outputs ``[batch, length, …]`` at the batch's own tokens: without those of virtual tokens in front of them.
+    """Outputs ``[batch, length, …]`` at the batch's own tokens, without those of virtual tokens before them.
 
-    Prompt and prefix tuning put some in front; the labels know nothing of them.
+    Prompt and prefix tuning put virtual tokens before a text, and these have no labels.
     """
     if not isinstance(batch, Mapping) or outputs.ndim != 3:
         return outputs
@@ -105,14 +105,14 @@ def loss_positions(batch: Any, logits: Tensor | None = None, shifted: bool = Tru
     """Marks the positions of a batch of token sequences that predict a token that bears loss.
 
     Args:
-        batch: with ``input_ids`` and, as Hugging Face has it, ``labels`` (−100: no loss), or ``loss_mask``, or
+        batch: a batch with ``input_ids`` and, as in Hugging Face, ``labels`` (−100: no loss), or ``loss_mask``, or
             ``attention_mask``.
-        logits: if given, positions are only returned when their length fits.
+        logits: if given, positions are only returned if the length of the logits fits.
         shifted: True: position t predicts token t + 1 (causal models); False: position t predicts label t.
 
     Returns:
-        bool ``[batch, length − 1]`` (not shifted: ``[batch, length]``); None for a batch that is no token sequence, as
-        that of a classifier.
+        bool ``[batch, length − 1]`` (not shifted: ``[batch, length]``); None if the batch is not of token sequences, or
+        has one label for each sequence.
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
         return None
@@ -122,7 +122,7 @@ def loss_positions(batch: Any, logits: Tensor | None = None, shifted: bool = Tru
         return None
     begin = 1 if shifted else 0
     if isinstance(labels, Tensor):
-        # Labels of another shape: a classifier of sequences, one label each.
+        # Labels of another shape belong to a classifier, with one label for each sequence.
         return labels[:, begin:] != -100 if labels.shape == reference.shape and labels.ndim == 2 else None
     if "label" in batch:
         return None

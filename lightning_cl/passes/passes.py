@@ -1,4 +1,4 @@
-"""Extra passes over a task's data that leave no trace: what Fisher estimates and their like run in."""
+"""Extra passes over a task's data, as for Fisher estimates, that do not change module or training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_cl.stopping import heed
 
 @contextmanager
 def non_reentrant_checkpoints() -> Iterator[None]:
-    """Gradient checkpointing of the old, reentrant kind does not know gradients of some tensors alone; the new does."""
+    """Makes gradient checkpointing non-reentrant inside the block; else no gradients of only some tensors exist."""
 
     class NonReentrant:
         @staticmethod
@@ -39,14 +39,14 @@ def non_reentrant_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the module is as it was.
+    """Puts the module in evaluation mode inside the block, and restores its state after it.
 
-    Kept are the mode of each submodule, buffers (batch norm), torchmetrics, ``.grad`` (not touched by the passes),
-    random states; logging is muted, as Lightning refuses it outside of its own steps.
+    It restores the mode of each submodule, buffers (batch norm), torchmetrics and random states; ``.grad`` is not
+    changed by the passes. Logging does nothing inside, since Lightning refuses it outside of its own steps.
     """
     modes = {module: module.training for module in pl_module.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
-    # Lists and dictionaries that modules fill in training_step, for use at the end of an epoch.
+    # Modules may fill lists and dictionaries in training_step, for use at the end of an epoch.
     containers = {
         module: {name: copy.copy(value) for name, value in vars(module).items() if _is_users(name, value)}
         for module in pl_module.modules()
@@ -63,7 +63,7 @@ def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
             pl_module.__dict__[hook] = mute
         pl_module.eval()
         for module in pl_module.modules():
-            # Gradient checkpointing works in training mode alone; whoever needs it for training needs it here.
+            # Gradient checkpointing only works in training mode. A model that needs it for training needs it here too.
             if getattr(module, "gradient_checkpointing", False) and not getattr(module, "dropout", 0):
                 module.training = True
         try:
@@ -85,7 +85,7 @@ def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
 
 
 def _is_users(name: str, value: Any) -> bool:
-    """Returns True if an attribute is a plain container of the module's author, not of torch or Lightning."""
+    """Returns True if an attribute is a list or dictionary of the user's module, not of torch or Lightning."""
     return type(value) in (list, dict) and not name.startswith("_")
 
 
@@ -108,10 +108,10 @@ def _restore_attribute(owner: Any, name: str) -> Callable[[], None]:
 
 
 def progress(trainer: L.Trainer, items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
-    """Shows a bar for work outside of Lightning's loops, where the Trainer shows bars at all.
+    """Shows a progress bar for work outside of Lightning's loops, if the Trainer shows bars.
 
     Raises:
-        SIGTERMException: between two items, where the process was told to stop.
+        SIGTERMException: between two items, if the process was told to stop.
     """
     bar = trainer.progress_bar_callback
     hidden = bar is None or getattr(bar, "is_disabled", False) or trainer.global_rank > 0
@@ -128,14 +128,14 @@ def to_device(trainer: L.Trainer, batch: Any) -> Any:
 
 
 def forward_context(trainer: L.Trainer) -> Any:
-    """The precision that training runs in; fp32 instead of fp16, whose small gradients of single samples underflow."""
+    """The precision of training; but fp32 instead of fp16, in which small single-sample gradients underflow."""
     if trainer.precision == "16-mixed":
         return nullcontext()
     return trainer.precision_plugin.forward_context()
 
 
 def training_loss(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
-    """The loss of ``training_step`` on the bare module: no wrapper that would average gradients over ranks."""
+    """The loss of ``training_step`` on the bare module, without a wrapper that would average gradients over ranks."""
     takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
     with forward_context(trainer):
         output = pl_module.training_step(batch, 0) if takes_index else pl_module.training_step(batch)

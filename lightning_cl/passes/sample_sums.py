@@ -1,4 +1,4 @@
-"""A pass over a task's samples that adds up what single gradients are: the Lightning side of the Fisher engine."""
+"""A pass over a task's samples that sums transformed single-sample gradients, such as squares for the Fisher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_cl.passes.passes import leaving_no_trace, non_reentrant_checkpoin
 from lightning_cl.passes.task_samples import TaskSamples, rows_of
 
 LossesOf = Callable[[Any, list[int]], tuple[Iterable[Tensor], int]]
-"""``losses_of(batch, numbers)``: scalars, each a sum over the batch's samples, and how many positions bear loss."""
+"""``losses_of(batch, numbers)`` gives scalars (sums over the batch's samples) and the number of loss positions."""
 
 _PROBE = 3
 
@@ -43,17 +43,17 @@ def sum_over_samples(
 ) -> SampleSums:
     """``Σ_x transform(∂L_x/∂θ)`` over a task's samples and all ranks, and the number of positions that bear loss.
 
-    A batch at a time by :class:`~lightning_cl.functional.sample_gradients.SampleGradients`, after three samples have
-    been measured in both ways; parameters of which the two differ, or that no rule covers, one sample at a time in a
-    second pass, by plain autograd.
+    :class:`~lightning_cl.functional.sample_gradients.SampleGradients` measures a batch at a time. First, it is compared
+    with plain autograd on three samples. Parameters whose results differ, or that no rule covers, are measured by
+    autograd in a second pass, one sample at a time.
 
     Args:
-        trainer: inside ``fit``.
+        trainer: the Trainer inside ``fit``.
         pl_module: the module.
         parameters: name to parameter.
         samples: this rank's samples.
-        losses_of: the loss whose gradient is meant.
-        transform: in place, applied to each sample's gradient.
+        losses_of: gives the loss to differentiate.
+        transform: applied in place to each sample's gradient.
         sink: see :class:`~lightning_cl.functional.sample_gradients.SampleGradients`.
     """
     positions = left_out = 0
@@ -63,7 +63,7 @@ def sum_over_samples(
         if probe is not None:
             numbers, batch, singles = probe
             rows = [rows_of(batch, slice(row, row + 1)) for row in range(len(numbers))]
-            # Data that is augmented at random is another one at each look: then the batch's own rows decide.
+            # Randomly augmented samples differ each time they are read. Then the rows of the batch are compared.
             for alone in (singles, rows):
                 engine.loose.intersection_update(engine.never)
                 bound = [_bound(losses_of, one, [number]) for number, one in zip(numbers, alone, strict=True)]
@@ -72,7 +72,7 @@ def sum_over_samples(
                 except (RuntimeError, ValueError, TypeError, IndexError):
                     if alone is singles:
                         raise
-                    engine.loose.update(parameters)  # a batch that has no rows to be looked at alone
+                    engine.loose.update(parameters)  # the batch cannot be divided into rows
                 if not engine.loose:
                     break
         engine.sink = sink
@@ -106,7 +106,7 @@ def sum_over_samples(
 
 
 def look_at_one(trainer: L.Trainer, pl_module: L.LightningModule, losses_of: LossesOf) -> None:
-    """Computes the loss of one sample: what cannot work is to be found before a task is trained, and not behind it."""
+    """Computes the loss of one sample, so that an error is found before a task is trained, and not after it."""
     with leaving_no_trace(pl_module), torch.no_grad():
         batch = TaskSamples(trainer, 1, 0, "").one()
         if batch is not None:
@@ -120,14 +120,14 @@ def squared_batch_gradients(
     samples: TaskSamples,
     losses_of: LossesOf,
 ) -> SampleSums:
-    """``Σ_m (∂ Σ_{x in batch m} L_x / ∂θ)²``: what is not the Fisher, and often taken for it.
+    """Computes ``Σ_m (∂ Σ_{x in batch m} L_x / ∂θ)²``, which is often used instead of the Fisher but differs from it.
 
     Args:
-        trainer: inside ``fit``.
+        trainer: the Trainer inside ``fit``.
         pl_module: the module.
         parameters: name to parameter.
         samples: this rank's samples.
-        losses_of: the loss of a batch.
+        losses_of: gives the loss of a batch.
     """
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     positions = left_out = 0
@@ -142,7 +142,7 @@ def squared_batch_gradients(
 
 
 def _add(engine: SampleGradients, losses_of: LossesOf, batch: Any, numbers: list[int]) -> int | None:
-    """Adds a batch; gives how many positions bear loss, or None if the loss is not finite and nothing was added."""
+    """Adds a batch; returns its number of loss positions, or None if the loss is not finite and nothing was added."""
     positions = 0
 
     def losses() -> Iterable[Tensor]:
@@ -175,7 +175,7 @@ def _bound(losses_of: LossesOf, batch: Any, numbers: list[int]) -> Callable[[], 
 
 
 def _of_all_ranks(trainer: L.Trainer, loose: set[str], names: list[str]) -> set[str]:
-    """Agrees over ranks: a parameter that is loose on one rank is loose on all."""
+    """The parameters that are loose on any rank; they have to be loose on all ranks."""
     if trainer.world_size == 1:
         return loose
     flags = torch.tensor([float(name in loose) for name in names], device=trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""The student: a callback reaches what a module has just computed, so that no forward pass is run twice."""
+"""The student: callbacks read the outputs that a module has just computed, so no forward pass is run twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 class Call(NamedTuple):
-    """One call of a part of the module, and how logits come from what it returned."""
+    """One call of a part of the module, with a function that reads hidden states or logits from its result."""
 
     part: nn.Module
     run: Callable[..., Any]
@@ -35,13 +35,13 @@ class Call(NamedTuple):
 
     @property
     def has_trained_inputs(self) -> bool:
-        """True if something that is trained made the inputs: a projector, a soft prompt."""
+        """True if a trained part, such as a projector or a soft prompt, made the inputs."""
         found: list[Tensor] = []
         apply_to_collection((self.args, self.kwargs), Tensor, found.append)
         return any(tensor.requires_grad for tensor in found)
 
     def head_with(self, tensors: Mapping[str, Tensor]) -> Head:
-        """The head with other tensors in the place of its own: hidden states to logits; the identity without a head."""
+        """A function from hidden states to logits: the head with other tensors; the identity if there is no head."""
 
         def logits(hidden: Tensor) -> Tensor:
             if self.head is None or self.bend is None:
@@ -54,10 +54,11 @@ class Call(NamedTuple):
 
 
 class Student:
-    """Watches the part of a module that a training step's predictions come from.
+    """Reads the predictions of a training step from the part of the module that computes them.
 
-    In this order: a user's function, which runs the module once more; the decoder of a ``transformers`` causal language
-    model, whose head can be applied to the positions that are needed; a submodule whose output has ``.logits``.
+    A user's function has priority; it runs the module once more. Next comes the decoder of a ``transformers`` causal
+    language model, whose head is then applied at the needed positions only. Last comes a submodule whose output has
+    ``.logits``.
 
     Args:
         trainer: the Trainer.
@@ -66,7 +67,7 @@ class Student:
         owner: the callback's name, for messages.
 
     Attributes:
-        shifted: whether position t predicts token t + 1.
+        shifted: True if position t predicts token t + 1.
     """
 
     def __init__(
@@ -116,24 +117,24 @@ class Student:
                     handle.remove()
                 if calls:
                     return True
-            break  # its own parts are no models by themselves
+            break  # parts of this model are not tried, since they are not complete models
         self._part = self._split = None
         return False
 
     def watch(self) -> None:
-        """From now on the last call is kept."""
+        """Begins to keep the latest call of the part."""
         if self._part is None or self._handle is not None:
             return
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._paused and torch.is_grad_enabled():  # not what a validation computes
+            if not self._paused and torch.is_grad_enabled():  # calls during validation are not kept
                 self._last = (args, kwargs, output)
 
         self._handle = self._part.register_forward_hook(keep, with_kwargs=True)
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
-        """Calls inside are not kept: they are the teacher's."""
+        """Stops keeping calls inside the block, for calls of the teacher."""
         self._paused = True
         try:
             yield
@@ -141,7 +142,7 @@ class Student:
             self._paused = False
 
     def take(self, batch: Any) -> tuple[Tensor, Call]:
-        """Outputs of the last training step, with their graph, and the call to repeat with other weights.
+        """Returns the outputs of the last training step with their graph, and the call, to repeat with other weights.
 
         Raises:
             MisconfigurationException: if the part was not called.
@@ -149,7 +150,7 @@ class Student:
         if self._outputs is not None:
             function = self._outputs
             call = Call(self._module, lambda item: function(self._module, item), (batch,), {}, lambda logits: logits)
-            # Running statistics have seen this batch in `training_step`.
+            # `training_step` has already updated running statistics with this batch, so they are restored.
             kept = {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
             logits = function(self._module, batch)
             for name, buffer in self._module.named_buffers():
@@ -177,7 +178,7 @@ class Student:
         return call.read(output), call
 
     def again(self, batch: Any) -> Any:
-        """Returns the part's output in one more ``training_step``, for inputs that trained parts before it make."""
+        """Returns the part's output in one more ``training_step``, needed if trained parts make its inputs."""
         outputs: list[Any] = []
         assert self._part is not None
         handle = self._part.register_forward_hook(lambda part, args, output: outputs.append(output))

@@ -1,4 +1,4 @@
-"""A choice of a task's samples for extra passes: one at a time, or in batches of like length."""
+"""A choice of a task's samples for extra passes: one at a time, or in batches of similar length."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _MOST_SAMPLES = 256
 class TaskSamples:
     """This rank's share of `count` samples of a task, on the device.
 
-    The choice is made once for all ranks: together they visit the samples that one process would. A sample has a
-    number, which is the same whatever the number of ranks and the size of batches.
+    The choice is the same for all ranks, and together they visit the samples that one process would visit. A sample has
+    a number, which does not depend on the number of ranks or the size of batches.
 
     Args:
-        trainer: inside ``fit``, with its training data set up.
-        count: how many samples in all; all of them, if the task has fewer.
+        trainer: the Trainer inside ``fit``, with its training data set up.
+        count: number of samples on all ranks; if the task has fewer, all of them.
         seed: seed of the choice.
-        label: what the progress display says.
-        loader: whose samples; default: the current task's training data.
-        batch_size: samples in a batch; default: that of the loader. Where the lengths of samples are known, a batch has
-            at most as many tokens as so many of the longest.
+        label: text of the progress display.
+        loader: the loader that has the samples; default: the current task's training loader.
+        batch_size: samples in a batch; default: that of the loader. If the lengths of samples are known, a batch has at
+            most as many tokens as `batch_size` of the longest samples.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TaskSamples:
         if not self.is_stream:
             indices = task_indices(self.loader)
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
-            everywhere = [(number, indices[place]) for number, place in enumerate(order[:count])]
+            everywhere = [(number, indices[position]) for number, position in enumerate(order[:count])]
             self._first = everywhere[:1]
             self._chosen = everywhere[trainer.global_rank :: trainer.world_size]
 
@@ -60,11 +60,11 @@ class TaskSamples:
         return self.count if self.is_stream else len(self._chosen)
 
     def count_batches(self) -> int:
-        """Returns the number of batches that :meth:`batches` gives on this rank; of a stream, at most."""
+        """Returns the number of batches that :meth:`batches` gives on this rank; for a stream, the most."""
         return -(-self.count // self._rows()) if self.is_stream else sum(1 for _ in self._groups(True))
 
     def singles(self) -> Iterator[tuple[int, Any]]:
-        """Each sample's number, and the sample as a batch of one."""
+        """Gives each sample's number, and the sample as a batch of one."""
         if self.is_stream:
             share = -(-self.count // self.trainer.world_size)
             samples = ((numbers[0], batch) for numbers, batch in self._stream(share, 1))
@@ -75,10 +75,10 @@ class TaskSamples:
             yield number, self._batch([index])
 
     def batches(self, like_length: bool = True) -> Iterator[tuple[list[int], Any]]:
-        """The numbers of a batch's samples, and the batch.
+        """Gives the numbers of each batch's samples, and the batch.
 
         Args:
-            like_length: whether samples are put together by length, where it is known, so that there is little padding.
+            like_length: put samples of similar length together if lengths are known, for less padding.
         """
         if self.is_stream:
             share = -(-self.count // self.trainer.world_size)
@@ -90,14 +90,14 @@ class TaskSamples:
             yield [number for number, _ in group], self._batch([index for _, index in group])
 
     def one(self) -> Any:
-        """A batch of one sample, on every rank, whatever its share; None where there is none."""
+        """A batch of one sample on every rank, whatever the rank's share; None if there is no sample."""
         if self.is_stream:
             first = next(self._stream(1, 1), None)
             return None if first is None else to_device(self.trainer, first[1])
         return self._batch([self._first[0][1]]) if self._first else None
 
     def probe(self, count: int) -> tuple[list[int], Any, list[Any]] | None:
-        """A few samples of different lengths, as a batch and one by one; None where there are none.
+        """A few samples of different lengths, as a batch and one by one; None if there are no samples.
 
         Returns:
             their numbers, the batch, and the batches of one.
@@ -112,8 +112,8 @@ class TaskSamples:
         ordered = [item for group in self._groups(True) for item in group]
         if not ordered:
             return None
-        places = sorted({round(i * (len(ordered) - 1) / max(count - 1, 1)) for i in range(count)})
-        picked = [ordered[place] for place in places]
+        positions = sorted({round(i * (len(ordered) - 1) / max(count - 1, 1)) for i in range(count)})
+        picked = [ordered[position] for position in positions]
         indices = [index for _, index in picked]
         return [number for number, _ in picked], self._batch(indices), [self._batch([index]) for index in indices]
 
@@ -131,17 +131,17 @@ class TaskSamples:
             return
         lengths = {index: length_of(index) for _, index in self._chosen}
         longest = getattr(self.loader, "block_length", None)
-        # Equal lengths in the order of the numbers.
+        # Samples of equal length stay in the order of their numbers.
         items = sorted(self._chosen)
         for group in groups_of_like_length([lengths[index] for _, index in items], rows, longest):
-            yield [items[place] for place in group]
+            yield [items[position] for position in group]
 
     def _batch(self, indices: Sequence[int]) -> Any:
         dataset, collate = self.loader.dataset, self.loader.collate_fn
         return to_device(self.trainer, collate([dataset[index] for index in indices]))
 
     def _stream(self, share: int, most: int) -> Iterator[tuple[list[int], Any]]:
-        """The first samples of each rank's own part. What is read here is not trained on."""
+        """Gives the first samples of this rank's part of a stream, which are read apart from training."""
         loader = self.loader.apart() if isinstance(self.loader, StreamLoader) else self.loader
         number = 0
         for batch in loader:
@@ -158,30 +158,30 @@ class TaskSamples:
 def groups_of_like_length(
     lengths: Sequence[int], rows: int, longest: int | None = None, most: int = _MOST_SAMPLES
 ) -> Iterator[list[int]]:
-    """Samples, by place, in batches with at most as many tokens as so many of the longest, from short to long.
+    """Groups positions of samples into batches of at most as many tokens as `rows` of the longest, from short to long.
 
     Args:
-        lengths: tokens of each.
-        rows: of the longest, in a batch.
-        longest: tokens of a row; by default, of the longest sample.
-        most: samples in a batch.
+        lengths: tokens of each sample.
+        rows: number of samples in a batch of the longest samples.
+        longest: tokens of a longest row; by default, of the longest sample.
+        most: the most samples in a batch.
     """
     longest = longest or max(lengths, default=1)
     group: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if group and ((len(group) + 1) * lengths[place] > rows * longest or len(group) == most):
+    for position in sorted(range(len(lengths)), key=lambda position: lengths[position]):
+        if group and ((len(group) + 1) * lengths[position] > rows * longest or len(group) == most):
             yield group
             group = []
-        group.append(place)
+        group.append(position)
     if group:
         yield group
 
 
 def check_samples(samples: int, batch_size: int | None) -> None:
-    """Checks that a number of samples and a batch size can be measured.
+    """Checks a number of samples and a batch size.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: if one is not a positive integer; the message names the argument.
     """
     check_integer("samples", samples, 1)
     if batch_size is not None:

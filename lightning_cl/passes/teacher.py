@@ -1,4 +1,4 @@
-"""A frozen copy of what a module was: the teacher of distillation, without a second module."""
+"""The teacher of distillation: a frozen copy of a module's earlier weights, without a second module."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning_cl.core.placement import clean_name, full_cpu, tensor_bytes
 
 
 class Teacher:
-    """The trainable tensors of a module as they were at one moment, put in their place for a forward pass.
+    """A copy of a module's trainable tensors, which replaces them during a forward pass.
 
-    What is frozen is not copied: under LoRA the teacher is a second, frozen adapter on the same base, a few megabytes.
-    The parameters of the student are not written to: other tensors stand in the module's places for the moment, so that
-    a graph that is waiting for its backward pass, the optimizer and DDP notice nothing.
+    Frozen tensors are not copied. Under LoRA, the teacher is a second, frozen adapter on the same base, of a few
+    megabytes. The student's parameters are not changed: during the pass, the module uses the copies in their stead.
+    So a graph that waits for its backward pass, the optimizer and DDP are not affected.
 
     Args:
-        module: as it is now; None for a later :meth:`load`.
-        dtype: of the copy; None: that of the parameters. Another type, or another device, takes a copy of all tensors,
-            the frozen ones too.
-        device: where the copy is and computes; None: where the parameters are.
+        module: the module with the weights to copy; None for a later :meth:`load`.
+        dtype: type of the copy; None: that of the parameters. With another type or device, all tensors are copied, the
+            frozen ones too.
+        device: device of the copy and of the teacher's computation; None: that of the parameters.
 
     Attributes:
-        copies: name (without ``_orig_mod.``) to tensor.
+        copies: the copies by name (without ``_orig_mod.``).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Teacher:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.copies: dict[str, Tensor] = {}
-        self._by_place: dict[tuple[nn.Module, str], Tensor] = {}
+        self._by_owner: dict[tuple[nn.Module, str], Tensor] = {}
         if module is not None:
             self.copies = {name: full_cpu(tensor) for name, tensor in self._to_copy(module).items()}
 
@@ -54,14 +54,14 @@ class Teacher:
         return {clean_name(name): tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
 
     def place(self, module: nn.Module) -> None:
-        """Brings the copies to where they compute.
+        """Moves the copies to the device and type that they compute with.
 
         Raises:
             MisconfigurationException: if the module has lost a tensor, or it has another shape.
         """
         present = {clean_name(n): t for n, t in [*module.named_parameters(), *module.named_buffers()]}
-        # What no checkpoint holds is computed, not learnt, and stays in its own type: rounded rotary frequencies would
-        # be wrong by radians some hundred tokens on.
+        # Tensors that are not in a checkpoint are computed, not learnt, and keep their type. Rounded rotary frequencies
+        # would be wrong by radians after some hundred tokens.
         saved = {clean_name(name) for name in module.state_dict()}
         for name, copy in self.copies.items():
             now_is = present[name].shape if name in present else ()
@@ -77,7 +77,7 @@ class Teacher:
 
     @contextmanager
     def in_place_of(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the module is its teacher, in evaluation mode and without gradients.
+        """Makes the module compute as the teacher inside the block, in evaluation mode and without gradients.
 
         Args:
             module: the module itself, or a part of it that is called alone.
@@ -93,11 +93,11 @@ class Teacher:
                 part.training = training
 
     def bind(self, module: nn.Module) -> None:
-        """Remembers which copy belongs to which place in the module; call it after :meth:`place`."""
+        """Assigns each copy to the modules and names that use its tensor; call it after :meth:`place`."""
         tensors = [*module.named_parameters(), *module.named_buffers()]
         copy_of = {id(tensor): self.copies[clean_name(n)] for n, tensor in tensors if clean_name(n) in self.copies}
-        # By place and not by tensor: a module may put another buffer in the place of one. Tied weights have several.
-        self._by_place = {
+        # The keys are module and name, since a module may replace a buffer's tensor. Tied weights have several keys.
+        self._by_owner = {
             (part, name): copy_of[id(tensor)]
             for part in module.modules()
             for name, tensor in [*part._parameters.items(), *part._buffers.items()]
@@ -105,7 +105,7 @@ class Teacher:
         }
 
     def complete(self, module: nn.Module) -> None:
-        """Copies what has become trainable since: until now it was frozen, and so it is as it was."""
+        """Copies tensors that have become trainable since; they were frozen until now, so they are still unchanged."""
         missing = {n: p for n, p in module.named_parameters() if p.requires_grad and clean_name(n) not in self.copies}
         if missing:
             self.copies.update({clean_name(name): full_cpu(p) for name, p in missing.items()})
@@ -113,16 +113,16 @@ class Teacher:
             self.bind(module)
 
     def tensors_of(self, part: nn.Module) -> dict[str, Tensor]:
-        """A part's own names to the copies that stand for its tensors, tied ones under each of their names."""
+        """The copies that replace a part's tensors, by the part's own names; tied tensors under each of their names."""
         return {
-            f"{prefix}.{name}" if prefix else name: self._by_place[inner, name]
+            f"{prefix}.{name}" if prefix else name: self._by_owner[inner, name]
             for prefix, inner in part.named_modules(remove_duplicate=False)
             for name in [*inner._parameters, *inner._buffers]
-            if (inner, name) in self._by_place
+            if (inner, name) in self._by_owner
         }
 
     def to_its_device(self, data: Any) -> Any:
-        """A batch or arguments where the teacher computes, in its type."""
+        """Moves a batch or arguments to the teacher's device, and converts them to its type."""
         if self.device is not None:
             data = move_data_to_device(data, self.device)
         if self.dtype is not None:
@@ -130,7 +130,7 @@ class Teacher:
         return data
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: full tensors on the CPU."""
+        """The copies for a checkpoint, as full tensors on the CPU."""
         return {name: full_cpu(tensor) for name, tensor in self.copies.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A sequence of tasks: trained, evaluated, predicted and planned."""
+"""Training, evaluation, prediction and planning of a sequence of tasks."""
 
 from lightning_cl.sequence.fit import fit_tasks
 

@@ -12,16 +12,16 @@ from lightning_cl.tasks import TaskPosition
 
 
 def describe_end(trainer: L.Trainer, loader: Any, task: TaskPosition, steps: int | None) -> str | None:
-    """Says what the methods do at a task's end, and how long that takes relative to its training.
+    """Describes the methods' work at a task's end, and its duration relative to the training.
 
     Args:
-        trainer: with the methods.
-        loader: the task's own training loader, nothing mixed into it.
-        task: which of how many it is.
-        steps: how many optimizer steps it is trained for; None where nobody knows.
+        trainer: the Trainer with the methods.
+        loader: the task's own training loader, with nothing mixed in.
+        task: position of the task in the sequence.
+        steps: number of optimizer steps that the task is trained for; None if it is not known.
 
     Returns:
-        as ``at its end: 48 Fisher batches, about 4 times its training``; None where there is next to nothing to do.
+        a text such as ``at its end: 48 Fisher batches, about 4 times its training``; None if there is hardly any work.
     """
     costs = [method.end_cost(trainer, loader, task) for method in TaskCoordinator.methods(trainer)]
     found = [cost for cost in costs if cost is not None]
@@ -38,7 +38,7 @@ def describe_end(trainer: L.Trainer, loader: Any, task: TaskPosition, steps: int
 
 
 def _trained_samples(trainer: L.Trainer, loader: Any, steps: int | None) -> float | None:
-    """Returns the samples of its own that a task is trained on, all passes counted; None where nobody knows."""
+    """Returns the number of the task's own samples in all its passes; None if it is not known."""
     if steps is None or why_not_plannable(loader) is not None:
         return None
     batches = len(loader)

@@ -1,4 +1,4 @@
-"""Evaluation outside of a sequence, task by task, and the plan of a run in words."""
+"""Evaluation outside of a sequence, task by task, and the description of a run's plan."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def evaluate_tasks(
         module: the module.
         data: the tasks; for ``test``, those that have test data.
         stage: ``validate`` or ``test``.
-        ckpt_path: where to load the weights from; ``"last"`` for the newest whole checkpoint.
+        ckpt_path: the checkpoint to load the weights from; ``"last"`` for the newest complete one.
 
     Returns:
-        for each task the logged metrics.
+        the logged metrics of each task.
 
     Raises:
         ValueError: if no task has test data.
@@ -66,7 +66,7 @@ def evaluate_tasks(
 
 
 def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
-    """Describes what a full run would do, with one sample of each task: a preflight begins with it."""
+    """Describes the plan of a full run, with one sample of each task; a preflight begins with it."""
     lines = ["Preflight: one batch of every task goes through. The full run:"]
     if any(data.text_data(task) for task in data.trained_tasks):
         lines.append(f"  {LEGEND}")
@@ -86,11 +86,11 @@ def describe_plan(trainer: L.Trainer, data: TaskDataModule) -> str:
 
 
 def describe_replay(trainer: L.Trainer, data: TaskDataModule) -> str:
-    """Describes what replay adds to the plan, known when something is there to replay: a preflight ends with it."""
+    """Describes the plan with replay, which needs samples in the buffers; a preflight ends with it."""
     lines = ["One batch of every task went through."]
     mixing = [method for method in TaskCoordinator.methods(trainer) if method.mixes]
     for index, task in enumerate(data.trained_tasks):
-        # In the first task there are no earlier ones; general data and the model's own is there.
+        # The first task has no earlier tasks, but general data and the model's own texts can be replayed.
         present = [method for method in mixing if index > 0 or method.replays_first]
         loader = data.train_loader(task)
         if is_indexed(loader) and present:

@@ -1,11 +1,10 @@
-"""``fit_tasks``: one call takes a module through a sequence of tasks, with one Trainer, one logger and one run folder.
+"""``fit_tasks``: one call trains a module on a sequence of tasks, with one Trainer, one logger and one run folder.
 
-How Lightning's loops are brought to do so is in :mod:`lightning_cl.core.loops`. Two more of its traps are dealt with
-here:
+:mod:`lightning_cl.core.loops` prepares Lightning's loops for this. Two more problems are solved here:
 
-* Callbacks carry scores and averages over. So they are put back to what they were before the first task
+* Callbacks would keep scores and averages of the task before. So their state from before the first task is restored
   (:mod:`lightning_cl.sequence.foreign_callbacks`).
-* Lightning's own checkpoints are written before a task's end. So a boundary checkpoint is written after it.
+* Lightning writes its own checkpoints before a task's end. So a boundary checkpoint is written after it.
 """
 
 from __future__ import annotations
@@ -57,24 +56,25 @@ def fit_tasks(
 ) -> dict[str, Any]:
     """Trains a module on one task after another.
 
-    The Trainer's ``max_epochs`` and ``max_steps`` are per task. Optimizer and schedule are fresh for each task;
-    EarlyStopping, ModelCheckpoint and all other callbacks of Lightning's start each task anew, with a folder for each
-    task's checkpoints. After each task come, in this order: what the callbacks measure and keep (importance, buffer),
-    the row of the matrix, and a boundary checkpoint ``tasks/<index>-<name>.ckpt`` in the run's folder.
+    The Trainer's ``max_epochs`` and ``max_steps`` are per task. Optimizer and schedule are new for each task.
+    EarlyStopping, ModelCheckpoint and all other callbacks of Lightning's start each task with their first state; each
+    task has its own folder for checkpoints. After each task, the callbacks first measure and keep what they need
+    (importance, buffer). Then the row of the matrix is measured. Last, a boundary checkpoint
+    ``tasks/<index>-<name>.ckpt`` is written into the run's folder.
 
     Args:
-        trainer: with the continual-learning callbacks. ``fast_dev_run`` is a preflight: the plan in words, then one
-            batch of every task; it measures nothing.
-        module: any LightningModule with automatic optimisation, unedited.
-        data: a :class:`~lightning_cl.TaskDataModule`, or what it takes as tasks: ``{name: DataModule or loader}``.
-        ckpt_path: a checkpoint of this sequence to resume from, inside a task or at a boundary, or ``"last"`` for the
-            newest whole one in the Trainer's ``default_root_dir``. Tasks may have been added at the end of the list:
-            then only those are trained.
-        load_best: each task ends with the weights of its best checkpoint, as the Trainer's ``ModelCheckpoint`` with a
-            ``monitor`` finds it: they are what the methods measure and keep, and what the next task starts from.
-        keep_checkpoints: ``all``, ``last``, ``none`` or a number: of how many tasks, the latest, the boundary
-            checkpoint stays, and with it what ``ModelCheckpoint`` wrote inside the task. The disk never holds more than
-            these and those of the present task. With ``none``, the last boundary is deleted when the run has ended.
+        trainer: a Trainer with the continual-learning callbacks. With ``fast_dev_run`` the call is a preflight: it
+            prints the plan, trains one batch of every task, and measures nothing.
+        module: any LightningModule with automatic optimisation, without changes.
+        data: a :class:`~lightning_cl.TaskDataModule`, or the tasks for one: ``{name: DataModule or loader}``.
+        ckpt_path: a checkpoint of this sequence to resume from, inside a task or at a boundary. ``"last"`` is the
+            newest complete one in the Trainer's ``default_root_dir``. If tasks were added at the end of the list, only
+            those are trained.
+        load_best: end each task with the weights of its best checkpoint, as the Trainer's ``ModelCheckpoint`` with a
+            ``monitor`` finds it. The methods then measure these weights, and the next task starts from them.
+        keep_checkpoints: the number of latest tasks whose boundary checkpoints and ``ModelCheckpoint`` files stay:
+            ``all``, ``last``, ``none`` or a number. During the run, the disk has only these and those of the present
+            task. With ``none``, the last boundary checkpoint is deleted when the run has ended.
 
     Returns:
         The retention summary of :class:`~lightning_cl.TaskMatrix`; without one, an empty dictionary.
@@ -82,7 +82,7 @@ def fit_tasks(
     Raises:
         ValueError, FileNotFoundError, TypeError: for data that cannot be used, before any training.
         MisconfigurationException: for a Trainer, module or checkpoint that does not fit, before any training.
-        SIGTERMException, KeyboardInterrupt: where SIGTERM or Ctrl-C has stopped the run; how to resume is said.
+        SIGTERMException, KeyboardInterrupt: if SIGTERM or Ctrl-C has stopped the run; a message says how to resume.
     """
     if not isinstance(data, TaskDataModule):
         data = TaskDataModule(data)
@@ -113,7 +113,7 @@ def _train(
     limits: Limits,
     keep: int | None,
 ) -> bool:
-    """The loop over the tasks; says if it began with the plan."""
+    """Trains on the tasks one after another; returns True if the plan was printed first."""
     if checkpoint_path is not None:
         _load(trainer, data, coordinator, checkpoint_path)
     elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -147,7 +147,7 @@ def _train(
         if index + 1 < len(tasks):
             heed(trainer, all_ranks=True)
     if start == len(tasks) and checkpoint_path is not None:
-        rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go behind them in the list")
+        rank_zero_info(f"All {start} tasks are trained in {checkpoint_path}; new ones go after them in the list")
         _load_weights(trainer, module, data, checkpoint_path)
     for method in methods_of(trainer):
         method.on_sequence_end(trainer, module)
@@ -179,16 +179,16 @@ def _prepare(
     coordinator = TaskCoordinator.of(trainer)
     coordinator.load_best = load_best
     coordinator.begin_sequence(trainer, data, checkpoint_path)
-    # Before the first evaluation, which makes ModelCheckpoint fix its folder.
+    # This comes before the first evaluation, in which ModelCheckpoint sets its folder.
     _remember_foreign(trainer, coordinator)
     return coordinator
 
 
 def _check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Refuses settings of the Trainer that would silently mean something else in a sequence.
+    """Refuses settings of the Trainer that would silently have another effect in a sequence.
 
     Raises:
-        MisconfigurationException: saying what to do instead.
+        MisconfigurationException: if there is one; the message says what to do instead.
     """
     overfit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
     if overfit > 0:
@@ -216,12 +216,12 @@ def _check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def _tell_plan_first(trainer: L.Trainer, data: TaskDataModule) -> bool:
-    """Begins a preflight with the plan, before a model is built, and says if it could.
+    """Prints the plan of a preflight before a model is built; returns False if that is not possible yet.
 
-    With several processes Lightning has to start them first, and somebody's DataModule may need more of the Trainer.
+    With several processes, Lightning has to start them first. A user's DataModule may need more of the Trainer.
     """
-    theirs = any(isinstance(task.train, L.LightningDataModule) for task in data.tasks)
-    if not trainer.fast_dev_run or trainer.world_size > 1 or theirs:  # type: ignore[attr-defined]
+    has_modules = any(isinstance(task.train, L.LightningDataModule) for task in data.tasks)
+    if not trainer.fast_dev_run or trainer.world_size > 1 or has_modules:  # type: ignore[attr-defined]
         return False
     data.trainer = trainer
     with untouched_random_state():
@@ -232,7 +232,7 @@ def _tell_plan_first(trainer: L.Trainer, data: TaskDataModule) -> bool:
 
 
 def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator, path: Path) -> None:
-    """Brings index, callbacks and data to where the checkpoint was written.
+    """Restores the task index, callbacks and data from a checkpoint.
 
     Raises:
         MisconfigurationException: if its tasks, callbacks or vocabulary are not those of the run.
@@ -248,7 +248,7 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
     if theirs[:reached] != ours[:reached]:
         raise MisconfigurationException(
             f"ckpt_path={str(path)!r}: it has been trained on the tasks {theirs[:reached]}, this run begins with"
-            f" {ours[:reached]}; give the same tasks in the same order, and new ones behind them"
+            f" {ours[:reached]}; give the same tasks in the same order, and new ones after them"
         )
     check_state(trainer, state, path)
     data.expected_fingerprint = state["fingerprint"]
@@ -257,17 +257,14 @@ def _load(trainer: L.Trainer, data: TaskDataModule, coordinator: TaskCoordinator
 
 
 def _load_weights(trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, path: Path) -> None:
-    """Nothing is left to train: the module still gets what the checkpoint's training ended with."""
+    """Loads a checkpoint's weights into the module when all tasks are trained already."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         if is_overridden("validation_step", module):
             trainer.validate(module, datamodule=data, ckpt_path=str(path), verbose=False)
         else:
-            module.configure_model()
-            checkpoint = read_checkpoint(path)
-            module.on_load_checkpoint(checkpoint)
-            module.load_state_dict(checkpoint["state_dict"])
+            TaskCoordinator.of(trainer).load_weights(trainer, module, read_checkpoint(path))
     finally:
         trainer.loggers = loggers
 
@@ -282,10 +279,10 @@ def _remember_foreign(trainer: L.Trainer, coordinator: TaskCoordinator) -> None:
 
 
 def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task, index: int) -> None:
-    """The user's own callbacks as when first seen, ModelCheckpoint with a folder per task."""
+    """Restores the first state of the user's callbacks, and gives ModelCheckpoint a folder for the task."""
     trainer.should_stop = False
     folder = run_folder(trainer)
-    _remember_foreign(trainer, coordinator)  # what the module's configure_callbacks has made since
+    _remember_foreign(trainer, coordinator)  # the module's configure_callbacks may have added some
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not starts_clean(callback):
             continue
@@ -293,14 +290,14 @@ def _reset_per_task(trainer: L.Trainer, coordinator: TaskCoordinator, task: Task
         if isinstance(callback, ModelCheckpoint):
             base = Path(callback.dirpath) if callback.dirpath else folder / "checkpoints"
             callback.dirpath = str(base / f"{index}-{task.slug}")
-            # "Nothing has been trained since": else its first save falls into the middle of an accumulation window.
+            # Without this, its first save would come in the middle of an accumulation window.
             nothing_trained_since(callback, trainer.global_step)
 
 
 def _boundary(
     trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, trained: int, ckpt_path: str | None = None
 ) -> None:
-    """Lets the methods evaluate and report; training does not notice."""
+    """Lets the methods evaluate and report, without an effect on training."""
     methods = TaskCoordinator.methods(trainer)
     with TaskCoordinator.of(trainer).evaluating():
         for method in sorted(methods, key=lambda m: m.boundary_order):
@@ -321,7 +318,7 @@ def _check_finished(coordinator: TaskCoordinator, position: TaskPosition) -> Non
 def _save_boundary(
     trainer: L.Trainer, coordinator: TaskCoordinator, tasks: list[Task], index: int, keep: int | None
 ) -> None:
-    """Writes ``tasks/<index>-<name>.ckpt``: the next task starts from here, with a fresh optimizer."""
+    """Writes ``tasks/<index>-<name>.ckpt``, from which the next task can start with a new optimizer."""
     forget_progress(trainer)
     coordinator.reach_boundary(trainer)
     # Trainer(enable_checkpointing=False) and fast_dev_run ask for no files.
@@ -331,7 +328,7 @@ def _save_boundary(
     trainer.save_checkpoint(path, weights_only=False)
     before_end, coordinator.before_end = coordinator.before_end, None
     if before_end is not None and trainer.is_global_zero:
-        before_end.unlink(missing_ok=True)  # the boundary has all of it
+        before_end.unlink(missing_ok=True)  # the boundary checkpoint has all of its content
     if trainer.is_global_zero:
         savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         inside = [Path(saver.dirpath).parent for saver in savers if saver.dirpath]
@@ -340,13 +337,13 @@ def _save_boundary(
 
 
 def _alone(trainer: L.Trainer) -> Any:
-    """A lock on the folder of a run that has none of its own."""
+    """A lock on the folder if the run has no logger, and so no folder of its own."""
     shared = not trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
     return only_run_in(run_folder(trainer)) if shared else nullcontext()
 
 
 def _how_to_resume(trainer: L.Trainer, coordinator: TaskCoordinator, methods: set[str]) -> str:
-    """Says where a run was stopped, and how it continues."""
+    """Describes the position at which a run was stopped, and how to resume it."""
     try:
         path = find_last_checkpoint(run_folder(trainer), methods)
     except (OSError, ValueError):

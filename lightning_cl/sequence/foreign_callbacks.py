@@ -1,9 +1,8 @@
-"""Other people's callbacks in a sequence of tasks: each starts a task clean, or is refused with a reason.
+"""Callbacks that are not of this package: each starts every task with its first state, or is refused with a reason.
 
-A callback of Lightning's is put back to what its owner made: scores, averages and counts of one task are nothing to the
-next. A callback of somebody else's is left alone, unless it has a ``state_dict``: that is what it says to be its
-memory, and it is loaded back as it was before the first task. One that is to remember all tasks says so by an attribute
-``over_tasks = True``.
+Lightning's own callbacks get all their attributes back, since scores, averages and counts of one task mean nothing in
+the next. A user's callback is not changed unless it has a ``state_dict``; that state is loaded back as it was before
+the first task. A callback that needs its state of all tasks has an attribute ``over_tasks = True``.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def check_foreign(trainer: L.Trainer) -> None:
     """Refuses callbacks that cannot start anew for each task.
 
     Raises:
-        MisconfigurationException: with the reason, and what to do instead.
+        MisconfigurationException: if there is one; the message gives the reason, and what to do instead.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in _REFUSED:
@@ -60,10 +59,10 @@ def check_foreign(trainer: L.Trainer) -> None:
 
 
 class Pristine:
-    """A callback as it was before the first task.
+    """The state of a callback before the first task.
 
     Args:
-        callback: a callback of Lightning's or somebody else's.
+        callback: a callback of Lightning's or of a user.
     """
 
     def __init__(self, callback: Callback) -> None:
@@ -72,10 +71,10 @@ class Pristine:
         self._state = copy.deepcopy(callback.state_dict()) if self._values is None else None
 
     def restore(self) -> None:
-        """Puts the callback back; what was kept stays as it is."""
+        """Restores the state in the callback; the stored state stays unchanged."""
         if self._values is not None:
             for name in vars(self.callback).keys() - self._values.keys() - _GIVEN:
-                delattr(self.callback, name)  # what it has found out since
+                delattr(self.callback, name)  # it was set during a task
             vars(self.callback).update(_copied(self._values))
         elif self._state is not None:
             self.callback.load_state_dict(copy.deepcopy(self._state))
@@ -86,7 +85,7 @@ _GIVEN = {"log", "log_dict"}
 
 
 def starts_clean(callback: Callback) -> bool:
-    """Tells if a callback is to be put back before each task."""
+    """Tells if a callback's first state is to be restored before each task."""
     if isinstance(callback, (ContinualCallback, ProgressBar)) or getattr(callback, "over_tasks", False):
         return False
     if type(callback).__module__.startswith("lightning_cl."):
@@ -95,13 +94,13 @@ def starts_clean(callback: Callback) -> bool:
 
 
 def is_lightnings(callback: Callback) -> bool:
-    """Tells if a callback is Lightning's, or one of somebody that extends it."""
+    """Tells if a callback's class is one of Lightning's, or extends one."""
     homes = {kind.__module__ for kind in type(callback).__mro__ if kind is not Callback and issubclass(kind, Callback)}
     return any(home.startswith(("lightning.pytorch.", "pytorch_lightning.")) for home in homes)
 
 
 def _copied(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of attributes; what cannot be copied (a lock) is kept as it is."""
+    """A copy of attributes; a value that cannot be copied, such as a lock, is taken as it is."""
     copied = {}
     for name, value in values.items():
         if name in _GIVEN:

@@ -1,4 +1,4 @@
-"""``lightning-cl predict``: what a model writes for each sample of each task, in one file."""
+"""``lightning-cl predict``: writes a model's answers to each sample of each task into one file."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def predict_tasks(
 ) -> Path | None:
     """Runs ``trainer.predict`` for each task.
 
-    Where ``predict_step`` gives a dictionary with ``prompt`` and ``generated`` for each sample, or lists of them, all
-    of them are written to ``predictions.jsonl`` in the run's folder, with the task's name as ``task``, and a few are
-    printed. What any other module returns is left to its callbacks, as with Lightning.
+    If ``predict_step`` gives a dictionary with ``prompt`` and ``generated`` for each sample, or lists of them, they are
+    written to ``predictions.jsonl`` in the run's folder, with the task's name as ``task``. A few are printed. The
+    outputs of other modules are left to callbacks, as in Lightning.
 
     Args:
         trainer: any Trainer.
         module: the module.
         data: the tasks.
-        ckpt_path: where to load the weights from; ``"last"`` for the newest whole checkpoint.
-        return_predictions: Lightning's; False keeps nothing in memory, and so writes no file.
-        folder: where the file goes; None: the run's folder.
+        ckpt_path: the checkpoint to load the weights from; ``"last"`` for the newest complete one.
+        return_predictions: Lightning's argument; with False no predictions are kept, so no file is written.
+        folder: the folder for the file; None: the run's folder.
 
     Returns:
         the file, or None if there is none.
@@ -55,7 +55,7 @@ def predict_tasks(
             )
         weights = None  # the module has them now
         found[task.name] = _records(outputs, task.name)
-    folder = folder or run_folder(trainer)  # asked on all ranks
+    folder = folder or run_folder(trainer)  # this needs a call on all ranks
     found = _of_all_ranks(found)
     if any(records is None for records in found.values()) or not any(found.values()):
         return None
@@ -79,7 +79,7 @@ def _records(outputs: Any, task: str) -> list[dict[str, Any]] | None:
 
 
 def _flat(outputs: Any) -> Iterator[Any]:
-    """Batches of samples, and for several loaders lists of those, one after another."""
+    """Gives the samples of batches one after another; with several loaders, batches are in lists."""
     if isinstance(outputs, (list, tuple)):
         for output in outputs:
             yield from _flat(output)
@@ -88,7 +88,7 @@ def _flat(outputs: Any) -> Iterator[Any]:
 
 
 def _of_all_ranks(found: dict[str, Any]) -> dict[str, Any]:
-    """Each rank has predicted its share of the samples."""
+    """Joins the predictions of all ranks, since each has predicted its share of the samples."""
     parts = from_all_ranks(found)
     return {
         name: None if any(part[name] is None for part in parts) else [record for part in parts for record in part[name]]

@@ -1,4 +1,4 @@
-"""Files of a run: one run in a folder at a time, and as many checkpoints as its owner wants."""
+"""Files of a run: allows one run in a folder at a time, and deletes checkpoints that the user does not keep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 _LOCK = ".run.lock"
 _REPORTS = ("report.json", "matrix.csv", "matrix.png", "importance.png", "predictions.jsonl")
-_OF_A_START = ("config.yaml", "hparams.yaml", "metrics.csv")  # what there is before the first step
+_OF_A_START = ("config.yaml", "hparams.yaml", "metrics.csv")  # files that exist before the first step
 
 
 def boundaries_to_keep(keep_checkpoints: str | int) -> int | None:
@@ -49,11 +49,12 @@ def drop_checkpoints(keep: int | None, tasks: Sequence[str], folder: Path, insid
     """Deletes the checkpoints of earlier tasks; to be called when the last task's boundary checkpoint is written.
 
     Args:
-        keep: of :func:`boundaries_to_keep`. The last one is deleted only where `final`: a run that is killed needs it.
+        keep: the result of :func:`boundaries_to_keep`. The last checkpoint is deleted only if `final`, since a killed
+            run needs it to resume.
         tasks: ``<index>-<name>`` of the tasks that are done.
-        folder: of the boundary checkpoints.
-        inside: the folders in which ``ModelCheckpoint`` makes one for each task.
-        final: whether there is no further task.
+        folder: the folder of the boundary checkpoints.
+        inside: the folders in which ``ModelCheckpoint`` makes a folder for each task.
+        final: True if there is no further task.
     """
     if keep is None:
         return
@@ -62,17 +63,17 @@ def drop_checkpoints(keep: int | None, tasks: Sequence[str], folder: Path, insid
             for path in (base / name).glob("*.ckpt"):
                 path.unlink(missing_ok=True)
             with suppress(OSError):
-                (base / name).rmdir()  # unless somebody else's files are in it
+                (base / name).rmdir()  # unless other files are in it
     for name in tasks[: len(tasks) - (keep if final else max(keep, 1))]:
         (folder / f"{name}.ckpt").unlink(missing_ok=True)
 
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Keeps a folder for one run, as long as it lasts; a killed process keeps nothing.
+    """Locks a folder for one run, until the block ends; the lock of a killed process ends too.
 
     Raises:
-        RuntimeError: if another run writes there now.
+        RuntimeError: if another run has locked the folder.
     """
     if sys.platform == "win32":
         yield
@@ -94,7 +95,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 break
-        os.close(descriptor)  # the run that had it has just ended, and deleted it
+        os.close(descriptor)  # the other run has just ended, and has deleted the lock file
     try:
         yield
     finally:
@@ -103,7 +104,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def set_aside(folder: Path) -> None:
-    """Moves what an earlier run without a folder of its own has left to ``tasks-v1`` (``-v2``, …), with a word."""
+    """Moves checkpoints and reports of an earlier run in this folder to ``tasks-v1`` (``-v2``, …), and warns of it."""
     tasks = folder / "tasks"
     reports = [folder / name for name in _REPORTS if (folder / name).is_file()]
     if not reports and not (tasks.is_dir() and any(tasks.iterdir())):
@@ -121,7 +122,7 @@ def set_aside(folder: Path) -> None:
 
 
 def first_missing(folder: Path) -> Path | None:
-    """The outermost folder that is made when `folder` is; None if that is there."""
+    """The outermost missing folder, which is made when `folder` is made; None if `folder` exists."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     return missing[-1] if missing else None
 
@@ -131,7 +132,7 @@ def forget_start(made: Path, folder: Path) -> None:
 
     Args:
         made: the outermost folder that the run has made.
-        folder: the run's.
+        folder: the run's folder.
     """
     files = [path for path in folder.rglob("*") if path.is_file()]
     if all(path.name in _OF_A_START or path.name.startswith("events.out.tfevents") for path in files):

@@ -657,7 +657,7 @@ def test_report_and_logs(tmp_path):
     (sentence,) = report["sentences"]
     share, mean = f"{counts['projected']} of 12 steps projected", f"{counts['cosines'] / 12:.2g} on average"
     assert sentence.startswith(f"AGEM, b: {share} (")
-    assert sentence.endswith(f"cosine with the memory's gradient {mean}")
+    assert sentence.endswith(f"cosine with the buffer's gradient {mean}")
     assert done.ends.weights
 
 
@@ -673,7 +673,7 @@ def test_a_memory_without_gradient_is_told(tmp_path):
     tasks = {"a": TensorDataset(torch.zeros_like(x), y), "b": TASKS["b"]}
     plain = run(tmp_path, None, seeded(NoBias), tasks)
     method = AGEM(12)
-    with pytest.warns(UserWarning, match=r"none of 12 steps of .*b.* was projected: the loss of the samples in memory"):
+    with pytest.warns(UserWarning, match=r"none of 12 steps of .*b.* was projected: the loss of the samples in the"):
         done = run(tmp_path, method, seeded(NoBias), tasks)
     assert_same(done.ends.weights[1], plain.ends.weights[1], rtol=0, atol=0)
     assert method.report()["sentences"] == ["AGEM, b: 0 of 12 steps projected (0%); in 12 steps that gradient was zero"]
@@ -708,7 +708,7 @@ def test_tasks_that_never_interfere_are_told(tmp_path):
     """The same task again, with all of it in memory and in every batch: both gradients are one."""
     tasks = {"a": TASKS["a"], "b": TASKS["a"]}
     method = AGEM(48)
-    with pytest.warns(UserWarning, match="never pointed against the memory's"):
+    with pytest.warns(UserWarning, match="never pointed against the buffer's"):
         run(tmp_path, method, tasks=tasks, batch_size=48)
     assert method.interference["b"] == {
         "steps": 2, "projected": 0, "zero": 0, "not_finite": 0, "cosines": pytest.approx(2.0)
@@ -732,7 +732,7 @@ def test_a_memory_whose_loss_is_not_finite_changes_nothing_and_is_told(tmp_path)
 
     plain = run(tmp_path, None)
     method, module = AGEM(12), seeded(Spoilt)
-    with pytest.warns(UserWarning, match="gradient of samples in memory is not finite in step 12"):
+    with pytest.warns(UserWarning, match="gradient of samples in the buffer is not finite in step 12"):
         fit(tmp_path, [AtStep(spoil), method], module, TASKS)
     assert_same(weights(module), plain.ends.weights[1], rtol=0, atol=0)
     assert method.interference["b"]["not_finite"] == 12
@@ -754,7 +754,7 @@ class DeepSpeedStrategy(SingleDeviceStrategy):
 
 
 def test_sharding_that_hides_gradients_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="AGEM: the memory's gradient cannot be taken of parameters"):
+    with pytest.raises(MisconfigurationException, match="AGEM: the buffer's gradient cannot be taken of parameters"):
         fit(tmp_path, [AGEM()], strategy=DeepSpeedStrategy("cpu"))
 
 

@@ -153,7 +153,7 @@ def test_evaluation_samplers_and_packing_keep_their_order():
     assert list(itertools.chain(*numbers(loader_of(data, shuffle=False)))) == list(range(60))
     assert list(itertools.chain(*numbers(loader_of(data, sampler=range(59, -1, -1))))) == list(range(59, -1, -1))
     packed = {"block_length": 1000}
-    assert loader_of(data, **packed)._plan(0) == loader_of(data, length_buckets=False, **packed)._plan(0)
+    assert loader_of(data, **packed)._batches() == loader_of(data, length_buckets=False, **packed)._batches()
 
 
 def test_data_sets_without_lengths_are_left_alone():

@@ -211,7 +211,7 @@ def test_share_of_loss_bearing_tokens_holds_over_any_hundred_batches(ratio, old_
     prefix = [(0, 0)]
     for epoch in range(2):
         loader.set_epoch(epoch)
-        for batch in loader._plan(epoch):
+        for batch in loader._batches():
             replayed = sum(old.loss_tokens(i - 6000) for block in batch for i in block if i >= 6000)
             fresh = sum(new.loss_tokens(i) for block in batch for i in block if i < 6000)
             prefix.append((prefix[-1][0] + replayed, prefix[-1][1] + replayed + fresh))

@@ -79,7 +79,7 @@ def test_steps_along_the_gradient_turn_the_rows_out_of_the_span():
     lengths = down.norm(dim=1)
     before = overlap_penalty(down, basis)
     for _ in range(200):
-        down -= 0.05 * overlap_gradient(down, basis)
+        down -= overlap_gradient(down, basis)
     assert overlap_penalty(down, basis) < 0.1 * before
     assert (down.norm(dim=1) >= lengths).all()  # it is not done by making them shorter
 
@@ -93,8 +93,9 @@ def test_the_overlap_of_row_spaces_is_that_of_the_principal_angles():
     assert down_overlap(other_rows, basis).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_hard_form_keeps_the_overlap_at_zero_over_steps_with_weight_decay(dtype):
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-12), (torch.bfloat16, 2**-18)])
+def test_the_hard_form_keeps_the_overlap_at_zero_over_steps_with_weight_decay(dtype, most):
+    """In bf16 up to the rounding of the rows: 2^-9 of each entry, and squared."""
     earlier = [normal(8, 96, seed=seed, dtype=dtype) for seed in range(3)]
     basis = earlier_basis(earlier, 8)
     assert basis.dtype == torch.float32
@@ -109,7 +110,7 @@ def test_the_hard_form_keeps_the_overlap_at_zero_over_steps_with_weight_decay(dt
             optimizer.step()
             assert down_overlap(down, basis) > 1e-6
             project_down_(down, basis)
-            assert down_overlap(down, basis) <= 1e-6
+            assert down_overlap(down, basis) <= most
             if dtype == torch.float32:
                 products = torch.cat(earlier) @ down.T
                 scale = torch.cat(earlier).norm(dim=1)[:, None] * down.norm(dim=1)

@@ -42,7 +42,7 @@ class RemovedError(LookupError):
 
 
 class Content(NamedTuple):
-    """Returns the content of a record, as bytes."""
+    """Content of a record, as bytes."""
 
     form: str
     ids: bytes

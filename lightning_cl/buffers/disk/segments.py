@@ -1,4 +1,4 @@
-"""The segments of a store: which of them, and which record in it, a number stands for."""
+"""The segments of a store: they map a record's number to a segment and a record in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from lightning_cl.buffers.disk.layout import DamagedFileError
 from lightning_cl.buffers.disk.segment import RemovedError, Segment
 
-_BITS = 32  # of a record's number within its segment
+_BITS = 32  # lower bits of a number: the record's number within its segment
 
 
 class Segments:
@@ -167,15 +167,15 @@ def segments_in(folder: Path) -> list[Path]:
 
 
 def open_segment(path: Path, folders: Iterable[Path] = (), identity: str = "") -> Segment:
-    """Opens a segment where it was, or in one of some folders.
+    """Opens a segment at its old path, or in one of several folders.
 
     Args:
-        path: where it was.
-        folders: where it may be now.
-        identity: tells it from another run's; empty: any will do.
+        path: the old path of the segment.
+        folders: other folders in which it may be now.
+        identity: the segment's id, which differs from those of other runs; empty: any segment is accepted.
 
     Raises:
-        FileNotFoundError: if it is in none of them.
+        FileNotFoundError: if no folder contains it.
     """
     candidates = [path, *(folder / path.name for folder in folders)]
     found = [Segment(candidate) for candidate in dict.fromkeys(candidates) if candidate.is_dir()]

@@ -1,4 +1,4 @@
-"""Records on disk: segments, each written by one process; the checkpoint holds which records are wanted."""
+"""Records on disk, in segments that one process each has written; a checkpoint lists the records it needs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class DiskStore:
     its own segment, so two runs that resume from one checkpoint never write to one file. Evicted records take room
     until :meth:`rewrite`, at a task's boundary. The files that it replaces are deleted at the next boundary.
 
-    A removed sample's content is overwritten in every segment of the folders that this store knows. 16 bytes that stand
-    for it, and their checksum, are kept in ``removed.bin`` there, so that it is never stored again.
+    A removed sample's content is overwritten in every segment of the folders that this store knows. A key of 16 bytes
+    and its checksum are kept in ``removed.bin`` there, so that the sample is never stored again.
 
     Args:
         folder: where new segments go; made when the first record is written. None: not known yet (:meth:`place`).
@@ -77,11 +77,11 @@ class DiskStore:
         return self._folder is not None and self._folder.is_dir()
 
     def place(self, folder: Path, first: int, writes: bool) -> None:
-        """Says where new segments go.
+        """Sets the folder for new segments.
 
         Args:
-            folder: of this run.
-            first: number of the first new segment, :meth:`first_free` as one rank saw it.
+            folder: the buffer's folder in this run.
+            first: number of the first new segment: the result of :meth:`first_free` on one rank.
             writes: True if this rank writes.
         """
         self._folder, self._next, self.writes = Path(folder), first, writes
@@ -210,7 +210,7 @@ class DiskStore:
         return self._removed
 
     def delete_replaced(self) -> None:
-        """Deletes what the last :meth:`rewrite` has replaced; the checkpoint that needs none of it is written."""
+        """Deletes the segments that the last :meth:`rewrite` replaced; the newest checkpoint needs none of them."""
         if self.writes:
             for folder in self._outdated:
                 with suppress(FileNotFoundError):
@@ -219,7 +219,7 @@ class DiskStore:
         self._outdated = []
 
     def is_wasteful(self, numbers: Sequence[int], least: int) -> bool:
-        """True if more than half of the room, and `least` bytes, are not these records'."""
+        """True if other records take more than half of the space, and at least `least` bytes."""
         wanted = sum(self.info(number).size for number in numbers)
         total = sum(segment.size() for segment in self._segments)
         return total - wanted >= least and total > 2 * wanted
@@ -227,7 +227,7 @@ class DiskStore:
     def rewrite(self, numbers: Sequence[int]) -> Sequence[int]:
         """Copies the records into a new segment, and gives their new numbers; on all ranks.
 
-        What it replaces stays until :meth:`delete_replaced`; what lies in another run's folder stays for good.
+        Replaced segments stay until :meth:`delete_replaced`; segments in another run's folder stay for good.
         """
         old = list(self._segments)
         fresh: Segment | Path
@@ -323,12 +323,12 @@ class DiskStore:
         """Finds the records again, and reads each once to see that it is whole.
 
         Args:
-            state: of :meth:`state_dict`.
-            folders: where segments are looked for that are not where they were.
+            state: the result of :meth:`state_dict`.
+            folders: folders to search for segments that are not at their old paths.
 
         Raises:
             ValueError: if the checkpoint's buffer is not on disk, or is of another tokenizer.
-            FileNotFoundError: if a file is missing, or another run's has its name.
+            FileNotFoundError: if a file is missing, or a file of another run has its name.
             DamagedFileError: if a file is damaged.
         """
         if state["kind"] != "disk":
@@ -359,7 +359,7 @@ class DiskStore:
         if not found and not live_segments(self.folder):
             raise FileNotFoundError(f"{self.folder}: there is no buffer in this folder")
         self._segments = Segments(self._open(path) for path in found)
-        # A run that resumed from another one's checkpoint has its older records in that one's folder.
+        # If this run resumed from another run's checkpoint, its older records are in the folder of that run.
         known = {path.resolve() for path in found}
         for path in live_segments(self.folder):
             if path.resolve() not in known and path.is_dir():

@@ -1,4 +1,4 @@
-"""Finds the weights of earlier boundaries, from which rows of the matrix can be measured again."""
+"""Search for the weights after earlier tasks, from which rows of the matrix can be measured again."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_cl.core.checkpoint_io import read_checkpoint
 def earlier_boundary(
     checkpoint: Path, row: int, tasks: Sequence[str], columns: Sequence[str], rows: Tensor
 ) -> str | None:
-    """Finds the checkpoint that a row of the matrix was measured on, next to the one that a run resumes from.
+    """Finds the checkpoint for a row of the matrix, next to the checkpoint that a run resumes from.
 
-    It is taken only if its own matrix is the beginning of this one: a folder may hold the files of several runs.
+    Its own matrix must be the beginning of this matrix, because a folder may contain the files of several runs.
 
     Args:
-        checkpoint: that the run resumes from, ``tasks/<index>-<name>.ckpt``.
-        row: after how many tasks.
+        checkpoint: the checkpoint that the run resumes from, ``tasks/<index>-<name>.ckpt``.
+        row: the row's number of trained tasks.
         tasks: the names of the trained tasks, in order.
         columns: the names of the matrix's columns.
-        rows: the matrix as it was before anything is measured again, ``[at least row + 1, columns]``.
+        rows: the matrix before rows are measured again, ``[at least row + 1, columns]``.
 
     Returns:
         the path; None if there is no such file.
@@ -36,7 +36,7 @@ def earlier_boundary(
             if same and any(_begins(kept["matrix"], kept["tasks"], columns, rows[: row + 1]) for kept in theirs):
                 return str(path)
         except (KeyError, ValueError, OSError):
-            continue  # not one of ours, or damaged
+            continue  # not a checkpoint of a sequence, or damaged
     return None
 
 

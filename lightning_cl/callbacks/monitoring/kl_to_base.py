@@ -1,4 +1,4 @@
-"""The distance of the model from where it started, on the data of each new task."""
+"""Distance of the model from the base, measured on the data of each new task."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from lightning_cl.passes.task_samples import single_samples
 class KLToBase(ContinualCallback):
     """Measures ``KL(base ‖ now)`` on each new task's data, which predicts forgetting (RL's Razor, arXiv:2509.04259).
 
-    After each task, on sequences of that task's validation data (of its training data, where it has none, and in a
-    plain fit; of several validation loaders, the first): the mean over the tokens that bear loss of the KL divergence
-    from the predictions of the base, the model before the first task, to those of the model as it is now, in nats; over
-    samples, for a classifier. It only measures: training is the same without it, bit for bit.
+    The measure is the KL divergence, in nats, from the predictions of the base (the model before the first task) to
+    those of the present model. It is the mean over the tokens that bear loss; for a classifier, over samples. It is
+    taken after each task on sequences of that task's validation data (with several validation loaders, the first).
+    Without validation data, and in a plain fit, training data is used. Training itself stays the same, bit for bit.
 
-    The base under LoRA is the model with its adapter switched off, if that adapter changes nothing at the start. Else,
-    and for full tuning, the trainable parameters and the running statistics of norms are copied at the start of the
-    first task and swapped in for the base's predictions.
+    Under LoRA the base is the model with its adapter switched off, if the adapter changes nothing at the start.
+    Otherwise the trainable parameters and the running statistics of norms are copied at the start of the first task.
+    For the base's predictions they are swapped in.
 
-    Memory: none for LoRA; else the bytes of the trainable parameters, in their own type, on the CPU and in each
-    checkpoint, and once more on the device while it measures. Compute per task: two forward passes over `samples`
-    single sequences.
+    Memory: none for LoRA. Otherwise the trainable parameters in their own type, on the CPU and in each checkpoint, and
+    once more on the device during the measurement. Compute per task: two forward passes over `samples` single
+    sequences.
 
     Args:
-        samples: how many sequences of a task to measure on; all, if there are fewer.
-        seed: seed of the choice.
-        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
-            ``.logits``.
+        samples: number of sequences of a task to measure on; all sequences if the task has fewer.
+        seed: seed for the choice of sequences.
+        outputs: a function ``outputs(module, batch)`` that gives the logits. It is needed where no submodule returns an
+            object with ``.logits``.
 
     Attributes:
         kl: task name to nats per token (per sample), the same on all ranks; NaN if nothing bears loss.
@@ -69,7 +69,7 @@ class KLToBase(ContinualCallback):
         self.samples, self.seed, self.outputs = samples, seed, outputs
         self.kl: dict[str, float] = {}
         self.base: StartingWeights | None = None
-        self._measured: dict[str, str] = {}  # on what, in words
+        self._measured: dict[str, str] = {}  # for each task: the unit and the data, in words
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -94,7 +94,7 @@ class KLToBase(ContinualCallback):
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.base is not None:
-            self.base.find_in(pl_module)  # a model that has changed is an error before the task is trained
+            self.base.find_in(pl_module)  # a changed model raises an error before the task is trained
 
     @override
     @torch.no_grad()
@@ -102,7 +102,7 @@ class KLToBase(ContinualCallback):
         assert self.task is not None
         assert self.base is not None
         device = trainer.strategy.root_device
-        # Divergence, positions, samples that are sequences of tokens, and that are not finite: sums over the ranks.
+        # Sums over the ranks: divergence, positions, samples that are token sequences, samples that are not finite.
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         with leaving_no_trace(pl_module):
             loader, source = self._data(trainer)
@@ -130,18 +130,18 @@ class KLToBase(ContinualCallback):
     # ------------------------------------------------------------------ data and logits
 
     def _data(self, trainer: L.Trainer) -> tuple[Any, str]:
-        """The loader of the data to measure on, and which data that is."""
+        """Returns the loader of the data to measure on, and the name of this data."""
         data = self.run.data
         if data is not None:
             loader = data.val_loader(data.current)
-            if isinstance(loader, (dict, list, tuple)):  # several: the first
+            if isinstance(loader, (dict, list, tuple)):  # the first of several loaders
                 loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
             if loader is not None:
                 return loader, "training" if data.validated_on_training_data(data.current) else "validation"
         return trainer.train_dataloader, "training"
 
     def _logits(self, pl_module: L.LightningModule, read_logits: LogitsReader, batch: Any) -> tuple[Tensor, bool]:
-        """``[positions, classes]`` where there is loss, and whether the positions are those of tokens."""
+        """Returns logits ``[positions, classes]`` where there is loss, and True if the positions are tokens."""
         logits = read_logits(batch)
         if logits is None:
             raise MisconfigurationException(
@@ -154,7 +154,7 @@ class KLToBase(ContinualCallback):
         return (logits[:, :-1] if read_logits.shifted else logits)[mask], True
 
     def _check_logits(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises an error before anything is trained, and not after hours, if the logits cannot be reached."""
+        """Raises an error before training, if the logits cannot be found."""
         with leaving_no_trace(pl_module), torch.no_grad():
             loader, _ = self._data(trainer)
             if why_not_plannable(loader) is None:  # a stream cannot be rewound

@@ -1,4 +1,4 @@
-"""Progress over the whole run: a bar in a terminal, a line every now and then in a log."""
+"""Progress over the whole run: a bar in a terminal, or a line at regular intervals in a log."""
 
 from __future__ import annotations
 
@@ -20,22 +20,30 @@ from lightning_cl.core.loops import expected_steps
 from lightning_cl.core.run_state import RunState
 from lightning_cl.random_state import untouched_random_state
 
-_FIRST = 10.0  # seconds to the first line, so that one soon sees that a run goes
+_FIRST = 10.0  # seconds to the first line, which soon shows that the run has started
 
 
 class TaskProgress(TQDMProgressBar):
-    """A bar over the steps of all tasks, ``Task 2/3 'python' · epoch 0``, with the time that is left of the run.
+    """A bar over the steps of all tasks, ``Task 2/3 'python' · epoch 0``, with the run's remaining time.
 
-    Where there is no terminal (a log file, a batch system), a line every now and then takes its place: the time of day,
-    task, step, what the module logs for bars, tokens per second, and the time left. In a preflight there are no lines.
-    What callbacks do between tasks (Fisher passes) has bars of its own, and is not in the time left.
+    Without a terminal (a log file, a batch system), a line at regular intervals replaces the bar: the time of day,
+    task, step, the module's values for bars, tokens per second, and the remaining time. In a preflight there are no
+    lines. Work of callbacks between tasks (Fisher passes) has its own bars, and is not in the remaining time.
 
     Args:
-        refresh_rate: after how many batches the bar is drawn again; 0 switches bar and lines off.
-        every: seconds between two lines; the first comes after 10 at most.
+        refresh_rate: number of batches between two updates of the bar; 0 switches bar and lines off.
+        every: seconds between two lines. The first line comes after at most 10 seconds.
 
     Raises:
         ValueError: if `every` is negative or not finite.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import TaskProgress
+        >>> progress = TaskProgress(every=30.0)
+        >>> trainer = L.Trainer(callbacks=[progress], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> progress.every
+        30.0
     """
 
     def __init__(self, refresh_rate: int = 10, every: float = 60.0) -> None:
@@ -43,20 +51,20 @@ class TaskProgress(TQDMProgressBar):
         if not (math.isfinite(every) and every >= 0):
             raise ValueError(f"every={every!r}: expected seconds, at least 0")
         self.every = every
-        self.run = RunState()  # the coordinator hands it the one of the run
-        self._index = -1  # of the task that was begun last
-        self._base = 0  # steps of the Trainer when the run began
+        self.run = RunState()  # the coordinator replaces it by the run's state
+        self._index = -1  # index of the task that was begun last
+        self._base = 0  # the Trainer's steps when the run began
         self._begun = 0.0
         self._of_task: int | None = None
         self._later: list[int | None] = []
         self._fit_begun, self._fit_step = 0.0, 0
         self._tokens: float | Tensor = 0.0
-        self._last: tuple[float, bool] = (0.0, False)  # time of the last line, and if there was one
+        self._last: tuple[float, bool] = (0.0, False)  # time of the last line, and True if there was one
 
     @property
     @override
     def is_disabled(self) -> bool:
-        """True if no bar is drawn; where there is no terminal, lines are printed instead."""
+        """True if no bar is drawn; without a terminal, lines are printed instead."""
         return super().is_disabled or not is_terminal()
 
     # ------------------------------------------------------------------ what is to come
@@ -89,7 +97,7 @@ class TaskProgress(TQDMProgressBar):
         self._later = list(_steps_of_later_tasks(trainer, self.run))
 
     def _total(self) -> int | None:
-        """Steps of the run since it began here; None where a task's are not known."""
+        """Returns the steps of the run since it began here; None if a task's steps are not known."""
         to_come = [self._of_task, *self._later]
         known = [count for count in to_come if count is not None]
         if len(known) < len(to_come):
@@ -137,7 +145,7 @@ class TaskProgress(TQDMProgressBar):
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Returns what the module logs for bars; in a preflight nothing, for one batch is no result."""
+        """Returns the module's values for bars; in a preflight nothing, since one batch gives no result."""
         return {} if trainer.fast_dev_run else super().get_metrics(trainer, pl_module)  # type: ignore[attr-defined]
 
     @override
@@ -148,9 +156,9 @@ class TaskProgress(TQDMProgressBar):
 
 
 def is_terminal() -> bool:
-    """Tells if what is printed is seen on a terminal or in a notebook, where a bar can be drawn again."""
+    """Returns True if output goes to a terminal or a notebook, where a bar can be redrawn."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    # That somebody has imported ipykernel is no notebook yet: its shell has a kernel.
+    # An import of ipykernel is not enough: only a notebook's shell has a kernel.
     return hasattr(shell, "kernel") or bool(sys.stdout is not None and sys.stdout.isatty())
 
 
@@ -178,7 +186,7 @@ def _finite(count: float | None) -> int | None:
 
 
 def _tokens(batch: Any) -> float | Tensor:
-    """The tokens of a batch without padding, as far as it says; on the device, so that nothing waits for it."""
+    """Counts a batch's tokens, without padding if there is a mask; on the device, so that the CPU does not wait."""
     if not isinstance(batch, Mapping):
         return 0.0
     if isinstance(batch.get("attention_mask"), Tensor):

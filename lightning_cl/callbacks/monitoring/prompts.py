@@ -1,4 +1,4 @@
-"""The same questions after every task: forgetting that one can read."""
+"""Answers to the same prompts after every task, which show forgetting as text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
+from lightning_cl.core.deployment import deployed
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.passes.generation import answers, generator_of, prompt_tokens
@@ -18,18 +19,18 @@ from lightning_cl.random_state import untouched_random_state
 class PromptSamples(ContinualCallback):
     """Lets the model continue fixed prompts, greedily, before training and after every task.
 
-    Works with any module that holds a ``transformers`` model, under :func:`~lightning_cl.fit_tasks`; the answers are in
-    the report, side by side.
+    Works with any module that contains a ``transformers`` model, under :func:`~lightning_cl.fit_tasks`. The report
+    shows the answers next to each other.
 
     Compute: ``len(prompts) · max_new_tokens`` generated tokens per task.
 
     Args:
         prompts: texts to continue.
-        max_new_tokens: length of an answer.
-        chat: prompts are what a user says; the answers are the assistant's, in the tokenizer's chat template.
+        max_new_tokens: the most tokens of an answer.
+        chat: True makes each prompt a user's message and the answer the assistant's, in the tokenizer's chat template.
 
     Attributes:
-        answers: for each boundary (0: before training) the answers.
+        answers: number of trained tasks (0: before training) to the answers.
 
     Raises:
         ValueError: if there are no prompts or no tokens to generate.
@@ -67,16 +68,16 @@ class PromptSamples(ContinualCallback):
         if trained in self.answers or ckpt_path is not None:
             return
         if trainer.fast_dev_run and self.answers:  # type: ignore[attr-defined]
-            return  # that it can be asked was seen once
+            return  # one answer has shown that it works
         if trained == 0 and not (data.is_set_up and generator_of(pl_module)):
-            return  # nothing is built yet: `on_task_start` asks
+            return  # nothing is built yet, so `on_task_start` asks
         self._ask(trainer, pl_module, data, trained)
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = self.run.data
         if data is None:
-            return  # a plain fit: there are no boundaries to ask at
+            return  # a plain fit has no boundaries between tasks
         with untouched_random_state():
             if self.task is not None and self.task.index == 0 and 0 not in self.answers:
                 self._ask(trainer, pl_module, data, 0)
@@ -93,7 +94,8 @@ class PromptSamples(ContinualCallback):
         device = next(model.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         prompts = [prompt_tokens(data.tokenizer, prompt, self.chat) for prompt in self.prompts]
-        self.answers[trained] = answers(model, data.tokenizer, prompts, length)
+        with deployed(trainer, pl_module):
+            self.answers[trained] = answers(model, data.tokenizer, prompts, length)
         pl_module.to(device)
 
     @override

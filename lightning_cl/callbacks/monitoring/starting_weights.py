@@ -1,4 +1,4 @@
-"""The weights that a sequence started from: kept where they change, and put into the module for a moment."""
+"""Weights at the start of a sequence: copies of those that change, which can be swapped into the module."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ from lightning_cl.core.placement import clean_name, full_cpu, trainable_paramete
 class StartingWeights:
     """Weights of a module before it was trained.
 
-    LoRA adapters of a peft model that change nothing at the start need no copy: the start is the model with its
-    adapters switched off. All other trainable parameters, and the running statistics of norms, are copied to the CPU in
-    their own type.
+    LoRA adapters of a peft model that change nothing at the start need no copy: the starting model is the model with
+    its adapters switched off. All other trainable parameters, and the running statistics of norms, are copied to the
+    CPU in their own type.
 
     Args:
-        module: as it starts; None for a later :meth:`load`.
+        module: the module before training; None for a later :meth:`load`.
 
     Attributes:
         copies: name (without ``_orig_mod.``) to tensor.
-        switches_off: whether adapters are switched off.
+        switches_off: True if adapters are switched off.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
+        >>> model = nn.Linear(2, 1)
+        >>> start = StartingWeights(model)
+        >>> sorted(start.copies)
+        ['bias', 'weight']
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
@@ -37,14 +45,14 @@ class StartingWeights:
             self.add_trainable(module)
 
     def add_trainable(self, module: nn.Module) -> None:
-        """Copies what has become trainable: until now it was frozen, or not there, and so it is as it started."""
+        """Copies parameters that are newly trainable: they were frozen or missing, and so have not changed."""
         adapters = {id(p) for layer in _lora_layers(module) for p in _matrices(layer)} if self.switches_off else ()
         for name, parameter in trainable_parameters(module).items():
             if name not in self.copies and id(parameter) not in adapters:
                 self.copies[name] = full_cpu(parameter)
 
     def find_in(self, module: nn.Module) -> dict[str, Tensor]:
-        """The tensors of a module that there are copies of.
+        """Returns the module's tensors that have copies.
 
         Raises:
             MisconfigurationException: if one is missing or has another shape.
@@ -60,12 +68,12 @@ class StartingWeights:
         return {name: present[name] for name in self.copies}
 
     def bring_to(self, module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-        """Brings the copies to the module's device, and gives the context in which the module is what it started as.
+        """Copies the starting weights to the module's device, and gives a context in which the module has them.
 
-        Afterwards it is what it was, down to the memory that its weights lie in: optimizers and DDP do not notice.
+        Afterwards the module has its former weights, at the same memory addresses, as optimizers and DDP need.
         """
         current = self.find_in(module)
-        # Copied on the CPU too: a forward pass may write into a buffer.
+        # The copy is also made on the CPU, since a forward pass may write into a buffer.
         start = {n: self.copies[n].to(t.device, t.dtype, copy=True) for n, t in current.items()}
 
         @contextmanager
@@ -89,19 +97,19 @@ class StartingWeights:
         return context
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: full tensors on the CPU."""
+        """Returns the state for a checkpoint: full tensors on the CPU."""
         return {"copies": dict(self.copies), "switches_off": self.switches_off}
 
     @classmethod
     def load(cls, state: dict[str, Any]) -> StartingWeights:
-        """From :meth:`state`."""
+        """Restores starting weights from :meth:`state`."""
         start = cls()
         start.copies, start.switches_off = dict(state["copies"]), state["switches_off"]
         return start
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Running statistics and other numbers that training changes without a gradient."""
+    """Returns running statistics and other numbers that training changes without a gradient."""
     saved = module.state_dict(keep_vars=True)
     return {
         clean_name(name): buffer
@@ -111,7 +119,7 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _peft_models(module: nn.Module) -> list[Any]:
-    peft: Any = sys.modules.get("peft")  # who has such a model has imported it
+    peft: Any = sys.modules.get("peft")  # a program with such a model has imported it
     return [] if peft is None else [part for part in module.modules() if isinstance(part, peft.PeftModel)]
 
 
@@ -127,7 +135,7 @@ def _matrices(layer: Any) -> list[Tensor]:
 
 
 def _adapters_change_nothing(module: nn.Module) -> bool:
-    """Returns True if there are LoRA adapters, and the active ones add nothing: one factor of each is zero."""
+    """Returns True if there are LoRA adapters, and one factor of each active one is zero."""
     layers = _lora_layers(module)
     factors = [
         tensor

@@ -37,12 +37,12 @@ from lightning_cl.passes.passes import progress
 class TaskMatrix(ContinualCallback):
     """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
 
-    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. Where a
-    run continues with other validation data (or other batches of it), the rows whose weights are there are measured
-    again: that of the checkpoint that it resumes from, and of those next to it. A line separates the rows before, and
-    no score is made across it. A score that comes out NaN or infinite
-    counts as the worst and is named. After every task the run's folder gets ``report.json``, ``matrix.csv`` and
-    ``matrix.png``; at the end the table is printed.
+    Each entry is what the module logs under `monitor` in ``trainer.validate`` with that task's validation data. If a
+    run continues with other validation data (or other batches of it), rows are measured again if their checkpoints
+    still exist: the one that the run resumes from, and those in the same folder. A line separates the rows that are
+    left, and no score compares rows across it. A score that is NaN or infinite counts as the worst and is named. After
+    every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is
+    printed.
 
     Memory: none. Compute: one validation of every task before training and after every task.
 
@@ -57,8 +57,8 @@ class TaskMatrix(ContinualCallback):
             worst: ``inf`` in mode ``min``, ``-inf`` in mode ``max``.
         tasks: the names of the columns.
         measured_on: for each task, what its column is measured on (:mod:`lightning_cl.data.measured_on`).
-        changes: where that became other data: ``task``, ``row`` (the first one on the new data), ``what`` differs, and
-            ``before``, what that row and those after it were on the old data (None: not measured).
+        changes: one entry for each change of that data: ``task``, ``row`` (the first one on the new data), ``what``
+            differs, and ``before``, the values of that row and later rows on the old data (None: not measured).
 
     Raises:
         ValueError: if mode or preset is none of the above.
@@ -306,7 +306,7 @@ class TaskMatrix(ContinualCallback):
         Returns:
             ``average``, ``mean_when_learnt``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN
             where nothing is known, infinite where the run diverged), ``definitions``, ``tasks``, ``matrix`` (a list of
-            rows), ``not_finite`` (which of its entries, as ``task`` and ``row``), and what it is about.
+            rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
         """
         matrix = self.trained_matrix()
         metrics = {

@@ -1,1 +1,1 @@
-"""Methods that keep the weights, or what the model says, close to what earlier tasks left."""
+"""Methods that keep the weights, or the predictions, close to those after earlier tasks."""

@@ -1,4 +1,4 @@
-"""``strength="auto"``: the strength at which a penalty has a stated share of the task's own pull."""
+"""Choice of ``strength="auto"``: the penalty's pull gets a stated share of the task's pull."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ FIRST_CHOICE = 4
 
 
 class AutoStrength:
-    """Chooses ``strength = share · ‖what the task wants‖ / ‖what a penalty of strength 1 wants‖`` at a few steps.
+    """Chooses ``strength = share · ‖the task's pull‖ / ‖the pull of a penalty of strength 1‖`` at a few steps.
 
-    Only what the present task and the stored importance give is looked at, never the future. At a task's first step the
-    weights are at the anchor and a penalty wants nothing, so the strength is chosen after 4 steps, and again whenever
-    the number of steps has grown by half: 6, 9, 13 …. Between two choices the weights move, and the share moves with
-    them (up to twice the stated one while the learning rate warms up). Until a later task's first choice the last one
-    holds.
+    Only the present task and the stored importance are used, never later tasks. At a task's first step the weights are
+    at the anchor, and the penalty's pull is 0. So the strength is chosen after 4 steps, and again whenever the number
+    of steps has grown by half: 6, 9, 13 …. Between two choices the weights move, and the share changes with them (up to
+    twice the stated one while the learning rate warms up). Before a later task's first choice the last strength stays
+    in use.
 
-    The share rises where a task saturates: a task that is learnt nearly perfectly has a gradient next to nothing, and a
-    tenth of that protects nothing. With ``g`` what the task wants now and ``G`` the most that it wanted at a choice so
-    far, the penalty gets ``min(1, share · G / 2g) · G / 2`` as soon as ``g`` is below ``G / 2``: the share grows in
-    proportion to the fall of the task's pull, and the penalty ends at no more than half of the largest pull.
+    The share rises when a task saturates: a task that is learnt nearly perfectly has a gradient near 0, and a tenth of
+    that protects nothing. ``g`` is the task's present pull, and ``G`` the largest pull at any choice so far. As soon as
+    ``g`` is below ``G / 2``, the penalty gets ``min(1, share · G / 2g) · G / 2``. So the share grows as the task's pull
+    falls, and the penalty gets at most half of the largest pull.
 
     Args:
-        share: the share, above 0.
+        share: the penalty's pull divided by the task's pull, above 0.
 
     Attributes:
-        value: the strength in use; 0 before the first choice.
-        largest: ``G``, of the present task.
-        chosen: all choices: task, step in the task, strength.
+        value: the present strength; 0 before the first choice.
+        largest: ``G`` of the present task.
+        chosen: all choices, each with its task, step in the task, and strength.
     """
 
     def __init__(self, share: float) -> None:
@@ -39,23 +39,23 @@ class AutoStrength:
         self.chosen: list[dict[str, Any]] = []
 
     def begin_task(self) -> None:
-        """A task starts: its first choice comes after a few steps, and what earlier tasks wanted does not count."""
+        """Starts a task: its first choice comes after a few steps, and the pull of earlier tasks does not count."""
         self.next, self.largest = FIRST_CHOICE, 0.0
 
     def is_due(self, steps: int) -> bool:
-        """Tells if the strength is to be chosen after so many steps of the task."""
+        """Tells if the strength is to be chosen after `steps` steps of the task."""
         return steps >= self.next
 
     def choose(self, wanted: float, pull: float, task: str, steps: int) -> None:
         """Chooses the strength.
 
         Args:
-            wanted: norm of what the task wants: its gradient, or the optimizer's step per learning rate.
-            pull: norm of what the penalty wants at strength 1, in the same unit.
+            wanted: norm of the task's pull, which is its gradient, or the optimizer's step per learning rate.
+            pull: norm of the penalty's pull at strength 1, in the same unit.
             task: the task's name.
-            steps: number of steps it has taken.
+            steps: number of steps that the task has taken.
         """
-        self.next = steps + 1  # after an overflow the next step is as good
+        self.next = steps + 1  # after an overflow the strength is chosen at the next step
         if not (math.isfinite(wanted) and wanted > 0 and pull > 0):
             return
         self.largest = max(self.largest, wanted)
@@ -68,11 +68,11 @@ class AutoStrength:
             self.chosen.append({"task": task, "step": steps, "strength": value})
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Returns the state for a checkpoint."""
         chosen = [dict(choice) for choice in self.chosen]
         return {"value": self.value, "largest": self.largest, "next": self.next, "chosen": chosen}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state`."""
         self.value, self.next, self.chosen = state["value"], state["next"], list(state["chosen"])
-        self.largest = state.get("largest", 0.0)  # earlier checkpoints do not have it
+        self.largest = state.get("largest", 0.0)  # older checkpoints do not have it

@@ -1,4 +1,4 @@
-"""Numbers that describe an importance: the means to see that a penalty is not silently dead."""
+"""Numbers that describe an importance, so that a penalty without effect is noticed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_cl.core.questions import Need
 
 _SAMPLED_VALUES = 1_000_000
 _NOTHING = 1e-5  # a penalty with a smaller share of the task's pull does nothing
-_LITTLE = 0.01  # with a smaller one it does not hold a task back
-_FAINT = 1e-3  # an importance is far below an earlier task's
+_LITTLE = 0.01  # with a smaller share it does not slow a task down
+_FAINT = 1e-3  # an importance below this share of an earlier task's is far smaller
 
 
 @torch.no_grad()
 def describe_importance(importance: Mapping[str, Tensor]) -> dict[str, Any]:
-    """An importance in numbers: parameters, total, share of zeros, and quantiles (of at most a million values)."""
+    """Returns the number of parameters, total, share of zeros, and quantiles (of at most a million values)."""
     count = sum(t.numel() for t in importance.values())
     if count == 0:
         return {"parameters": 0, "total": 0.0, "share_of_zeros": 1.0, "quantiles": {}, "layers": {}}
@@ -39,11 +39,11 @@ def describe_importance(importance: Mapping[str, Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def mean_by_layer(importance: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """The mean importance of each kind of tensor in each layer, for the picture.
+    """Returns the mean importance of each kind of tensor in each layer, for the picture.
 
     Returns:
-        kind (a name with ``*`` for its layer's number, as ``model.layers.*.self_attn.q_proj.weight``) to layer (its
-        number, or an empty text for what stands outside of the numbered layers) to mean.
+        kind (a name with ``*`` for its layer's number, as ``model.layers.*.self_attn.q_proj.weight``) to layer to mean.
+        The layer is its number, or an empty text outside of the numbered layers.
     """
     sums: dict[str, dict[str, float]] = {}
     for name, tensor in importance.items():
@@ -64,15 +64,15 @@ _SPOILT = {
 
 
 def compare_with_earlier(mean: float | None, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Notes a measured importance that is far below an earlier task's: brought to the same mean, it is mostly noise.
+    """Notes a measured importance far below an earlier task's; once normalized, it may be mostly noise.
 
     Args:
-        mean: what the importance was divided by; None if it was not.
+        mean: the number that the importance was divided by; None if it was not divided.
         earlier: the diagnoses of earlier tasks.
 
     Returns:
-        ``faint``: the task that it is compared with, the ratio of the means, and the words for it; nothing if there is
-        nothing to say.
+        ``faint``: the task that the importance is compared with, the ratio of the means, and a sentence about them; an
+        empty dictionary if the importance is large enough.
     """
     means = [(entry["normalized_by"], str(entry["task"])) for entry in earlier if entry.get("normalized_by")]
     if not mean or not means or mean >= _FAINT * max(means)[0]:
@@ -87,12 +87,12 @@ def compare_with_earlier(mean: float | None, earlier: Sequence[Mapping[str, Any]
 
 
 def warning_of(entry: Mapping[str, Any], apply: str, auto: bool) -> str | None:
-    """The warning when a task ends: a penalty that did nothing, or pulled harder than the task.
+    """Returns the warning at a task's end if a penalty did nothing, or pulled harder than the task.
 
     Args:
         entry: ``strength``, ``largest_share`` and ``too_strong`` of the task.
-        apply: the penalty's mode.
-        auto: the strength was chosen by itself.
+        apply: ``gradient`` or ``proximal``.
+        auto: True if the strength was chosen automatically.
     """
     share, strength = entry["largest_share"], f"strength={entry['strength']:.3g}"
     pull = "the penalty's gradient was" if apply == "gradient" else "the penalty's pull was"
@@ -114,7 +114,7 @@ def warning_of(entry: Mapping[str, Any], apply: str, auto: bool) -> str | None:
 
 
 def sentences_of(name: str, entry: Mapping[str, Any], apply: str) -> list[str]:
-    """Sentences on the effect of a penalty during a task, and on what is odd in the measurement at its end."""
+    """Returns sentences on a penalty's effect during a task, and on problems of the measurement at its end."""
     said = []
     if "strength" in entry:
         share = entry["largest_share"]
@@ -131,14 +131,14 @@ def sentences_of(name: str, entry: Mapping[str, Any], apply: str) -> list[str]:
 
 
 def advice_of(name: str, need: Need, diagnoses: Sequence[Mapping[str, Any]], what: str, value: float) -> str | None:
-    """Advice on the arguments of a penalty, from its effect during a task.
+    """Returns advice on the arguments of a penalty, from its effect during the tasks.
 
     Args:
-        name: of the method.
+        name: the method's name.
         need: ``keep`` or ``learn``.
-        diagnoses: of all tasks.
-        what: the argument that says how strong it is, ``strength`` or ``share``.
-        value: of that argument.
+        diagnoses: the diagnoses of all tasks.
+        what: the argument that sets how strong the penalty is, ``strength`` or ``share``.
+        value: the value of that argument.
     """
     shares = [entry["largest_share"] for entry in diagnoses if entry.get("too_strong")]
     if shares:
@@ -148,7 +148,7 @@ def advice_of(name: str, need: Need, diagnoses: Sequence[Mapping[str, Any]], wha
         return f"stored samples next to {name}, and no higher {what}: it {pulled}, which is too strong already"
     held = [entry["largest_share"] for entry in diagnoses if entry.get("largest_share") is not None]
     if need == "learn" and held and max(held) < _LITTLE:
-        return None  # it is not what holds the task back
+        return None  # the penalty is not what slows the task down
     if value == 0:
         return f"{name}(strength='auto'): at 0 it protects nothing" if need == "keep" else None
     return f"a {'higher' if need == 'keep' else 'lower'} {name}({what}=…), {value:g} now, as long as the average gains"

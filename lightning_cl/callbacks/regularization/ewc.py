@@ -30,57 +30,59 @@ class EWC(FisherImportance):
 
         L(θ) + strength / 2 · Σ_i F_i (θ_i − θ*_i)²
 
-    with the diagonal Fisher information ``F`` of earlier tasks, from gradients of single samples at the end of each
-    task, on its own data, in evaluation mode (:mod:`lightning_cl.functional.ewc` has the definition). For language
-    models a sequence is a sample and ``F = Σ_seq (∇ Σ_t log p)² / number of loss tokens``, so that with
-    ``normalize=False`` the strength is the λ of a Laplace approximation for a loss that is a mean over tokens. Modules
-    without token counts: the mean over samples. ``empirical`` takes the loss of ``training_step`` for a mean over the
-    tokens that bear loss (over samples, where there are none), without further terms; ``sample`` and ``exact`` need
-    nothing of the loss, and take the logits for those of a softmax.
+    ``F`` is the diagonal Fisher information of earlier tasks (:mod:`lightning_cl.functional.ewc` has the definition).
+    At the end of each task it is measured on that task's data, in evaluation mode, from gradients of single samples.
+    For language models a sequence is a sample and ``F = Σ_seq (∇ Σ_t log p)² / number of loss tokens``. So with
+    ``normalize=False`` the strength is the λ of a Laplace approximation for a loss that is a mean over tokens. For
+    modules without token counts F is the mean over samples. ``empirical`` assumes that the loss of ``training_step`` is
+    a mean over the tokens that bear loss (over samples, if there are no tokens), without further terms. ``sample`` and
+    ``exact`` do not use the loss, and assume that the logits go into a softmax.
 
-    With LoRA and ``space="product"`` the penalty is ``strength / 2 · Σ_ij F_ij (s B A − s B* A*)²_ij``, with the Fisher
-    of the whole weight that the adapter changes (:mod:`lightning_cl.functional.product_penalty`). The model depends on
-    the factors through their product alone; a penalty on ``A`` and ``B`` apart also holds back changes that change
-    nothing, and misses that each factor's importance depends on the other. What else is trained is held as always.
+    With LoRA and ``space="product"`` the penalty is ``strength / 2 · Σ_ij F_ij (s B A − s B* A*)²_ij``. Here ``F`` is
+    the Fisher of the whole weight that the adapter changes (:mod:`lightning_cl.functional.product_penalty`). The model
+    depends on the factors through their product alone. A penalty on ``A`` and ``B`` apart also holds back changes that
+    change nothing, and does not know that each factor's importance depends on the other. All other trainable parameters
+    are held as usual.
 
-    Memory: 8 bytes per trainable parameter, for any number of tasks in both modes. Compute: one pass over parameters,
-    importance and anchor per step; per task one forward and backward pass over `samples` samples, in batches
-    (:class:`~lightning_cl.functional.SampleGradients`), with one more fp32 tensor per parameter and the logits of a
-    whole batch while it runs (``batch_size=1`` where they are many).
+    Memory: 8 bytes per trainable parameter, for any number of tasks in both modes. During the measurement one more fp32
+    tensor per parameter, and the logits of a whole batch (``batch_size=1`` helps where they are large). Compute per
+    step: one pass over parameters, importance and anchor. Per task: one forward and backward pass over `samples`
+    samples, in batches (:class:`~lightning_cl.functional.SampleGradients`).
 
     Args:
-        strength: the factor λ, or ``auto``. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``):
-            0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
-        estimator: where the labels of the Fisher come from. ``sample``: one draw per position from the model's own
-            softmax. ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``:
-            where the logits can be reached, ``exact`` for outputs that are not those of tokens with at most 32
-            positions times classes (one backward pass each), and ``sample`` for all others; else ``empirical``.
-        samples: number of samples of a task that the Fisher is measured on; all, if there are fewer.
-        mode: ``online``: ``F ← decay · (F + F_new)``, the anchor is the latest task's weights. ``separate``: one
-            penalty per task, which add up to one quadratic with importance ``Σ F_t`` and anchor ``Σ F_t θ_t / Σ F_t``.
+        strength: the factor λ, or ``auto``. Good values on the quickstart (three tasks, AdamW at 2e-3,
+            ``normalize=True``): 0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
+        estimator: source of the Fisher's labels. ``sample``: one draw per position from the model's own softmax.
+            ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``: ``empirical``
+            if the logits cannot be found; else ``exact`` for outputs that are not tokens and have at most 32 positions
+            times classes (one backward pass each), and ``sample`` for all others.
+        samples: number of samples of a task that the Fisher is measured on; all samples if the task has fewer.
+        mode: ``online``: ``F ← decay · (F + F_new)``, and the anchor is the latest task's weights. ``separate``: one
+            penalty per task; their sum is one quadratic with importance ``Σ F_t`` and anchor ``Σ F_t θ_t / Σ F_t``.
         decay: γ of the online mode; ``importance`` is what the penalty multiplies, γ included.
-        normalize: divide each task's F by its mean before it is added, so that strengths are of one order of magnitude
-            for different models and losses. It weighs the tasks alike, and with several tasks the sum grows with their
-            number; False keeps the units of the papers.
-        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
-            ``.logits``.
-        batch_size: samples that the Fisher is measured on at once; default: the training loader's. It changes memory
-            and speed, and the result only of ``batched``.
+        normalize: divide each task's F by its mean before it is added. Strengths then have one order of magnitude for
+            different models and losses, and all tasks have the same weight. The sum grows with the number of tasks.
+            False keeps the units of the papers.
+        outputs: a function ``outputs(module, batch)`` that gives the logits. It is needed where no submodule returns an
+            object with ``.logits``.
+        batch_size: number of samples measured at once; default: the training loader's. It changes memory and speed. It
+            changes the result only with ``batched``.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        last_task: whether the last task of a sequence is measured too. False saves that pass; if tasks are added later,
-            it is made up for on the last task's data when the first of them starts, with the same result.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
-        state_dtype: type of the importance; ``bfloat16`` halves its memory, to a relative rounding of 0.4 %.
-        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
-            memory of the machine, and each step brings them to the parameters one tensor at a time.
-        space: ``parameters``, or ``product`` for LoRA, with ``mode="online"`` and ``apply="gradient"``. A product takes
-            4 bytes (``bfloat16``: 2) for each entry of the adapted weight, also of a quantised one, and 4 more while it
-            is measured: 28 GB for all linear layers of 8 billion parameters, 5 GB for their queries and values.
+        last_task: True measures the last task of a sequence too. False saves that pass. If tasks are added later, the
+            pass is made when the first of them starts, on the last task's data, with the same result.
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate.
+        state_dtype: type of the importance. ``bfloat16`` halves its memory, with a relative rounding error of 0.4 %.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
+            RAM, and each step copies them to the parameters one tensor at a time.
+        space: ``parameters``, or ``product`` for LoRA, with ``mode="online"`` and ``apply="gradient"``. The importance
+            of a product takes 4 bytes (``bfloat16``: 2) for each entry of the adapted weight, which may be quantised,
+            and 4 more during the measurement. Those 4 bytes are 28 GB for all linear layers of a Llama with 8 billion
+            parameters, and 2.7 GB for its query and value projections alone.
 
     Attributes:
-        products: for ``product``, the name of each adapted weight to its importance, ``[out, in]``.
+        products: with ``product``, the name of each adapted weight to its importance, ``[out, in]``.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -186,7 +188,7 @@ class EWC(FisherImportance):
         self.constant += constant
 
     def _fisher(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], str, int]:
-        """This task's Fisher diagonal, the estimator that was used, and the number of samples left out."""
+        """Returns this task's Fisher diagonal, the estimator that was used, and the number of samples left out."""
         assert self.task is not None
         parameters = trainable_parameters(pl_module)
         samples = self.task_samples(trainer, f"{type(self).__name__}: Fisher of {self.task}")

@@ -1,4 +1,4 @@
-"""Penalties whose importance is a Fisher information, from gradients of single samples."""
+"""Penalties whose importance is a Fisher information, measured with gradients of single samples."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lightning_cl.passes.sample_sums import look_at_one
 
 
 class FisherImportance(SampledImportance):
-    """A quadratic penalty whose importance is a Fisher information; a subclass says in which form.
+    """A quadratic penalty whose importance is a Fisher information; a subclass decides on its form.
 
     Args:
         strength: the factor, or ``auto``.
-        estimator: where the labels come from: ``sample``, ``empirical``, ``exact``, ``batched`` or ``auto``.
+        estimator: source of the labels: ``sample``, ``empirical``, ``exact``, ``batched`` or ``auto``.
         samples: number of samples of a task to measure on.
-        decay: γ, the share that is kept of the importance from task to task.
+        decay: γ, the share of the importance that is kept from task to task.
         normalize: divide each task's Fisher by its mean before it is added.
-        outputs: ``outputs(module, batch)`` gives the logits; None: they are found.
+        outputs: a function ``outputs(module, batch)`` that gives the logits; None: they are found automatically.
         batch_size: samples measured at once; default: the training loader's.
         apply: ``gradient`` or ``proximal``.
-        last_task: whether the last task of a sequence is measured too.
-        share: of the penalty, with ``strength="auto"``.
+        last_task: True measures the last task of a sequence too.
+        share: the penalty's share of the task's pull, with ``strength="auto"``.
         state_dtype: type of the importance.
         state_device: ``model`` or ``cpu``.
 
@@ -75,7 +75,7 @@ class FisherImportance(SampledImportance):
             look_at_one(trainer, pl_module, self.losses(trainer, pl_module))
 
     def losses(self, trainer: L.Trainer, pl_module: L.LightningModule) -> FisherLosses:
-        """Returns the losses whose gradients are measured, by the estimator."""
+        """Returns the losses, chosen by the estimator, whose gradients are measured."""
         assert self.task is not None
         name = type(self).__name__
         return FisherLosses(trainer, pl_module, self.estimator, self.outputs, self.task.index, name)

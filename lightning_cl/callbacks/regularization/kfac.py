@@ -35,43 +35,43 @@ class KFACEWC(FisherImportance):
 
         strength / 2 · Σ_layers tr(Δᵀ G Δ A) + strength / 2 · Σ_others F_i (θ_i − θ*_i)²
 
-    The diagonal of EWC knows how far each weight may move by itself. ``A ⊗ G`` also knows which weights may move
-    together without a change of the output. ``A`` and ``G`` are the second moments of a layer's inputs and of the
-    gradients at its outputs (:mod:`lightning_cl.functional.kfac`); the Fisher is scaled as EWC's, so that a
-    strength means the same. Embeddings, norms, biases, tied weights, layers wider than `largest` and
-    GPT-2's ``Conv1D`` have EWC's diagonal.
+    The diagonal of EWC says how far each weight may move by itself. ``A ⊗ G`` also says which weights may move together
+    without a change of the output. ``A`` and ``G`` are the second moments of a layer's inputs and of the gradients at
+    its outputs (:mod:`lightning_cl.functional.kfac`). The Fisher is scaled as in EWC, so that a strength means the
+    same. EWC's diagonal is used for embeddings, norms, biases, tied weights, layers wider than `largest`, and GPT-2's
+    ``Conv1D``.
 
-    Of several tasks one pair of factors is kept per layer: the nearest to ``decay · (A ⊗ G + A_new ⊗ G_new)``. With two
-    tasks the penalty is exact; beyond, it is near. With ``apply="proximal"`` other proximal penalties act one after the
-    other on these layers.
+    For any number of tasks one pair of factors is kept per layer: the nearest to ``decay · (A ⊗ G + A_new ⊗ G_new)``.
+    With two tasks the penalty is exact; with more it is an approximation. With ``apply="proximal"`` other proximal
+    penalties act on these layers one after the other.
 
-    Memory: ``4 (in² + out²)`` bytes per linear layer and its anchor, 8 bytes per other parameter; ``proximal`` keeps
-    the eigenvectors too. Compute per step: two products of matrices per layer, ``out · in · (in + out)``
-    multiplications, about ``(in + out) / (3 · tokens)`` of the step itself; per task as EWC, and the moments.
+    Memory: ``4 (in² + out²)`` bytes per linear layer and its anchor, and 8 bytes per other parameter; ``proximal``
+    keeps the eigenvectors too. Compute per step: two matrix products per layer with ``out · in · (in + out)``
+    multiplications, about ``(in + out) / (3 · tokens)`` of the step itself. Compute per task: as EWC, and the moments.
 
     Args:
         strength: the factor λ, or ``auto``.
-        estimator: where the labels come from: ``sample``, ``empirical``, ``exact`` or ``auto``, as in
+        estimator: source of the labels: ``sample``, ``empirical``, ``exact`` or ``auto``, as in
             :class:`~lightning_cl.EWC`.
         samples: number of samples of a task to measure on.
-        decay: γ.
+        decay: γ, the share of the importance that is kept from task to task.
         normalize: divide each task's Fisher by the mean of its diagonal before it is added.
-        largest: layers with more inputs or outputs have the diagonal.
-        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
-            ``.logits``.
+        largest: layers with more inputs or outputs than this use the diagonal.
+        outputs: a function ``outputs(module, batch)`` that gives the logits. It is needed where no submodule returns an
+            object with ``.logits``.
         batch_size: samples measured at once; default: the training loader's.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        last_task: whether the last task of a sequence is measured too, as in :class:`~lightning_cl.EWC`.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
+        last_task: True measures the last task of a sequence too, as in :class:`~lightning_cl.EWC`.
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate.
         state_dtype: type of the importance of all parameters without factors, as in :class:`~lightning_cl.EWC`.
-        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
-            memory of the machine, and each step brings them to the parameters one tensor at a time.
-        mode: ``online``, the only one there is: one pair of factors is kept for all tasks.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
+            RAM, and each step copies them to the parameters one tensor at a time.
+        mode: ``online``, the only mode: one pair of factors is kept for all tasks.
 
     Attributes:
-        factors: parameter name to its :class:`~lightning_cl.functional.kfac.Kronecker`; all others are in
+        factors: parameter name to its :class:`~lightning_cl.functional.kfac.Kronecker`; all other parameters are in
             ``importance``.
 
     Raises:
@@ -142,7 +142,7 @@ class KFACEWC(FisherImportance):
         diagonal = self.without_non_finite(diagonal)
         mean = None
         if self.normalize:
-            # By the traces: products of small factors would be nothing in fp32.
+            # The mean comes from the traces: products of small factors would underflow in fp32.
             total_sum = sum(f.trace() for f in factors.values())
             total_sum += sum(float(value.sum(dtype=torch.float64)) for value in diagonal.values())
             mean = total_sum / max(sum(p.numel() for p in parameters.values()), 1)
@@ -177,9 +177,9 @@ class KFACEWC(FisherImportance):
         total: Mapping[str, Tensor],
         positions: int,
     ) -> dict[str, Kronecker]:
-        """``A`` as the mean over a layer's positions, ``G`` per position that bears loss; over all ranks."""
+        """Returns ``A``, a mean over a layer's positions, and ``G``, a mean over loss positions; over all ranks."""
         device = trainer.strategy.root_device
-        # A rank may have had no sample, or a layer none: all ranks go through the same names.
+        # Some ranks or layers may have had no sample, so all ranks loop over the same names.
         seen = torch.tensor([float(sink.positions.get(name, 0)) for name in parameters], device=device)
         seen = trainer.strategy.reduce(seen, reduce_op="sum")
         moments = {}
@@ -190,7 +190,7 @@ class KFACEWC(FisherImportance):
             sums = [trainer.strategy.reduce(t, reduce_op="sum") for t in sink.sums.get(name, zeros)]
             if all(bool(side.isfinite().all()) for side in sums):
                 moments[name] = Kronecker(sums[0] / count, sums[1] / max(positions, 1))
-            else:  # no factors: its diagonal, which is said to be left unprotected
+            else:  # NaN in the diagonal: these weights are reported as unprotected
                 total[name].fill_(torch.nan)
         return moments
 
@@ -230,7 +230,7 @@ class KFACEWC(FisherImportance):
                 yield name, gap, factors.times(gap)
 
     def _diagonal(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # A layer that is used in another way in a later task can have both.
+        # A layer can have a diagonal and factors if a later task uses it in another way.
         return {name: p for name, p in parameters.items() if name in self.importance}
 
     # ------------------------------------------------------------------ state
@@ -270,7 +270,7 @@ class KFACEWC(FisherImportance):
 
 
 def _grown(name: str, factors: Kronecker, weight: Tensor) -> Kronecker:
-    """Factors of a layer that has got more inputs or outputs: the new ones have no importance."""
+    """Extends the factors of a layer that got more inputs or outputs; the new ones have no importance."""
     missing = [new - len(side) for new, side in zip((weight.shape[1], weight.shape[0]), factors, strict=True)]
     if missing == [0, 0]:
         return factors

@@ -1,4 +1,4 @@
-"""L2-SP: the same pull on every weight, towards where it was."""
+"""L2-SP: the same pull on every weight, towards its value before."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lightning_cl.core.placement import full_cpu, tensor_bytes, trainable_parame
 class L2SP(QuadraticPenalty):
     """L2-SP (Li, Grandvalet & Davoine 2018, ICML, eq. 2): ``strength / 2 · ‖θ − θ*‖²``.
 
-    Nothing is measured: every trainable weight is as important as any other. What it does is the least that a measured
-    importance must surpass. With ``apply="proximal"`` it is decoupled weight decay towards ``θ*``. The paper's α is the
-    strength. Under LoRA the trained weights are the adapter's.
+    Nothing is measured: every trainable weight is equally important. So L2-SP is a baseline that a measured importance
+    must surpass. With ``apply="proximal"`` it is decoupled weight decay towards ``θ*``. The paper's α is the strength.
+    Under LoRA the trained weights are the adapter's.
 
     Memory: 4 bytes per trainable parameter for the anchor (the importance is one number per tensor). Compute: one pass
     over parameters and anchor per step.
 
     Args:
         strength: the factor, or ``auto``.
-        anchor: ``previous``: the weights at the end of the task before; the first task is free. ``start``: the weights
-            that the sequence started from (a pretrained model's), also during the first task.
+        anchor: ``previous``: the weights at the end of the previous task; in the first task there is no penalty.
+            ``start``: the weights at the start of the sequence (a pretrained model's), also during the first task.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate.
         state_dtype: type of the importance, which is one number for all weights of a tensor.
-        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
-            memory of the machine, and each step brings them to the parameters one tensor at a time.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
+            RAM, and each step copies them to the parameters one tensor at a time.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -59,8 +59,8 @@ class L2SP(QuadraticPenalty):
     ) -> None:
         super().__init__(strength, apply, share, state_dtype, state_device)
         self.anchored_to = check_choice("anchor", anchor, ("previous", "start"))
-        if anchor == "start":
-            self.relies_on = frozenset()  # whatever a task trains, it has a start
+        if self.anchored_to == "start":
+            self.relies_on = frozenset()  # whatever a task trains is held where it started
 
     @override
     def on_sequence_start(self) -> None:
@@ -93,7 +93,7 @@ class L2SP(QuadraticPenalty):
         super().place(trainer, pl_module)
         for name, anchor in self.anchor.items():
             if anchor.shape != before[name]:
-                # A head that has grown: the new rows have never been anywhere to go back to.
+                # A head has grown: its new rows have no earlier values, and no importance.
                 old = torch.zeros_like(anchor, dtype=torch.float32)
                 old[tuple(slice(0, size) for size in before[name])] = 1.0
                 self.importance[name] = old
@@ -119,7 +119,7 @@ def _is_one_number(importance: Tensor) -> bool:
 
 
 def _ones_like(anchor: Tensor) -> Tensor:
-    """One number, seen as a tensor of the anchor's shape."""
+    """Returns one number, expanded to the anchor's shape without a copy."""
     if hasattr(anchor, "device_mesh"):
-        return torch.ones_like(anchor)  # a sharded tensor cannot be seen so
+        return torch.ones_like(anchor)  # a sharded tensor cannot be expanded like this
     return torch.ones((), device=anchor.device).expand(anchor.shape)

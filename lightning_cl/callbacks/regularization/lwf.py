@@ -1,4 +1,4 @@
-"""Learning without Forgetting: distillation from the model before the task, or before all tasks."""
+"""Learning without Forgetting: distillation from the model before the task, or before the first task."""
 
 from __future__ import annotations
 
@@ -34,29 +34,30 @@ class LwF(ContinualCallback):
 
         L(θ) + strength · T² · mean_t KL( softmax(z_teacher / T) ‖ softmax(z_student / T) )
 
-    over the positions that bear loss (over samples, for a classifier). The gradient is that of the paper's
-    cross-entropy; ``T²`` keeps its size when T changes (Hinton et al. 2015). The teacher is frozen, in evaluation mode,
-    and no part of the optimizer or of DDP. For a language model both sides' logits exist for one chunk of tokens at a
-    time. Nothing of earlier data is needed; next to ``Replay`` the teacher can also answer the replayed samples alone.
+    The mean is over the positions that bear loss (over samples, for a classifier). The gradient is that of the paper's
+    cross-entropy; ``T²`` keeps its size when T changes (Hinton et al. 2015). The teacher is frozen and in evaluation
+    mode. It is no part of the optimizer or of DDP. For a language model, the logits of both models exist for one chunk
+    of tokens at a time. No earlier data is needed. Next to ``Replay``, the teacher can also be applied to the replayed
+    samples alone.
 
-    Memory: a copy of the trainable parameters, also in checkpoints (under LoRA that of the adapter); with
-    ``teacher_dtype`` or ``teacher_device`` a copy of all parameters. Compute per step: one forward pass of the teacher
-    (where trained parts make the model's inputs, as a projector or a soft prompt, one ``training_step`` without
-    gradients); with `outputs`, one more forward and backward pass of the student. A head that has grown since is
-    compared in the classes that the teacher knows.
+    Memory: a copy of the trainable parameters, also in checkpoints (under LoRA: of the adapter). With ``teacher_dtype``
+    or ``teacher_device`` it is a copy of all parameters. Compute per step: one forward pass of the teacher, or one
+    ``training_step`` without gradients if trained parts compute the model's inputs, such as a projector or a soft
+    prompt. With `outputs`, one more forward and backward pass of the student. If a head has grown since, only the
+    classes that the teacher knows are compared.
 
     Args:
-        strength: the factor; 0 keeps teachers and applies nothing. ``T²`` comes on top of it: with the default T = 2 a
-            strength of 1 weighs the divergence 4 times.
-        temperature: T. 2 in the paper; 1 compares the predictions as they are.
-        teacher: ``previous``: the model at the end of the task before; the first task has none. ``base``: the model
-            before the first task, in all tasks.
-        where: on which samples: ``all``, ``new`` (as in the paper) or ``replayed`` ones.
-        top_k: tell apart the teacher's k most probable tokens, and all others as one; None: all of them.
+        strength: the factor; 0 keeps teachers and adds no loss. It is multiplied by ``T²``: with the default T = 2, a
+            strength of 1 gives the divergence the weight 4.
+        temperature: T. It is 2 in the paper; 1 compares the unchanged predictions.
+        teacher: ``previous``: the model at the end of the previous task; the first task has no teacher. ``base``: the
+            model before the first task, for all tasks.
+        where: samples that count: ``all``, ``new`` (as in the paper) or ``replayed`` ones.
+        top_k: compare the teacher's k most probable tokens, and all others as one class; None: compare all tokens.
         teacher_dtype: type of the teacher; default: that of the parameters.
-        teacher_device: where the teacher is and computes, as ``cpu`` or ``cuda:1``; default: where the module is.
-        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
-            ``.logits``.
+        teacher_device: device of the teacher, as ``cpu`` or ``cuda:1``; default: the module's device.
+        outputs: a function ``outputs(module, batch)`` that gives the logits. It is needed where no submodule returns an
+            object with ``.logits``.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -102,8 +103,8 @@ class LwF(ContinualCallback):
             raise ValueError(f"teacher_device={teacher_device!r}: {error}") from error
         self.teacher: Teacher | None = None
         self._student: Student | None = None
-        self._divergences: dict[str, list[float]] = {}  # of each task: sum and number of logged values
-        self._unknown: dict[str, int] = {}  # of each task: positions at which the teacher is not finite
+        self._divergences: dict[str, list[float]] = {}  # for each task: sum and number of logged values
+        self._unknown: dict[str, int] = {}  # for each task: positions at which the teacher is not finite
 
     @property
     def is_active(self) -> bool:
@@ -160,7 +161,7 @@ class LwF(ContinualCallback):
         self._release()
         self._student = Student(trainer, pl_module, self.outputs, type(self).__name__)
         with leaving_no_trace(pl_module), torch.no_grad():
-            # Before anything is trained, and not after a task: whether the logits can be reached at all.
+            # This raises an error before training, and not after a task, if the logits cannot be found.
             batch = TaskSamples(trainer, 1, 0, f"{type(self).__name__}: logits").one()
             if batch is not None:
                 self._student.find(batch)
@@ -177,7 +178,7 @@ class LwF(ContinualCallback):
             return None
         assert self.teacher is not None
         assert self._student is not None
-        self.teacher.complete(pl_module)  # what has been unfrozen inside the task
+        self.teacher.complete(pl_module)  # parameters that were unfrozen inside the task
         with trainer.precision_plugin.forward_context():
             student, call = self._student.take(batch)
             teacher = self._teachers(call, pl_module, batch).to(student.device)
@@ -207,7 +208,7 @@ class LwF(ContinualCallback):
         return self.strength * self.temperature**2 * divergence
 
     def _teachers(self, call: Call, pl_module: L.LightningModule, batch: Any) -> Tensor:
-        """The teacher's result of the call, instead of the student's."""
+        """Returns the teacher's result of the student's call."""
         assert self.teacher is not None
         assert self._student is not None
         if call.has_trained_inputs:
@@ -232,7 +233,7 @@ class LwF(ContinualCallback):
         return positions & (wanted[:, 1:] if shifted else wanted)
 
     def _tell_unknown(self, count: int) -> None:
-        """Counts positions that the teacher says nothing of; they would make the whole loss NaN."""
+        """Counts positions at which the teacher is not finite; they would make the whole loss NaN."""
         assert self.task is not None
         if self.task.name not in self._unknown:
             rank_zero_warn(
@@ -245,7 +246,7 @@ class LwF(ContinualCallback):
         self.log_scalar("divergence", divergence)
         assert self.task is not None
         if not math.isfinite(divergence):
-            return  # this step's alone: it is logged, and not in the mean over training
+            return  # it is logged for this step, but left out of the mean over training
         total = self._divergences.setdefault(self.task.name, [0.0, 0.0])
         total[0] += divergence
         total[1] += 1
@@ -271,7 +272,7 @@ class LwF(ContinualCallback):
             self.teacher = Teacher(None, self._dtype, self._device)
             self.teacher.load(state["teacher"])
         self._divergences = {name: list(value) for name, value in state["divergences"].items()}
-        self._unknown = dict(state.get("unknown", {}))  # earlier checkpoints do not have it
+        self._unknown = dict(state.get("unknown", {}))  # older checkpoints do not have it
 
     @override
     def state_bytes(self) -> int:
@@ -303,14 +304,14 @@ class LwF(ContinualCallback):
 
 
 def _is_known(outputs: Tensor, is_hidden: bool) -> Tensor:
-    """``[positions]``: whether a distribution can be made of a row; a logit of −∞ is a class that is ruled out."""
+    """Returns ``[positions]``: True if a row gives a distribution; a logit of −∞ excludes its class."""
     if is_hidden:
         return outputs.isfinite().all(-1)
     return ~(outputs.isnan() | outputs.isposinf()).any(-1)
 
 
 def _rows(side: Tensor, mask: Tensor | None) -> Tensor:
-    """``[positions, width]`` of those that count."""
+    """Returns ``[positions, width]`` of the positions that count."""
     if mask is None:
         return side.flatten(0, -2)
     return side[mask].flatten(0, -2) if mask.ndim == 1 else side[:, : mask.shape[1]][mask]

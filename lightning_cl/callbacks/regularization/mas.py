@@ -30,32 +30,32 @@ class MAS(SampledImportance):
 
         Ω_i = 1/N · Σ_x | ∂ ‖f(x)‖² / ∂θ_i |        penalty: strength / 2 · Σ_i Ω_i (θ_i − θ*_i)²
 
-    How much the output changes when a weight changes: labels are not needed. ``f(x)`` are the logits, as they are, and
-    ``‖·‖²`` is the sum of their squares; for language models a sequence is a sample, ``‖f(x)‖² = Σ_t ‖f_t(x)‖²`` over
-    the positions that bear loss, and N is the number of those positions. The absolute value is taken of each sample's
-    gradient. Ω adds up over the tasks. The paper's λ is strength / 2.
+    The importance says how much the output changes when a weight changes; it needs no labels. ``f(x)`` are the logits,
+    and ``‖·‖²`` is the sum of their squares. For language models a sequence is a sample, ``‖f(x)‖² = Σ_t ‖f_t(x)‖²``
+    over the positions that bear loss, and N is the number of those positions. The absolute value is taken of each
+    sample's gradient. Ω is summed over the tasks. The paper's λ is strength / 2.
 
-    Memory: 8 bytes per trainable parameter. Compute: one pass over parameters, importance and anchor per step; per task
-    one forward and backward pass over `samples` samples, in batches, with one more fp32 tensor per parameter and the
-    logits of a whole batch while it runs (``batch_size=1`` where they are many).
+    Memory: 8 bytes per trainable parameter. During the measurement one more fp32 tensor per parameter, and the logits
+    of a whole batch (``batch_size=1`` helps where they are large). Compute per step: one pass over parameters,
+    importance and anchor. Per task: one forward and backward pass over `samples` samples, in batches.
 
     Args:
         strength: the factor, or ``auto``.
-        samples: number of samples of a task to measure on; all, if there are fewer.
-        normalize: divide each task's Ω by its mean before it is added, so that strengths are of one order of magnitude
-            for different models; False keeps the units of the paper.
-        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
-            ``.logits``.
+        samples: number of samples of a task to measure on; all samples if the task has fewer.
+        normalize: divide each task's Ω by its mean before it is added, so that strengths have one order of magnitude
+            for different models. False keeps the units of the paper.
+        outputs: a function ``outputs(module, batch)`` that gives the logits. It is needed where no submodule returns an
+            object with ``.logits``.
         batch_size: samples measured at once; default: the training loader's. It does not change the result.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        last_task: whether the last task of a sequence is measured too. False saves that pass; if tasks are added later,
-            it is made up for on the last task's data when the first of them starts, with the same result.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
-        state_dtype: type of the importance; ``bfloat16`` halves its memory, to a relative rounding of 0.4 %.
-        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
-            memory of the machine, and each step brings them to the parameters one tensor at a time.
+        last_task: True measures the last task of a sequence too. False saves that pass. If tasks are added later, the
+            pass is made when the first of them starts, on the last task's data, with the same result.
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate.
+        state_dtype: type of the importance. ``bfloat16`` halves its memory, with a relative rounding error of 0.4 %.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
+            RAM, and each step copies them to the parameters one tensor at a time.
 
     Raises:
         ValueError: if an argument is out of its range.

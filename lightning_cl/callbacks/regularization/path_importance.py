@@ -22,21 +22,21 @@ from lightning_cl.core.placement import trainable_parameters
 
 
 class PathImportance(QuadraticPenalty):
-    """A quadratic penalty whose importance follows the path of training: no extra pass over the data.
+    """A quadratic penalty whose importance follows the path of training, without an extra pass over the data.
 
     A subclass names the parameters that it follows and reads each step from the
     :class:`~lightning_cl.callbacks.regularization.step_watch.StepWatch`.
 
-    Memory: 8 bytes per trainable parameter while a task is trained (the gradient and the weights before each step),
-    next to what :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty` keeps. Compute per step: two
-    copies per parameter.
+    Memory: 8 bytes per trainable parameter while a task is trained (the gradient and the weights before each step), in
+    addition to :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`. Compute per step: two copies
+    per parameter.
 
     Args:
         strength: the factor, or ``auto``.
-        damping: number added to the denominator of the importance, or ``auto``.
+        damping: the number added to the denominator of the importance, or ``auto``.
         normalize: divide the importance by its mean.
         apply: ``gradient`` or ``proximal``.
-        share: of the penalty's gradient in the task's, with ``strength="auto"``.
+        share: the penalty's share of the task's pull, with ``strength="auto"``.
         state_dtype: type of the importance.
         state_device: ``model`` or ``cpu``.
 
@@ -59,7 +59,7 @@ class PathImportance(QuadraticPenalty):
         self._watch = StepWatch()
 
     def followed(self) -> Collection[str]:
-        """Names of the parameters whose steps are summed."""
+        """Returns the names of the parameters whose steps are summed."""
         raise NotImplementedError
 
     @override
@@ -77,7 +77,7 @@ class PathImportance(QuadraticPenalty):
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
-        self._watch.spoilt = torch.tensor(state.get("spoilt_steps", 0))  # earlier checkpoints do not have it
+        self._watch.spoilt = torch.tensor(state.get("spoilt_steps", 0))  # older checkpoints do not have it
 
     @override
     def report(self) -> dict[str, Any]:

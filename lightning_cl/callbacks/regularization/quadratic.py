@@ -1,4 +1,4 @@
-"""The quadratic core of EWC, SI and their relatives: an anchor, an importance, and two ways to apply them."""
+"""Base of EWC, SI and similar penalties: an anchor, an importance, and two ways to apply them."""
 
 from __future__ import annotations
 
@@ -43,36 +43,36 @@ _MEASURED_STEPS = (4, 16, 64, 256)
 
 
 class QuadraticPenalty(ContinualCallback):
-    """``strength / 2 · Σ importance · (θ − anchor)²``; a subclass says where importance and anchor come from.
+    """``strength / 2 · Σ importance · (θ − anchor)²``; a subclass computes importance and anchor.
 
-    ``apply="gradient"`` adds the penalty's gradient in closed form, once per optimizer step, after unscaling and the
-    reduction over ranks and before clipping. ``apply="proximal"`` leaves the gradients alone and moves the weights
-    after the step, by an implicit step that is stable for every strength and that neither clipping nor Adam's second
-    moment rescales. Under plain SGD both have the same optimum. Under Adam the strength of the proximal mode is in
-    units of Adam's normalised step and not of the loss: it does not change when the loss is scaled, and its sane range
-    is another one.
+    ``apply="gradient"`` adds the penalty's gradient in closed form, once per optimizer step. It is added after
+    unscaling and the reduction over ranks, and before clipping. ``apply="proximal"`` leaves the gradients unchanged and
+    moves the weights after the step. This implicit step is stable for every strength, and neither clipping nor Adam's
+    second moment rescales it. Under plain SGD both modes have the same optimum. Under Adam the strength of the proximal
+    mode is in units of Adam's normalised step and not of the loss: it does not change when the loss is scaled, and its
+    useful range differs.
 
     Memory: 8 bytes per trainable parameter (importance and anchor in fp32), and one temporary of the largest parameter.
     Compute per step: one pass over parameters, importance and anchor.
 
     Args:
-        strength: the factor; 0 applies nothing and still measures the importance. ``auto``: chosen in every task so
-            that the penalty has the stated `share`
-            (:class:`~lightning_cl.callbacks.regularization.auto_strength.AutoStrength`), in both modes; the report says
-            what was chosen.
+        strength: the factor; 0 applies nothing and still measures the importance. ``auto``: it is chosen in every task,
+            in both modes, so that the penalty has the stated `share`
+            (:class:`~lightning_cl.callbacks.regularization.auto_strength.AutoStrength`). The report has the chosen
+            values.
         apply: ``gradient`` or ``proximal``.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of what it moves the weights relative to the optimizer's step, both per learning rate). It
-            rises where a task saturates.
-        state_dtype: of the importance; ``bfloat16`` halves it, to a relative rounding of 0.4 %. The anchor has the
-            parameters' own type, so that it is exact.
-        state_device: ``model``: importance and anchor are next to the parameters. ``cpu``: in the memory of the host,
-            and brought to the parameters one tensor at a time in each step.
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate. It rises
+            when a task saturates.
+        state_dtype: type of the importance. ``bfloat16`` halves its memory, with a relative rounding error of 0.4 %.
+            The anchor keeps the parameters' type, so that it is exact.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in RAM,
+            and each step copies them to the parameters one tensor at a time.
 
     Attributes:
-        importance: parameter name to what the penalty multiplies.
-        anchor: parameter name to where the penalty is zero.
-        constant: the part of the penalty that no weight can change (several tasks with different anchors).
+        importance: parameter name to the importance of each weight.
+        anchor: parameter name to the weights at which the penalty is zero.
+        constant: the part of the penalty that no weight can change, if several tasks have different anchors.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -103,15 +103,15 @@ class QuadraticPenalty(ContinualCallback):
         self.anchor: dict[str, Tensor] = {}
         self.constant = 0.0
         self._diagnosis: list[dict[str, Any]] = []
-        self._not_finite = 0  # weights of the importance that was measured last
-        self._largest_share: float | None = None  # of the penalty in this task's gradients, where it was measured
-        self._too_strong = False  # it has pulled harder than the task
-        self._before: dict[str, Tensor] = {}  # the weights before a step whose pull is measured
-        self._due = False  # at this step a strength is chosen
+        self._not_finite = 0  # number of weights whose last measured importance was not finite
+        self._largest_share: float | None = None  # the penalty's largest measured share of this task's pull
+        self._too_strong = False  # True if the penalty has pulled harder than the task
+        self._before: dict[str, Tensor] = {}  # weights before a step in which the pull is measured
+        self._due = False  # True if a strength is chosen at this step
 
     @property
     def factor(self) -> float:
-        """The strength in use: the given one, or the one that was chosen last."""
+        """Returns the present strength: the given one, or the last chosen one."""
         return self.auto.value if self.auto is not None else float(self.strength)
 
     @property
@@ -152,7 +152,7 @@ class QuadraticPenalty(ContinualCallback):
         if not self.is_active:
             return
         parameters = self._parameters(pl_module)
-        # At a few steps in any case: a task may be shorter than the logging interval.
+        # A few steps are always measured, since a task may be shorter than the logging interval.
         if self.is_log_step(trainer) or self._steps(trainer) in _MEASURED_STEPS:
             self._measure(parameters, scale, self.is_log_step(trainer))
         self._due = self.auto is not None and self.auto.is_due(self._steps(trainer))
@@ -184,7 +184,7 @@ class QuadraticPenalty(ContinualCallback):
         groups = self._stepped(pl_module, optimizer)
         if self._before:
             before, self._before = self._before, {}
-            # Per learning rate: a schedule that ends near zero changes neither what the task wants nor the strength.
+            # Both are divided by the learning rate, so a schedule that ends near zero does not change the strength.
             largest = max((rate for own, rate in groups if own), default=0.0)
             if largest > 0:
                 wanted = _norm(p - before[name] for own, _ in groups for name, p in own.items()) / largest
@@ -206,7 +206,7 @@ class QuadraticPenalty(ContinualCallback):
     # ------------------------------------------------------------------ what a subclass answers
 
     def update_importance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A task ends: measure its importance and set the anchor."""
+        """Measures the importance of the task that ends, and sets the anchor."""
         raise NotImplementedError
 
     def add_gradients(self, parameters: Mapping[str, Tensor], strength: float, scale: float) -> None:
@@ -217,12 +217,12 @@ class QuadraticPenalty(ContinualCallback):
     def move_weights(
         self, parameters: Mapping[str, Tensor], strength: float, rate: float, applied: dict[str, Tensor] | None
     ) -> None:
-        """The proximal step at learning rate `rate`; `applied`: what other penalties have applied in this step."""
+        """Makes the proximal step at learning rate `rate`; `applied` has what other penalties applied in this step."""
         importance, anchor = self._for(parameters)
         proximal_step_(parameters, anchor, importance, strength, rate, applied)
 
     def forces(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """For each parameter its name, ``θ − anchor``, and the penalty's gradient at strength 1."""
+        """Yields for each parameter its name, ``θ − anchor``, and the penalty's gradient at strength 1."""
         importance, anchor = self._for(parameters)
         for name, parameter in parameters.items():
             gap = parameter.detach().float() - anchor[name]
@@ -235,7 +235,7 @@ class QuadraticPenalty(ContinualCallback):
     # ------------------------------------------------------------------ for subclasses
 
     def without_non_finite(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same with 0 where a value is not finite; warns of it. To be called before anything else is made of it."""
+        """Replaces values that are not finite by 0, with a warning; call it before `new` is used."""
         count = self._not_finite = zero_non_finite_(new)
         if count:
             rank_zero_warn(
@@ -245,7 +245,7 @@ class QuadraticPenalty(ContinualCallback):
         return new
 
     def diagnose(self, new: dict[str, Tensor], note: str, **more: Any) -> None:
-        """Keeps this task's importance in numbers, and warns of one that can do nothing."""
+        """Keeps numbers on this task's importance, and warns if the penalty can do nothing."""
         diagnosis = describe_importance(new) | more | compare_with_earlier(more.get("normalized_by"), self._diagnosis)
         diagnosis["not_finite"], self._not_finite = self._not_finite, 0
         if "faint" in diagnosis:
@@ -258,7 +258,7 @@ class QuadraticPenalty(ContinualCallback):
             )
 
     def add_importance(self, new: Mapping[str, Tensor], decay: float = 1.0) -> None:
-        """``importance ← decay · (importance + new)``, in fp32, kept in `state_dtype` on `state_device`."""
+        """Computes ``importance ← decay · (importance + new)`` in fp32; keeps it in `state_dtype` on `state_device`."""
         for name, tensor in new.items():
             old = self.importance.get(name)
             total = tensor.float() if old is None else tensor.float() + old.to(tensor.device)
@@ -267,13 +267,13 @@ class QuadraticPenalty(ContinualCallback):
             self.importance[name].mul_(decay)
 
     def set_anchor(self, pl_module: L.LightningModule, names: Mapping[str, Any] | None = None) -> None:
-        """The anchor is where the trainable parameters are now."""
+        """Sets the anchor to the present trainable parameters."""
         for name, parameter in trainable_parameters(pl_module).items():
             if names is None or name in names:
                 self.anchor[name] = self._kept(parameter.detach().clone(), parameter.dtype)
 
     def penalty(self, pl_module: L.LightningModule) -> float:
-        """The penalty's value at the module's present weights, the constant included."""
+        """Returns the penalty's value at the module's present weights, including the constant."""
         value = sum(
             float(whole((gap * force).sum(dtype=torch.float64)))
             for _, gap, force in self.forces(self._parameters(pl_module))
@@ -293,7 +293,7 @@ class QuadraticPenalty(ContinualCallback):
     def _stepped(
         self, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> list[tuple[dict[str, Tensor], float]]:
-        """The parameters of each group that were stepped (those with a gradient), and their learning rate."""
+        """Returns each group's parameters with a gradient, which the optimizer moved, and their learning rate."""
         parameters, groups = self._parameters(pl_module), []
         for group in optimizer.param_groups:
             members = {id(p) for p in group["params"]}
@@ -314,7 +314,7 @@ class QuadraticPenalty(ContinualCallback):
 
     @torch.no_grad()
     def _measure(self, parameters: dict[str, Tensor], scale: float, log: bool) -> None:
-        """The penalty, and its share of the task's gradient, which nobody has edited yet."""
+        """Measures the penalty, and its share of the task's gradient before any method has edited it."""
         value, pull = 0.0, 0.0
         for _, gap, force in self.forces(parameters):
             value += float(whole((gap * force).sum()))
@@ -331,7 +331,7 @@ class QuadraticPenalty(ContinualCallback):
                 self.log_scalar("penalty_to_gradient_norm", share)
 
     def _note_share(self, pull: float, wanted: float) -> None:
-        """Notes how hard the penalty pulls; ``auto`` is too strong above the most that the task has wanted."""
+        """Notes how hard the penalty pulls; ``auto`` is too strong above the task's largest pull so far."""
         if not wanted > 0 or self.factor == 0:
             return  # `auto` has not chosen yet
         self._largest_share = max(pull / wanted, self._largest_share or 0.0)
@@ -379,7 +379,7 @@ class QuadraticPenalty(ContinualCallback):
         self.constant = state["constant"]
         self._diagnosis = list(state["diagnosis"])
         self._largest_share = state["largest_share"]
-        self._too_strong = state.get("too_strong", False)  # earlier checkpoints do not have it
+        self._too_strong = state.get("too_strong", False)  # older checkpoints do not have it
         if self.auto is not None and state["auto"] is not None:
             self.auto.load(state["auto"])
 
@@ -401,7 +401,7 @@ class QuadraticPenalty(ContinualCallback):
 
 
 def check_damping(damping: float | str) -> float | Literal["auto"]:
-    """A damping, or ``auto``.
+    """Returns a damping, or ``auto``.
 
     Raises:
         ValueError: if it is neither a positive, finite number nor ``auto``.

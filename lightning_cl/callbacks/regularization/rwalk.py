@@ -28,41 +28,41 @@ _SUMS = ("fisher", "score", "_window_squares", "_window_drop", "_window_start", 
 
 
 class RWalk(PathImportance):
-    """Riemannian Walk (Chaudhry et al. 2018, ECCV, arXiv:1801.10112, eqs. 6 to 8), a joining of EWC++ and SI.
+    """Riemannian Walk (Chaudhry et al. 2018, ECCV, arXiv:1801.10112, eqs. 6 to 8), which joins EWC++ and SI.
 
     While a task is trained, every `every` steps::
 
         F_i ← α · mean g_i² + (1 − α) · F_i                               (6)
         s_i += max(Σ −g_i Δθ_i, 0) / (½ F_i Δθ_i² + ε)                    (7)
 
-    with ``g`` the gradient of everything that went through the loss and ``Δθ`` what the weights have moved since the
-    last time. At a task's end ``s ← (s_before + s_task) / 2`` (the first task's score is taken whole), and the penalty
-    is ``strength / 2 · Σ_i (F̄_i + s̄_i)(θ_i − θ*_i)²`` with both brought to [0, 1] (8): the paper's λ is strength / 2.
+    ``g`` is the gradient of the whole loss, and ``Δθ`` the change of the weights since the last update. At a task's end
+    ``s ← (s_before + s_task) / 2``; the first task's score is used unchanged. The penalty is
+    ``strength / 2 · Σ_i (F̄_i + s̄_i)(θ_i − θ*_i)²`` with both scaled to [0, 1] (8). The paper's λ is strength / 2.
 
-    ``g²`` are squares of whole batches' gradients, which is no Fisher information but what the paper's online
-    average needs; F continues over the tasks. Its first average is taken whole, and a task's last interval may be
-    shorter. The authors' code leaves out the ½ and adds the averaged score to the old one; this is the paper's. A step
-    whose gradient is NaN or infinite is left out, with a warning and a count in the report.
+    ``g²`` are squares of whole batches' gradients: this is no Fisher information, but the paper's online average needs
+    it. F continues over the tasks. Its first average is used unchanged, and a task's last interval may be shorter. The
+    authors' code leaves out the ½ and adds the averaged score to the old one; this class follows the paper. A step
+    whose gradient is NaN or infinite is left out; the report counts such steps, with a warning.
 
-    Memory: 16 bytes per trainable parameter kept (F, s, importance, anchor), and 24 more while a task is trained (four
-    sums, the gradient and the weights before each step). Compute per step: as SI, and one multiplication more.
+    Memory: 16 bytes per trainable parameter (F, s, importance, anchor). While a task is trained, 24 bytes more (four
+    sums, and the gradient and the weights before each step). Compute per step: as SI, and one more multiplication.
 
     Args:
         strength: the factor, or ``auto``.
         rate: α, the weight of the newest squared gradients.
-        every: Δt, the number of optimizer steps between updates of F and s.
-        damping: ε, the authors' by default. It is far above ``½ F Δθ²`` at the learning rates of fine-tuning: there s
-            is the bare drop of the loss. ``auto``: the mean of ``½ F Δθ²`` over all weights since the last update, so
-            that equation 7 does the same at every learning rate.
-        normalize: divide the sum of both by its mean, so that strengths compare to those of the other methods; False
-            keeps the range [0, 2] of the paper.
+        every: Δt, the number of optimizer steps between two updates of F and s.
+        damping: ε; the default is the authors'. It is far above ``½ F Δθ²`` at the learning rates of fine-tuning, where
+            s is then proportional to the drop of the loss. ``auto``: the mean of ``½ F Δθ²`` over all weights since the
+            last update, so that equation 7 does the same at every learning rate.
+        normalize: divide the sum of both by its mean, so that strengths can be compared with those of other methods.
+            False keeps the range [0, 2] of the paper.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
-        state_dtype: type of the importance; ``bfloat16`` halves its memory, to a relative rounding of 0.4 %.
-        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
-            memory of the machine, and each step brings them to the parameters one tensor at a time.
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate.
+        state_dtype: type of the importance. ``bfloat16`` halves its memory, with a relative rounding error of 0.4 %.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
+            RAM, and each step copies them to the parameters one tensor at a time.
 
     Attributes:
         fisher: parameter name to F.
@@ -103,7 +103,7 @@ class RWalk(PathImportance):
         self._window_drop: dict[str, Tensor] = {}  # Σ −g Δθ
         self._window_start: dict[str, Tensor] = {}  # θ at the last update
         self._window_steps = 0
-        self._window_spoilt: dict[str, Tensor | int] = {}  # number of these steps without a finite gradient
+        self._window_spoilt: dict[str, Tensor | int] = {}  # number of the window's steps without a finite gradient
         self._started: set[str] = set()  # names of the parameters that have an F
 
     @override
@@ -156,7 +156,7 @@ class RWalk(PathImportance):
         for name, squares in self._window_squares.items():
             steps = self._window_steps - int(self._window_spoilt.get(name, 0))
             if steps > 0:
-                # The first average has nothing before it.
+                # The first average has no earlier one to be mixed with.
                 rate = self.rate if name in self._started else 1.0
                 running_fisher_(self.fisher[name], squares.div_(steps), rate)
                 self._started.add(name)
@@ -210,7 +210,7 @@ class RWalk(PathImportance):
         super().load_continual_state(state)
         for name in _SUMS:
             setattr(self, name, dict(state["sums"][name]))
-        # Earlier checkpoints do not know of spoilt steps.
+        # Older checkpoints have no spoilt steps.
         self._window_steps, self._started = state["window_steps"], set(state.get("started", state["sums"]["fisher"]))
         self._window_spoilt = dict(state.get("window_spoilt", {}))
 

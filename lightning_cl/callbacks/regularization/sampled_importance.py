@@ -1,4 +1,4 @@
-"""Penalties whose importance takes a pass over samples of the task that has ended."""
+"""Penalties whose importance needs a pass over samples of the task that has ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_cl.passes.task_samples import TaskSamples, check_samples
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import TaskPosition
 
-_PER_SAMPLE = 1.2  # a pass with single gradients takes so many training passes over the same samples
+_PER_SAMPLE = 1.2  # cost of a pass with single gradients, in training passes over the same samples
 
 
 class SampledImportance(QuadraticPenalty):
@@ -22,16 +22,16 @@ class SampledImportance(QuadraticPenalty):
 
     Args:
         strength: the factor, or ``auto``.
-        samples: number of samples of a task to measure on; all, if there are fewer.
+        samples: number of samples of a task to measure on; all samples if the task has fewer.
         batch_size: samples measured at once; default: the training loader's.
-        last_task: whether the last task of a sequence is measured too. False saves that pass; if tasks are added later,
-            it is made up for on the last task's data when the first of them starts, with the same result.
+        last_task: True measures the last task of a sequence too. False saves that pass. If tasks are added later, the
+            pass is made when the first of them starts, on the last task's data, with the same result.
         apply: ``gradient`` or ``proximal``.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
-        state_dtype: type of the importance; ``bfloat16`` halves its memory, to a relative rounding of 0.4 %.
-        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
-            memory of the machine, and each step brings them to the parameters one tensor at a time.
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate.
+        state_dtype: type of the importance. ``bfloat16`` halves its memory, with a relative rounding error of 0.4 %.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
+            RAM, and each step copies them to the parameters one tensor at a time.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -57,11 +57,11 @@ class SampledImportance(QuadraticPenalty):
         if not isinstance(last_task, bool):
             raise ValueError(f"last_task={last_task!r}: expected True or False")
         self.samples, self.batch_size, self.last_task = samples, batch_size, last_task
-        self._owed: dict[str, Any] | None = None  # the task that was not measured, and how the penalty held in it
-        self._loader: Any = None  # of that task, while it is made up for
+        self._owed: dict[str, Any] | None = None  # the task that was not measured, and the penalty's effect in it
+        self._loader: Any = None  # loader of that task, while its measurement is made up for
 
     def task_samples(self, trainer: L.Trainer, label: str) -> TaskSamples:
-        """The samples of the task that is measured."""
+        """Returns the samples of the task that is measured."""
         assert self.task is not None
         count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
         return TaskSamples(trainer, count, self.task.index, label, loader=self._loader, batch_size=self.batch_size)
@@ -95,7 +95,7 @@ class SampledImportance(QuadraticPenalty):
         rank_zero_info(f"{type(self).__name__}(last_task=False): {self.task} is measured when another task is added")
 
     def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule, owed: dict[str, Any]) -> None:
-        """The weights are still those that the task ended with, its data is in the same list."""
+        """Measures the task now: the weights are unchanged since its end, and its data is still available."""
         data, now = self.run.data, self.task
         assert data is not None
         with untouched_random_state():
@@ -125,7 +125,7 @@ class SampledImportance(QuadraticPenalty):
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
-        self._owed = state.get("owed")  # earlier checkpoints do not have it
+        self._owed = state.get("owed")  # older checkpoints do not have it
 
 
 def _is_last(task: TaskPosition) -> bool:

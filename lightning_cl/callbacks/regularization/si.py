@@ -19,35 +19,35 @@ from lightning_cl.functional import normalize_importance, path_importance, path_
 class SI(PathImportance):
     """Synaptic Intelligence (Zenke, Poole & Ganguli 2017, eqs. 3 to 5).
 
-    During a task, ``ω_i += −g_i Δθ_i`` over the optimizer's real steps, with ``g`` the gradient of everything that went
-    through the loss (no penalty that edits gradients) and ``Δθ`` the step really taken. At its end
-    ``Ω_i += max(ω_i, 0) / (Δ_i² + ξ)`` with ``Δ_i`` the way over the whole task. The penalty is
+    During a task, ``ω_i += −g_i Δθ_i`` over the optimizer's steps. ``g`` is the gradient of the whole loss, without
+    penalties that edit gradients, and ``Δθ`` is the step that was taken. At the task's end
+    ``Ω_i += max(ω_i, 0) / (Δ_i² + ξ)``, with ``Δ_i`` the weight's change over the whole task. The penalty is
     ``strength / 2 · Σ Ω_i (θ_i − θ*_i)²``: the paper's c is strength / 2.
 
-    Nothing is measured apart from training: no extra passes over the data. Decoupled weight decay is a part of the step
-    really taken, and so of ω. The clamp at zero is per task; the authors' code clamps the running sum over tasks. The
-    anchor is where the weights are when a task starts: a head that was reset between tasks is held at its new values.
-    Where a gradient is NaN or infinite, the step adds nothing to ω; the report counts such steps, with a warning.
+    SI needs no extra passes over the data. Decoupled weight decay is a part of the step that was taken, and so of ω.
+    The clamp at zero is per task; the authors' code clamps the running sum over tasks. The anchor is the weights at the
+    start of a task, so a head that was reset between tasks is kept at its new values. If a gradient is NaN or infinite,
+    the step adds nothing to ω; the report counts such steps, with a warning.
 
-    Memory: 8 bytes per trainable parameter kept (Ω, anchor), and 12 more (ω too) while one is trained (the gradient and
+    Memory: 8 bytes per trainable parameter (Ω, anchor). While a task is trained, 12 bytes more (ω, and the gradient and
     the weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
 
     Args:
-        strength: the factor, or ``auto``. Sane on the quickstart (three tasks, AdamW at 2e-3, ``normalize=True``):
-            0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
+        strength: the factor, or ``auto``. Good values on the quickstart (three tasks, AdamW at 2e-3,
+            ``normalize=True``): 0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
         damping: ξ. ``auto``: the mean of ``Δ²`` over all weights in this task, so that equation 5 does the same at
             every learning rate. A number is ξ itself, in units of a squared parameter change: 0.1 in the paper's
-            experiments. Where it exceeds ``Δ²`` by far, as 0.1 does with the learning rates of fine-tuning, Ω is the
-            bare path integral divided by ξ.
-        normalize: divide each task's share of Ω by its mean before it is added, so that strengths are of one order of
-            magnitude for different models and learning rates; False keeps the units of the paper.
+            experiments. If it is far above ``Δ²``, as 0.1 is at the learning rates of fine-tuning, Ω is just the path
+            integral divided by ξ.
+        normalize: divide each task's share of Ω by its mean before it is added, so that strengths have one order of
+            magnitude for different models and learning rates. False keeps the units of the paper.
         apply: ``gradient`` or ``proximal``, see
             :class:`~lightning_cl.callbacks.regularization.quadratic.QuadraticPenalty`.
-        share: with ``strength="auto"``, the norm of the penalty's gradient relative to that of the task's gradient
-            (``proximal``: of the weights' move relative to the optimizer's step, both per learning rate).
-        state_dtype: type of the importance; ``bfloat16`` halves its memory, to a relative rounding of 0.4 %.
-        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in the
-            memory of the machine, and each step brings them to the parameters one tensor at a time.
+        share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
+            ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate.
+        state_dtype: type of the importance. ``bfloat16`` halves its memory, with a relative rounding error of 0.4 %.
+        state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
+            RAM, and each step copies them to the parameters one tensor at a time.
 
     Attributes:
         omega: parameter name to the path integral ω of the current task.
@@ -82,8 +82,8 @@ class SI(PathImportance):
     @torch.no_grad()
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_task_start(trainer, pl_module)
-        # The weights at the start are those at the end of the task before: anchor of the penalty and start of Δ at
-        # once.
+        # The weights at the start are those at the end of the previous task. They are the penalty's anchor and the
+        # start of Δ.
         self.set_anchor(pl_module)
         parameters = trainable_parameters(pl_module)
         self.omega = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}

@@ -1,4 +1,4 @@
-"""The start of one optimizer step: the gradient and the weights, for methods that follow the path of training."""
+"""Gradient and weights before each optimizer step, for methods that follow the path of training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_cl.core.placement import local
 
 
 class StepWatch:
-    """Keeps each parameter's gradient and value before a step; afterwards gives the gradient and the step taken.
+    """Keeps each parameter's gradient and value before a step, and afterwards gives the gradient and the step.
 
-    Memory: 8 bytes per parameter, kept from step to step: allocating anew costs more than the copies.
+    Memory: 8 bytes per parameter. It is kept between steps, since a new allocation costs more than the copies.
 
     Attributes:
-        spoilt: number of steps where a gradient was NaN or infinite, and the step was taken all the same (somebody has
-            cleaned the gradient afterwards). A tensor, so that a GPU need not be waited for.
+        spoilt: number of steps whose gradient was NaN or infinite, although the step was taken (the gradient was
+            cleaned afterwards). It is a tensor, so that the CPU does not wait for a GPU.
     """
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class StepWatch:
 
     @torch.no_grad()
     def before(self, parameters: Mapping[str, Tensor], names: Collection[str], scale: float) -> None:
-        """Copies what the coming step starts from.
+        """Copies gradients and weights before the coming step.
 
         Args:
             parameters: name to parameter; one without ``.grad`` takes no part in this step.
             names: the parameters that are followed.
-            scale: the factor that the gradients carry, divided out.
+            scale: the factor in the gradients; the copies are divided by it.
         """
         for name in self._held.keys() - parameters.keys():
-            del self._held[name]  # frozen since
+            del self._held[name]  # it has been frozen since
         for name, parameter in parameters.items():
             if parameter.grad is None or name not in names:
                 self._held.pop(name, None)
@@ -51,7 +51,7 @@ class StepWatch:
 
     @torch.no_grad()
     def after(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """For each parameter that was followed its name, its gradient, and ``Δθ``; both may be overwritten."""
+        """Yields the name, the gradient and ``Δθ`` of each followed parameter; both tensors may be overwritten."""
         sums = []
         for name, (gradient, weights) in self._held.items():
             sums.append(local(gradient).sum())
@@ -61,11 +61,11 @@ class StepWatch:
             self.spoilt = self.spoilt.to(spoilt.device) + spoilt
 
     def end(self, owner: str, task: object) -> int:
-        """Ends a task: frees the memory, and warns of :attr:`spoilt` steps, which are counted anew from now on.
+        """Ends a task: frees the memory, warns of :attr:`spoilt` steps, and resets their count.
 
         Args:
             owner: the callback's name.
-            task: that ends.
+            task: the task that ends.
 
         Returns:
             The number of spoilt steps.

@@ -1,4 +1,4 @@
-"""The common part of methods that keep samples of earlier tasks: a buffer, its filling and its location."""
+"""Base of methods that keep samples of earlier tasks in a buffer."""
 
 from __future__ import annotations
 
@@ -34,30 +34,31 @@ from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import TaskPosition
 
-_FORWARD = 1 / 3  # a forward pass takes so much of a training pass
-_ORDERED = 4096  # records that are laid out in random order at once
+_FORWARD = 1 / 3  # cost of a forward pass, in training passes
+_ORDERED = 4096  # number of records that get a random order at once
 Fill = Literal["task_end", "training"]
 
 
 class MemoryCallback(BufferCallback):
     """Base of methods that keep samples of the tasks in a :class:`~lightning_cl.buffers.ReplayBuffer`.
 
-    The buffer is the callback's own, or that of another callback of the same Trainer, which fills and keeps it. What is
-    kept is decided by index from one seed: all ranks hold the same buffer, and its budget is global. On disk, one rank
+    The buffer is the callback's own, or that of another callback of the same Trainer. One seed and the samples' indices
+    decide which samples are kept, so all ranks have the same buffer, and its budget is global. On disk, one rank
     writes, and the others read its files.
 
     Args:
         buffer_size: the budget, in `unit`.
-        policy: which samples are kept (:class:`~lightning_cl.buffers.ReplayBuffer`).
+        policy: the choice of the samples that are kept (:class:`~lightning_cl.buffers.ReplayBuffer`).
         unit: ``samples``, ``tokens`` or ``bytes``.
         fill: ``task_end``: a task's training set is offered at its end. ``training``: each sample is offered when it is
-            trained on for the first time, for streams and for tasks that may be cut short.
-        storage: ``disk``: in the run's folder, ``buffers/<callback>``, and checkpoints hold which samples are in the
-            buffer. ``memory``: in RAM, and checkpoints hold the samples. A Trainer that keeps no checkpoints has no
-            files here either.
-        folder: where the files go instead. A buffer that an earlier run left there is used again.
-        buffer: the name of another callback of the Trainer, whose buffer is used; nothing else is set then.
-        seed: seed of what is kept.
+            trained on for the first time. Streams need this, and so do tasks that may be cut short.
+        storage: ``disk``: in the run's folder, ``buffers/<callback>``; checkpoints list the samples in the buffer.
+            ``memory``: in RAM; checkpoints contain the samples. A Trainer that keeps no checkpoints writes no files for
+            the buffer either.
+        folder: folder for the files; default: the run's folder. A buffer that an earlier run left there is used again.
+        buffer: the name of another callback of the Trainer, whose buffer is used. The other arguments have no effect
+            then.
+        seed: seed for the choice of samples.
 
     Attributes:
         buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`.
@@ -90,7 +91,7 @@ class MemoryCallback(BufferCallback):
             )
         self.seed, self.shares = seed, buffer
         self._owner: BufferCallback | None = None
-        self._offered = 0  # the number of the batch, of the first pass, that was offered last while training
+        self._offered = 0  # number of the last batch of the first epoch that was offered in training
 
     @property
     @override
@@ -104,17 +105,17 @@ class MemoryCallback(BufferCallback):
 
     @property
     def owns(self) -> str | None:  # type: ignore[override]
-        """Two callbacks of one class would keep the same samples twice."""
+        """Returns the name of the own buffer; two callbacks of one class would keep the same samples twice."""
         return None if self.shares is not None else f"the buffer of {type(self).__name__}"
 
     @property
     @override
     def mixes(self) -> bool:
-        return self.shares is None and self.fill == "training"  # a loader that knows its samples is needed
+        return self.shares is None and self.fill == "training"  # it needs a loader that knows its samples
 
     @property
     def ends_long(self) -> bool:  # type: ignore[override]
-        """A policy that looks at all samples, or tensors that are stored next to some, take passes of the model."""
+        """True if the end needs passes of the model, for a policy that looks at samples or for stored tensors."""
         return self._looks_at_end or (self.shares is None and type(self).extras is not MemoryCallback.extras)
 
     @property
@@ -168,7 +169,7 @@ class MemoryCallback(BufferCallback):
 
     @override
     def hold(self) -> None:
-        # Samples that are stored while a task is trained: in map-style data the next task replays them.
+        # Samples that are stored in training are replayed from the next task on, in map-style data.
         if self.fill == "training":
             self._own.hold()
 
@@ -231,10 +232,10 @@ class MemoryCallback(BufferCallback):
         if self.shares is not None or self.fill != "training" or trained.epoch > 0:
             return
         if trained.number <= self._offered:
-            return  # a batch that is trained on again, after an exception
+            return  # the batch is trained on again, after an exception
         assert self.task is not None
         self._offered = trained.number
-        with untouched_random_state():  # a data set may draw
+        with untouched_random_state():  # a data set may draw random numbers
             offer_batch(trainer, self._own, self.task.name, trained, self._extras(trainer, pl_module))
         if trainer.world_size > 1:
             self._own.flush()  # the other ranks read it
@@ -262,18 +263,18 @@ class MemoryCallback(BufferCallback):
     def extras(
         self, trainer: L.Trainer, pl_module: L.LightningModule, samples: Sequence[Any]
     ) -> list[dict[str, Tensor]]:
-        """Tensors to be stored next to samples that were chosen."""
+        """Returns tensors to be stored next to each chosen sample."""
         return [{} for _ in samples]
 
     # ------------------------------------------------------------------ reading
 
     def memory_batches(self, trainer: L.Trainer, count: int | Sequence[int], seed: int) -> Iterator[Any]:
-        """Batches of stored samples on the device: the buffer in random order, pass after pass.
+        """Yields batches of stored samples on the device; each pass over the buffer has a random order.
 
         Args:
             trainer: inside ``fit``.
-            count: samples of a batch, over all ranks, without end; or those of each of some batches. A rank gets every
-                ``world_size``-th of them, and one where there is none for it.
+            count: number of samples of every batch, over all ranks, for endless batches; or the numbers for each of
+                some batches. Each rank gets every ``world_size``-th sample, and at least one.
             seed: seed of the order, the same on all ranks.
         """
         loader: Any = trainer.train_dataloader
@@ -292,11 +293,11 @@ class MemoryCallback(BufferCallback):
             yield to_device(trainer, loader.collate_fn(samples if block is None else [[s] for s in samples]))
 
     def _some_order(self, seed: int) -> list[int]:
-        """The records in the buffer in random order; of many, some thousands."""
+        """Returns the buffer's records in random order; only some thousands if there are many."""
         numbers = self.buffer.numbers
         if len(numbers) <= _ORDERED:
             order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
-            return [numbers[place] for place in order if not self.buffer.store.is_erased(numbers[place])]
+            return [numbers[index] for index in order if not self.buffer.store.is_erased(numbers[index])]
         drawn = (self.buffer.pick(seed_of(seed, i)) for i in range(_ORDERED))
         return list(dict.fromkeys(number for number in drawn if number is not None))
 

@@ -1,4 +1,4 @@
-"""Logits stored next to replayed samples: taken from the model as it is, found again in the batches of later tasks."""
+"""Logits that are stored next to samples and compared with the model when these samples are replayed."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from lightning_cl.passes.student import Call, Student
 from lightning_cl.passes.task_samples import TaskSamples, groups_of_like_length
 
 VALUES, CLASSES = "top_logits", "top_classes"
-_MOST_SAMPLES = 64  # in a batch of short ones
+_MOST_SAMPLES = 64  # in a batch of short samples
 
 
 class Replayed(NamedTuple):
-    """The replayed positions of a batch, and what was stored of them.
+    """The replayed positions of a batch, and their stored logits.
 
     Attributes:
-        hidden: ``[positions, width]``, what the head reads, with its graph (the logits themselves, without a head).
-        values: ``[positions, k + 1]``, stored logits, and last what all other classes came to; ``[positions, k]`` where
-            all classes of all positions were stored.
+        hidden: ``[positions, width]``, the head's inputs with their graph; without a head, the logits.
+        values: ``[positions, k + 1]``, the stored logits, the last for all other classes together; ``[positions, k]``
+            if all classes of all positions were stored.
         indices: ``[positions, k]``, the classes of the first k.
-        labels: ``[positions]``; None where the batch has none that are known.
-        call: what the head is taken from.
+        labels: ``[positions]``; None if no labels are found in the batch.
+        call: the model's call from which the head is taken.
         classes: the number of logits of a position.
-        bearing: how many positions of the whole batch bear loss.
+        bearing: the number of positions of the whole batch that bear loss.
     """
 
     hidden: Tensor
@@ -47,27 +47,27 @@ class Replayed(NamedTuple):
     bearing: int
 
     def distance(self) -> Tensor:
-        """The sum of :func:`~lightning_cl.functional.derpp.dark_loss` over the positions."""
+        """Returns the sum of :func:`~lightning_cl.functional.derpp.dark_loss` over the positions."""
         return head_dark_loss(self.hidden, self.values, self.indices, self.call.head_with({}), self.classes)
 
     def cross_entropy(self) -> Tensor:
-        """The sum of the labels' cross-entropy over the positions."""
+        """Returns the sum of the labels' cross-entropy over the positions."""
         assert self.labels is not None
         mean, _ = head_cross_entropy(self.hidden, self.labels, self.call.head_with({}), self.classes)
         return mean * len(self.labels)
 
 
 class DarkLogits:
-    """Logits that a callback keeps of its samples.
+    """Stored logits of a callback's samples.
 
     Args:
         owner: the callback's name, for messages.
-        top_k: how many logits of a position are stored.
+        top_k: the number of logits that are stored per position.
         outputs: a user's function that gives logits, or None.
 
     Attributes:
         classes: the most classes that stored logits were chosen from.
-        spoilt: of how many positions the logits were not finite, so that nothing is stored of them.
+        spoilt: the number of positions whose logits were not finite, so that nothing is stored for them.
     """
 
     def __init__(self, owner: str, top_k: int, outputs: OutputsFunction | None) -> None:
@@ -76,7 +76,7 @@ class DarkLogits:
         self._student: Student | None = None
 
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule, buffer: ReplayBuffer) -> None:
-        """Finds where the logits come from, and tries a stored sample: not after hours.
+        """Finds the source of the logits, and tries a stored sample, so that errors come before training.
 
         Raises:
             MisconfigurationException: if there are no logits, or they do not fit those that are stored.
@@ -89,7 +89,7 @@ class DarkLogits:
                 self._student.find(batch)
                 self._compute(trainer, pl_module, batch)
                 self._positions(batch, 1)
-            # A sample of each task: the tasks of an earlier run may have been stored by another method.
+            # One sample of each task is tried: another method may have stored the tasks of an earlier run.
             for number in dict(zip(buffer.tasks, buffer.numbers, strict=True)).values():
                 stored = _batch(trainer, [buffer.get(number)])
                 self._compute(trainer, pl_module, stored)
@@ -104,7 +104,7 @@ class DarkLogits:
                     )
 
     def watch(self) -> None:
-        """From now on what training steps compute is kept for :meth:`replayed`."""
+        """Keeps the outputs of training steps for :meth:`replayed` from now on."""
         if self._student is not None:
             self._student.watch()
 
@@ -119,21 +119,21 @@ class DarkLogits:
     def of_samples(
         self, trainer: L.Trainer, pl_module: L.LightningModule, samples: Sequence[Any]
     ) -> list[dict[str, Tensor]]:
-        """The logits of samples where they bear loss, from the module as it is, in evaluation mode.
+        """Returns the present module's logits at the loss positions of samples, in evaluation mode.
 
         Args:
             trainer: inside ``fit``.
             pl_module: the module; it is left as it was.
-            samples: as the data set gives them.
+            samples: the samples, as the data set gives them.
 
         Returns:
-            of each sample ``top_logits`` (fp16 ``[positions, top_k + 1]``, what all other classes come to last) and
+            for each sample ``top_logits`` (fp16 ``[positions, top_k + 1]``, the last for all other classes) and
             ``top_classes`` (``[positions, top_k]``); with at most `top_k` classes, both ``[positions, classes]``.
         """
         found: list[dict[str, Tensor]] = [{} for _ in samples]
         with leaving_no_trace(pl_module), torch.no_grad():
             for group in _groups(samples, trainer.train_dataloader):
-                batch = _batch(trainer, [samples[place] for place in group])
+                batch = _batch(trainer, [samples[index] for index in group])
                 self._compute(trainer, pl_module, batch)
                 with forward_context(trainer):
                     outputs, call, mask = self._positions(batch, len(group))
@@ -143,22 +143,22 @@ class DarkLogits:
                 self.classes = max(self.classes, classes)
                 self.spoilt += int((kept[0] == UNKNOWN).all(-1).sum())
                 counts = mask.sum(1).tolist()
-                for place, values, indices in zip(group, *(side.split(counts) for side in kept), strict=True):
-                    found[place] = {VALUES: values.clone(), CLASSES: indices.clone()}
+                for index, values, indices in zip(group, *(side.split(counts) for side in kept), strict=True):
+                    found[index] = {VALUES: values.clone(), CLASSES: indices.clone()}
         return found
 
     def _compute(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """One ``training_step`` for its predictions, if they come from there."""
+        """Runs one ``training_step``, if the logits come from there."""
         assert self._student is not None
         if self.outputs is None:
             self._student.watch()
-            with torch.enable_grad():  # what has no graph, the student takes for a validation
+            with torch.enable_grad():  # the student takes a call without a graph for a validation
                 training_loss(trainer, pl_module, batch)
 
     def difference_from_cross_entropy(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str | None:
-        """Why the module's loss is not the mean cross-entropy at the positions that bear loss; None if it is.
+        """Says why the module's loss is not the mean cross-entropy at the positions that bear loss; None if it is.
 
-        Looked at on a few samples of the current task, in evaluation mode.
+        The check uses a few samples of the current task, in evaluation mode.
         """
         with leaving_no_trace(pl_module), torch.no_grad():
             samples = TaskSamples(trainer, 8 * trainer.world_size, 0, f"{self.owner}: loss")
@@ -188,15 +188,15 @@ class DarkLogits:
     # ------------------------------------------------------------------ comparing
 
     def replayed(self, batch: Any, kinds: Kinds, buffer: ReplayBuffer) -> Replayed | None:
-        """Returns the outputs of the last training step for a buffer's samples; None where there are none.
+        """Returns the outputs of the last training step for a buffer's samples; None if there are none.
 
         Args:
-            batch: of that step.
-            kinds: of its rows.
-            buffer: whose samples are meant.
+            batch: the step's batch.
+            kinds: the kinds of its rows.
+            buffer: the buffer whose samples are meant.
 
         Raises:
-            MisconfigurationException: if a sample's logits are not there, or are of other positions.
+            MisconfigurationException: if a sample has no logits, or they belong to other positions.
         """
         if not any(part.replayed and part.owner is buffer for row in kinds for part in row):
             return None
@@ -209,7 +209,7 @@ class DarkLogits:
                 try:
                     stored = buffer.extra(part.number)
                 except RemovedError:
-                    continue  # since this batch was fetched
+                    continue  # the sample was removed after this batch was fetched
                 self._check(stored, len(columns_of_part))
                 rows.append(torch.full_like(columns_of_part, row))
                 columns.append(columns_of_part)
@@ -217,7 +217,7 @@ class DarkLogits:
                 indices.append(stored[CLASSES])
         if not rows or sum(map(len, rows)) == 0:
             return None
-        at = tuple(torch.cat(place).to(outputs.device) for place in (rows, columns))
+        at = tuple(torch.cat(axis).to(outputs.device) for axis in (rows, columns))
         labels = _labels(batch, self._shifted, mask.shape)
         kept, classes = _joined(values, indices)
         return Replayed(
@@ -235,7 +235,7 @@ class DarkLogits:
         return self._student is None or self._student.shifted
 
     def _positions(self, batch: Any, rows: int) -> tuple[Tensor, Call, Tensor]:
-        """``[rows, length, width]``, the call, and on the CPU ``[rows, positions]``: which bear loss."""
+        """Returns ``[rows, length, width]``, the call, and the loss mask ``[rows, positions]`` on the CPU."""
         assert self._student is not None
         outputs, call = self._student.take(batch)
         if len(outputs) != rows:
@@ -251,11 +251,11 @@ class DarkLogits:
         return outputs, call, torch.ones(outputs.shape[:2], dtype=torch.bool)
 
     def _columns(self, mask: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
-        """The positions of each part of a row that bear loss."""
+        """Yields the positions that bear loss, for each part of a row."""
         start = 0
         for part in parts:
             end = len(mask) if part.length is None else start + part.length
-            # The last token of a part predicts nothing, or the first one of the next.
+            # The last token of a part predicts nothing, or the first token of the next part.
             last = end - 1 if self._shifted and part.length is not None else end
             yield start + mask[start:last].nonzero()[:, 0]
             start = end
@@ -263,7 +263,7 @@ class DarkLogits:
     def _check(self, stored: Mapping[str, Tensor], positions: int) -> None:
         if VALUES not in stored:
             raise MisconfigurationException(
-                f"{self.owner}: its buffer holds a sample without logits, which {self.owner} stores beside each sample"
+                f"{self.owner}: its buffer holds a sample without logits, which {self.owner} stores next to each sample"
                 " that it keeps: another method has filled this buffer. Give another folder, or use Replay with it"
             )
         if len(stored[VALUES]) != positions:
@@ -279,7 +279,7 @@ def _batch(trainer: L.Trainer, samples: list[Any]) -> Any:
 
 
 def _groups(samples: Sequence[Any], loader: Any) -> Iterator[list[int]]:
-    """Groups samples to batches: of like length, with no more tokens than a batch of training."""
+    """Groups samples of similar length to batches, with at most as many tokens as a batch of training."""
     size = getattr(loader, "batch_size", None)
     rows = size if isinstance(size, int) else 8
     lengths = [_length(sample) for sample in samples]
@@ -287,12 +287,12 @@ def _groups(samples: Sequence[Any], loader: Any) -> Iterator[list[int]]:
 
 
 def _length(sample: Any) -> int:
-    """Tokens of a sample; 1 if it has none."""
+    """Returns a sample's number of tokens; 1 if it has none."""
     return max(len(sample["input_ids"]), 1) if isinstance(sample, Mapping) and "input_ids" in sample else 1
 
 
 def _joined(values: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """One below the other; a smaller head's fewer logits are filled up by unknown ones."""
+    """Joins samples along the positions; a smaller head's missing logits are unknown."""
     k = max(side.shape[-1] for side in indices)
     others = any(v.shape[-1] > i.shape[-1] for v, i in zip(values, indices, strict=True))
     filled = [_filled(v, i, k) for v, i in zip(values, indices, strict=True)]
@@ -301,19 +301,19 @@ def _joined(values: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor
 
 
 def _filled(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``[positions, k + 1]`` values, that of all others last, and ``[positions, k]`` classes."""
+    """Returns ``[positions, k + 1]`` values, the last for all other classes, and ``[positions, k]`` classes."""
     own = indices.shape[-1]
     of_classes, of_others = values[:, :own].float(), values[:, own:].float()
     pad = torch.nn.functional.pad
     of_classes = pad(of_classes, (0, k - own), value=UNKNOWN)
     of_others = pad(of_others, (0, 1 - of_others.shape[-1]), value=UNKNOWN)
-    places = indices.long()
-    # A class of its own once more: any other would be missing among all others.
-    return torch.cat([of_classes, of_others], -1), torch.cat([places, places[:, -1:].expand(-1, k - own)], -1)
+    own_classes = indices.long()
+    # The padding repeats an own class; another class would be missing among all others.
+    return torch.cat([of_classes, of_others], -1), torch.cat([own_classes, own_classes[:, -1:].expand(-1, k - own)], -1)
 
 
 def _labels(batch: Any, shifted: bool, shape: torch.Size) -> Tensor | None:
-    """``[rows, positions]``: what is to be predicted; None if it is not where it is usual."""
+    """Returns the labels ``[rows, positions]``; None if they are not in a usual key or position."""
     if isinstance(batch, Mapping):
         labels = batch.get("labels", batch.get("label", batch.get("input_ids") if shifted else None))
     else:

@@ -1,4 +1,4 @@
-"""Dark Experience Replay: replayed samples bring along what the model once predicted for them."""
+"""Dark Experience Replay: replayed samples are stored with the model's earlier predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_strength
+from lightning_cl.arguments import check_integer, check_strength
 from lightning_cl.buffers.buffer import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.callbacks.replay.base import Fill, Storage
@@ -26,51 +26,51 @@ from lightning_cl.passes.logits import OutputsFunction
 
 
 class DERpp(Replay):
-    """DER++ (Buzzega et al. 2020, NeurIPS, eq. 6): replay that also holds the model to its own earlier logits.
+    """DER++ (Buzzega et al. 2020, NeurIPS, eq. 6): replay that also keeps the model close to its earlier logits.
 
-    Beside each sample that ``Replay`` keeps, the k largest logits of the positions that bear loss are stored, and the
-    ``logsumexp`` of all others as if they were one class more (of a classifier with at most k classes, all logits and
-    nothing else). At a replayed position the loss is
+    For each sample that ``Replay`` keeps, the k largest logits are stored at each position that bears loss, and the
+    ``logsumexp`` of all other logits as one more class. For a classifier with at most k classes, just all logits are
+    stored. At a replayed position the loss is
 
     ::
 
         its own (the labels' cross-entropy)  +  alpha · 1/n Σ_i ((z_i − mean z) − (v_i − mean v))²
 
-    with the model's logits z and the stored ones v of those n = k + 1 classes (all others in one; n = k if there are
-    none), each side mean-centred: a softmax does not see what is added to the logits of all classes, so neither does
-    this (:func:`~lightning_cl.functional.derpp.dark_loss`). The k alone would not do: a new task that raises
-    all other classes leaves them as they were among themselves. Classes that a head gets later are among all others,
-    where there are any. The sum over a batch's replayed positions is divided by all of its positions that bear loss, as
-    the mean of the module's own loss is. So accumulated batches are one batch, and several ranks one process, as far as
-    they are for that loss. In the paper's letters, where new and replayed samples have a mean each, β is
-    ``ratio / (1 − ratio)``, and α is ``alpha`` times as much: `ratio` is the dose of both, `alpha` their proportion
-    (0.1 to 1 in the paper).
+    z are the model's logits and v the stored ones, of those n = k + 1 classes (the last is all others together; n = k
+    if there are none). Each side is mean-centred, because a softmax does not change when one number is added to all
+    logits (:func:`~lightning_cl.functional.derpp.dark_loss`). The k logits alone would not be enough: a new task that
+    raises all other classes leaves the k logits unchanged relative to each other. Classes that a head gets later count
+    among all others, if there are any. The sum over a batch's replayed positions is divided by the number of all its
+    positions that bear loss, as in the mean of the module's own loss. So accumulated batches and several ranks give the
+    same result as one batch, as far as they do for that loss. In the paper, new and replayed samples have separate
+    means: its β is ``ratio / (1 − ratio)``, and its α is ``alpha`` times β. So `ratio` sets the amount of both, and
+    `alpha` their proportion (0.1 to 1 in the paper).
 
-    Two things differ from the paper. Logits are those of the end of the task, in evaluation mode, and not those of the
-    moment of insertion; with ``fill="training"`` they are of that moment, before the step, and in evaluation mode too.
-    And the two terms are taken on the same replayed samples, with one pass through the model and not three.
+    Two things differ from the paper. Logits are computed at the end of the task, in evaluation mode, and not when a
+    sample is stored. With ``fill="training"`` they are computed when it is stored, before the step, also in evaluation
+    mode. And both terms use the same replayed samples, with one pass through the model instead of three.
 
-    Memory: 4 bytes per stored logit (6 for a vocabulary above 65,536) and 2 for all others: with 64 of them 258 bytes
-    (386) per position that bears loss, on disk, next to the sample's own. A budget counts samples or their tokens, and
-    not the logits; in ``bytes`` there is none. Compute per step: the head once more for the replayed positions; no pass
-    through the model (with `outputs`, one). At a task's end, one forward pass over the samples that are kept; with
-    ``fill="training"`` at every batch, over those of its samples that are kept.
+    Memory: 4 bytes per stored logit (6 for a vocabulary above 65,536) and 2 for all others, on disk next to the sample
+    itself. With 64 logits this is 258 bytes (386) per position that bears loss. A budget counts samples or their
+    tokens, and not the logits; so it cannot be in ``bytes``. Compute per step: the head once more for the replayed
+    positions, without a pass through the model (with `outputs`, one pass). At a task's end, one forward pass over the
+    samples that are kept. With ``fill="training"`` this pass is made for each batch, over its samples that are kept.
 
     Args:
         buffer_size: the budget, over all tasks, in `unit`.
-        ratio: share of replayed tokens, as that of ``Replay``.
-        alpha: weight of the logits' distance against the labels' loss; 0 stores logits and applies nothing.
-        policy: which samples are kept, as that of ``Replay``.
-        mode: ``replace`` or ``add``, as that of ``Replay``.
-        seed: seed of what is kept and drawn.
-        top_k: how many logits of a position are stored, one by one.
-        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
-            ``.logits``.
-        unit: what the budget counts: ``samples`` or ``tokens``.
-        draw: which samples are replayed how often, as that of ``Replay``.
-        fill: ``task_end`` or ``training``: when samples are offered, and their logits taken.
-        storage: ``disk`` or ``memory``.
-        folder: where the files go instead of the run's folder.
+        ratio: share of replayed tokens, as in ``Replay``.
+        alpha: weight of the logits' distance relative to the labels' loss; 0 stores logits and adds no loss.
+        policy: the choice of the samples that are kept, as in ``Replay``.
+        mode: ``replace`` or ``add``, as in ``Replay``.
+        seed: seed for the choice of stored and of replayed samples.
+        top_k: the number of logits that are stored per position.
+        outputs: a function ``outputs(module, batch)`` that gives the logits. It is needed where no submodule returns an
+            object with ``.logits``.
+        unit: unit of the budget: ``samples`` or ``tokens``.
+        draw: how often each sample is replayed, as in ``Replay``.
+        fill: ``task_end`` or ``training``: the moment when samples are offered and their logits are computed.
+        storage: ``disk`` or ``memory`` (RAM).
+        folder: folder for the files; default: the run's folder.
 
     Attributes:
         buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`; ``buffer.extra(number)`` gives ``top_logits`` and
@@ -78,6 +78,14 @@ class DERpp(Replay):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import DERpp
+        >>> method = DERpp(buffer_size=500, ratio=0.1, alpha=0.5)
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.report()["alpha"]
+        0.5
     """
 
     def __init__(
@@ -101,17 +109,16 @@ class DERpp(Replay):
             buffer_size, ratio, policy, mode, seed, unit=unit, draw=draw, fill=fill, storage=storage, folder=folder
         )
         self.alpha = check_strength(alpha, "alpha")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k={top_k!r}: expected a positive number of logits of a position, as 64")
+        check_integer("top_k", top_k, 1, "a positive number of logits of a position, as 64")
         if unit == "bytes":
             raise ValueError(
-                "unit='bytes': the logits beside a sample take many times its own bytes, and a budget does not count"
+                "unit='bytes': the logits next to a sample take many times its own bytes, and a budget does not count"
                 f" them; give unit='tokens', each with about {6 * top_k} bytes of logits, or 'samples'"
             )
         self.top_k, self.outputs = top_k, outputs
         self._dark = DarkLogits(type(self).__name__, top_k, outputs)
-        self._spoilt: dict[str, int] = {}  # of each task: positions whose logits could not be stored
-        self._totals: dict[str, Tensor] = {}  # of each task: the sum of distances, and over how many positions
+        self._spoilt: dict[str, int] = {}  # for each task: positions whose logits could not be stored
+        self._totals: dict[str, Tensor] = {}  # for each task: the sum of distances, and the number of positions
 
     @property
     def is_active(self) -> bool:
@@ -182,7 +189,7 @@ class DERpp(Replay):
     def _note(self, distance: Tensor, positions: int) -> None:
         self.log_scalar("dark_loss", distance / positions)
         assert self.task is not None
-        # A step that is not finite is logged, and not in the mean over training.
+        # A value that is not finite is logged, but left out of the mean over training.
         new = torch.stack([distance, torch.full_like(distance, positions)]) * distance.isfinite()
         new = new.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         old = self._totals.get(self.task.name)
@@ -231,38 +238,46 @@ class DERpp(Replay):
 class DER(DERpp):
     """DER (Buzzega et al. 2020, NeurIPS, eq. 5): :class:`DERpp` without the labels of the replayed samples.
 
-    Replayed samples are in the batch, and their share of the module's own loss is taken off again: what remains is that
-    of the new samples, and at a replayed position the loss is ``alpha`` times the distance of its logits. What can be
-    taken off is the mean cross-entropy over all positions that bear loss, as Hugging Face's models and
-    ``F.cross_entropy`` have it; whether the module's loss is that is checked before each task. What the module logs
-    still has the replayed labels in it.
+    Replayed samples are in the batch, and their share of the module's own loss is subtracted. The loss of the new
+    samples remains, and at a replayed position the loss is ``alpha`` times the distance of its logits. This works only
+    if the module's loss is the mean cross-entropy over all positions that bear loss, as in Hugging Face's models and
+    ``F.cross_entropy``; this is checked before each task. The loss that the module logs still includes the replayed
+    labels.
 
-    Memory as that of :class:`DERpp`. Compute per step: the head twice more for the replayed positions.
+    Memory: as :class:`DERpp`. Compute per step: the head twice more for the replayed positions.
 
     Args:
         buffer_size: the budget, over all tasks, in `unit`.
-        ratio: share of replayed tokens, as that of ``Replay``.
-        alpha: weight of the logits' distance. In the paper's letters α is ``alpha · ratio / (1 − ratio)``.
-        policy: which samples are kept, as that of ``Replay``.
-        mode: ``replace`` or ``add``, as that of ``Replay``.
-        seed: seed of what is kept and drawn.
-        top_k: how many logits of a position are stored.
-        outputs: ``outputs(module, batch)`` gives the logits, for modules in which no submodule returns something with
-            ``.logits``.
-        unit: what the budget counts: ``samples`` or ``tokens``.
-        draw: which samples are replayed how often, as that of ``Replay``.
-        fill: ``task_end`` or ``training``: when samples are offered, and their logits taken.
-        storage: ``disk`` or ``memory``.
-        folder: where the files go instead of the run's folder.
+        ratio: share of replayed tokens, as in ``Replay``.
+        alpha: weight of the logits' distance. The paper's α is ``alpha · ratio / (1 − ratio)``.
+        policy: the choice of the samples that are kept, as in ``Replay``.
+        mode: ``replace`` or ``add``, as in ``Replay``.
+        seed: seed for the choice of stored and of replayed samples.
+        top_k: the number of logits that are stored per position.
+        outputs: a function ``outputs(module, batch)`` that gives the logits. It is needed where no submodule returns an
+            object with ``.logits``.
+        unit: unit of the budget: ``samples`` or ``tokens``.
+        draw: how often each sample is replayed, as in ``Replay``.
+        fill: ``task_end`` or ``training``: the moment when samples are offered and their logits are computed.
+        storage: ``disk`` or ``memory`` (RAM).
+        folder: folder for the files; default: the run's folder.
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import DER
+        >>> method = DER(buffer_size=500, ratio=0.1, top_k=32)
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.report()["top_k"]
+        32
     """
 
     @property
     @override
     def is_active(self) -> bool:
-        return self.mixes  # labels are left out for every alpha
+        return self.mixes  # labels are left out with every alpha
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

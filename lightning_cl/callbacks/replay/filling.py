@@ -1,4 +1,4 @@
-"""The filling of a buffer with samples of a task: the same ones on all ranks, none that was removed."""
+"""Filling of a buffer with a task's samples, the same on all ranks and without removed ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Extras = Callable[[Sequence[Any]], list[dict[str, Tensor]]]
 
 
 def cost_of(buffer: ReplayBuffer, dataset: Any, index: int) -> int:
-    """Returns a sample's share of the buffer's budget; it is not loaded where its length tells."""
+    """Returns a sample's share of the buffer's budget; it is not loaded if its length is known."""
     length_of = getattr(dataset, "length", None)
     if buffer.unit == "samples":
         return 1
@@ -34,18 +34,18 @@ def offer_batch(trainer: L.Trainer, buffer: ReplayBuffer, task: str, trained: Tr
 
     Args:
         trainer: inside ``fit``.
-        buffer: takes some of them in.
+        buffer: the buffer, which takes some of them.
         task: the name of their task.
         trained: the samples.
-        extras: what to store next to them.
+        extras: gives tensors to store next to them.
     """
     chosen: dict[int, int] = {}
-    for place in range(len(trained)):
-        sample = trained.sample(place)
+    for position in range(len(trained)):
+        sample = trained.sample(position)
         label = label_of(sample) if buffer.policy.group == "class" else None
         slot = buffer.choose_slot(task, buffer.cost(sample), label)
         if slot is not None:
-            chosen[slot] = place
+            chosen[slot] = position
     keep(trainer, buffer, task, chosen, trained.sample, position_of=trained.index, extras=extras)
 
 
@@ -63,13 +63,13 @@ def offer_task(
 
     Args:
         trainer: inside ``fit``.
-        pl_module: says how surprising samples are, or where their hidden states lie, if the policy wants to know.
-        loader: of the task.
-        buffer: takes some of them in.
+        pl_module: gives the samples' losses or hidden states, if the policy needs them.
+        loader: the task's loader.
+        buffer: the buffer, which takes some of them.
         task: the task.
-        seed: of the candidates of a ranking.
+        seed: seed for the candidates of a ranking.
         owner: the callback's name, for the progress display.
-        extras: what to store next to samples.
+        extras: gives tensors to store next to samples.
     """
     indices, dataset, policy = task_indices(loader), loader.dataset, buffer.policy
     weights: dict[int, float] = {}
@@ -80,7 +80,7 @@ def offer_task(
         most = _room_of_one_more_task(buffer) if buffer.unit == "samples" else len(indices)
         label = f"{owner}: hidden states of {task}"
         ranks = ranking_of(trainer, pl_module, loader, indices, buffer.policy_name, most, seed, label)
-        buffer.seen_of[task.name] += len(indices) - len(ranks)  # the others are seen, and left out
+        buffer.seen_of[task.name] += len(indices) - len(ranks)  # the others count as seen, and are left out
         indices = [index for index in indices if index in ranks]
     chosen: dict[int, int] = {}
     for index in indices:
@@ -88,16 +88,16 @@ def offer_task(
         cost = cost_of(buffer, dataset, index)
         slot = buffer.choose_slot(task.name, cost, group, weights.get(index, 1.0), ranks.get(index))
         if slot is not None:
-            chosen[slot] = index  # a later sample may take the slot again: only the last one is loaded
+            chosen[slot] = index  # a later sample may take the same slot: only the last one is loaded
     label = f"{owner}: keeping samples of {task}"
     keep(trainer, buffer, task.name, chosen, dataset.__getitem__, extras=extras, label=label)
 
 
 def _room_of_one_more_task(buffer: ReplayBuffer) -> int:
-    """The most samples that a task can have where tasks share equally: a ranking need not be longer."""
+    """Returns the most samples that a task can have if tasks share equally; a ranking need not be longer."""
     left, counts = buffer.capacity, sorted(buffer.counts().values())
-    for place, count in enumerate(counts):
-        share = -(-left // (len(counts) - place + 1))
+    for number, count in enumerate(counts):
+        share = -(-left // (len(counts) - number + 1))
         if count >= share:
             return share
         left -= count
@@ -115,17 +115,18 @@ def keep(
     extras: Extras | None = None,
     label: str | None = None,
 ) -> None:
-    """Stores what was chosen, in the order of the places.
+    """Stores the chosen samples, in the order of their positions.
 
     Args:
         trainer: for the progress display.
-        buffer: it has chosen.
+        buffer: the buffer that has chosen.
         task: the name of the samples' task.
-        chosen: the buffer's slots, each with the place of a sample. Those are left out that have lost their slot since.
-        load: gives the sample at a place.
-        position_of: gives its place in the task's data; by default, the place itself.
-        extras: what to store next to samples.
-        label: what the progress display says; None: none is shown.
+        chosen: the buffer's slots, each with the position of its sample. A sample that has lost its slot since is left
+            out.
+        load: gives the sample at a position.
+        position_of: gives the index in the task's data for such a position; by default, the same number.
+        extras: gives tensors to store next to samples.
+        label: text of the progress display; None: no display.
     """
     slots = sorted((slot for slot in chosen if buffer.is_waiting(slot)), key=chosen.__getitem__)
     if buffer.store.removed:
@@ -139,6 +140,6 @@ def keep(
     groups = [slots[start : start + size] for start in range(0, len(slots), size)]
     for group in groups if label is None else progress(trainer, groups, label):
         samples = [load(chosen[slot]) for slot in group]
-        beside = [None] * len(group) if extras is None else extras(samples)
-        for slot, sample, extra in zip(group, samples, beside, strict=True):
+        extra_tensors = [None] * len(group) if extras is None else extras(samples)
+        for slot, sample, extra in zip(group, samples, extra_tensors, strict=True):
             buffer.put(slot, sample, task, position=position_of(chosen[slot]), extra=extra)

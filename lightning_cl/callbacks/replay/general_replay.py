@@ -1,4 +1,4 @@
-"""Replay of data that is no task: what keeps abilities that the tasks do not contain."""
+"""Replay of general data, which keeps abilities that no task trains."""
 
 from __future__ import annotations
 
@@ -20,39 +20,44 @@ from lightning_cl.core.questions import Need
 from lightning_cl.data.batch_source import TaskBatches
 from lightning_cl.data.mixing.plan import MixMode
 from lightning_cl.data.mixing.ratio import PER_TASK
-from lightning_cl.data.text.records import check_text_source, is_text_source
-from lightning_cl.data.text.sources import describe_source, is_data
 from lightning_cl.data.text.text_tasks import TokenStream
-
-_NAME = "general"
+from lightning_cl.passes.general_data import NAME, check_general_data, general_samples
 
 
 class GeneralReplay(BufferCallback):
-    """Samples of a general corpus or instruction set take part in the batches of all tasks, from the first one on.
+    """Adds samples of a general corpus or instruction set to the batches of all tasks, also of the first.
 
-    Replay of the tasks' own samples keeps the tasks. What the model could do before, and what no task contains, it does
-    not keep: on TRACE (Wang et al. 2023) GSM8K falls from 26 to 3 with it. A small, fixed set of general data does.
-    Beside :class:`~lightning_cl.Replay` the shares add up.
+    Replay of the tasks' own samples keeps the tasks. It does not keep abilities that the model had before and that no
+    task contains: on TRACE (Wang et al. 2023) GSM8K falls from 26 to 3 with it. A small, fixed set of general data
+    keeps them. If :class:`~lightning_cl.Replay` is in the same Trainer, the two shares add up.
 
-    Memory and compute: as :class:`~lightning_cl.Replay`; nothing at the ends of tasks.
+    Memory and compute: as for :class:`~lightning_cl.Replay`, but without its work at the ends of tasks.
 
     Args:
-        data: what the model shall not forget: whatever a task's data can be (a file, a folder, a name on the hub,
-            ``sample:…``, texts, records, a ``datasets.Dataset``, streaming too, or a torch ``Dataset`` of samples like
-            the tasks'). Text is tokenised as the tasks are.
-        ratio: share of the loss-bearing tokens in each window of batches, or pairs of progress and share.
-        buffer_size: how much of it is kept at most, drawn uniformly; of a stream, its first samples.
-        mode: ``replace``: these samples take places of the batch. ``add``: they come on top of it.
-        seed: seed of what is kept and drawn.
-        unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
-        storage: ``disk`` or ``memory``, as for ``Replay``.
-        folder: where the files go instead of the run's folder.
+        data: data that shows the abilities to keep. It can be whatever a task's data can be (a file, a
+            folder, a name on the hub, ``sample:…``, texts, records, a ``datasets.Dataset``, streaming too), or a torch
+            ``Dataset`` of samples like the tasks'. Text is tokenised as the tasks are.
+        ratio: share of the tokens that bear loss in each window of batches, or pairs of progress and share.
+        buffer_size: the budget, in `unit`. Samples are drawn uniformly; of a stream, the first ones are kept.
+        mode: ``replace``: these samples replace samples of the batch. ``add``: they are added to it.
+        seed: seed for the choice of stored and of replayed samples.
+        unit: unit of the budget: ``samples``, ``tokens`` or ``bytes``.
+        storage: ``disk`` or ``memory`` (RAM), as in ``Replay``.
+        folder: folder for the files; default: the run's folder.
 
     Attributes:
         buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or the data is not there.
+        ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or the data is not found.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import GeneralReplay
+        >>> general = GeneralReplay(["Water boils at 100 °C.", "Ice melts at 0 °C."], ratio=0.02)
+        >>> trainer = L.Trainer(callbacks=[general], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> general.report()["ratio"]
+        0.02
     """
 
     replays_first = True
@@ -74,20 +79,14 @@ class GeneralReplay(BufferCallback):
         super().__init__(ReplayBuffer(buffer_size, seed=check_integer("seed", seed), unit=unit), storage, folder)
         self.mixer, self.seed = Mixer(ratio, mode), seed
         self.data = data
-        if is_text_source(data):
-            check_text_source(data, _NAME, "data")
-        elif not is_data(data):
-            raise TypeError(
-                "data: expected a path, a name on the hub, texts, records, a datasets.Dataset or a torch Dataset, got"
-                f" {describe_source(data)}"
-            )
+        check_general_data(data, "data")
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_together(self.run)
-        # Here, and not when the first loader is built: data that cannot be used is found before anything is evaluated.
-        # A plain fit reads its checkpoint later, and with it perhaps this data.
+        # The data is read here and not with the first loader, so that unusable data is found before any evaluation. A
+        # plain fit reads its checkpoint later, and with it perhaps this data.
         run = self.run
         if stage == "fit" and run.driven and run.checkpoint_path is None and self.buffer.seen == 0:
             self._read(trainer)
@@ -104,22 +103,22 @@ class GeneralReplay(BufferCallback):
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        self.mixer.check_loader(loader, _NAME, task)
+        self.mixer.check_loader(loader, NAME, task)
 
     @override
     def advice(self, need: Need) -> str | None:
-        # Its samples are of no earlier task.
-        return f"a smaller {_NAME}(ratio=…)" if need == "learn" else None
+        # Its samples belong to no earlier task, so more of them do not help `keep`.
+        return f"a smaller {NAME}(ratio=…)" if need == "learn" else None
 
     @override
     def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
         if self.buffer.seen == 0:
             self._read(trainer)
         seed = self.seed * 1_000_003 + self.tasks_done
-        self.mixer.mix_into(trainer, self.run, loader, self.buffer, number=1, seed=seed, method=_NAME)
+        self.mixer.mix_into(trainer, self.run, loader, self.buffer, number=1, seed=seed, method=NAME)
 
     def earlier_tasks(self) -> int:
-        """Returns 0: general data is of no task."""
+        """Returns 0: general data belongs to no task."""
         return 0
 
     @override
@@ -133,16 +132,8 @@ class GeneralReplay(BufferCallback):
     def _read(self, trainer: L.Trainer) -> None:
         if not self.replays:
             return
-        name, data = type(self).__name__, self.run.data
-        if is_text_source(self.data):
-            if data is None or not hasattr(data.tokenizer, "get_vocab"):
-                raise MisconfigurationException(
-                    f"{name}(data={describe_source(self.data)}): text needs a tokenizer: train with fit_tasks and a"
-                    " TaskDataModule(tokenizer=…), or give a torch Dataset of samples like the task's"
-                )
-            samples = data.samples_of(_NAME, self.data)
-        else:
-            samples = self.data
+        name = type(self).__name__
+        samples = general_samples(self.run, self.data, name, "data")
         if isinstance(samples, TokenStream):
             samples = list(self._first(samples(0)))
         if not hasattr(samples, "__getitem__") or not hasattr(samples, "__len__"):
@@ -153,16 +144,16 @@ class GeneralReplay(BufferCallback):
             raise ValueError(f"{name}(data=…): there is nothing in it")
         chosen: dict[int, int] = {}
         for index in range(len(samples)):
-            slot = self.buffer.choose_slot(_NAME, cost_of(self.buffer, samples, index))
+            slot = self.buffer.choose_slot(NAME, cost_of(self.buffer, samples, index))
             if slot is not None:
                 chosen[slot] = index
-        keep(trainer, self.buffer, _NAME, chosen, samples.__getitem__, label=f"{name}: keeping samples")
+        keep(trainer, self.buffer, NAME, chosen, samples.__getitem__, label=f"{name}: keeping samples")
         self.buffer.commit()
         self.buffer.write_index()
         trainer.strategy.barrier(name)
 
     def _first(self, stream: Iterator[Any]) -> Iterator[Any]:
-        """As much of a stream as the budget holds: it may be endless."""
+        """Yields as much of a stream as fits into the budget; the stream may be endless."""
         total = 0
         for sample in stream:
             total += self.buffer.cost(sample)

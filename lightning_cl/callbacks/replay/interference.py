@@ -1,4 +1,4 @@
-"""Maximally interfered retrieval: which stored samples the last steps of training have hurt most."""
+"""Maximally interfered retrieval: replay of the stored samples that the last steps have hurt most."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ EVERY = 10
 
 
 class Interference:
-    """Looks at some stored samples around an optimizer step, and has those replayed whose loss it raises.
+    """Measures some stored samples before and after an optimizer step, and replays those whose loss rises.
 
     MIR (Aljundi et al. 2019, eq. 2) scores a sample by ``l(f_{θ − α∇L}; x) − l(f_θ; x)``, with a virtual step. Here θ
-    is taken before and after a step of training: no gradient is computed twice, and with Adam the step that counts is
-    the one that is really taken. So what is replayed next is what the step before has hurt.
+    is taken before and after a real step of training. So no gradient is computed twice, and with Adam the measured step
+    is the real one. The replayed samples are those that the previous step has hurt.
 
-    Every tenth step 16 candidates are drawn; those whose loss rises are replayed next, worst first, where the plan has
-    replayed samples, in such a way that the weight of all that were replayed stays within one sample of the plan's.
+    Every tenth step 16 candidates are drawn. Those whose loss rises are replayed next, the worst first, in the plan's
+    positions for replayed samples. The total weight of replayed samples stays within one sample of the plan's.
 
-    Compute: 32 forward passes over single samples in every tenth step, shared by the ranks.
+    Compute: 32 forward passes over single samples in every tenth step. The ranks share them.
 
     Args:
-        buffer: what is replayed.
-        seed: of the candidates.
+        buffer: the samples to replay.
+        seed: seed for the choice of candidates.
     """
 
     def __init__(self, buffer: ReplayBuffer, seed: int) -> None:
@@ -40,8 +40,8 @@ class Interference:
         self._candidates: list[int] = []
         self._before: dict[int, float] = {}
         self._worst: list[int] = []  # record numbers, the worst last
-        self._surplus = 0.0  # weight that was replayed beyond the plan's
-        self._places: dict[int, int] = {}
+        self._surplus = 0.0  # replayed weight above the plan's
+        self._positions: dict[int, int] = {}
 
     def before_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measures some samples, in every tenth step."""
@@ -56,7 +56,7 @@ class Interference:
         """Measures the same samples again.
 
         Returns:
-            by how much the step has raised the loss of the one that it has hurt most; None where nothing was measured.
+            the largest rise of a loss in this step; None if nothing was measured.
         """
         if not self._candidates:
             return None
@@ -67,21 +67,21 @@ class Interference:
         return max(rises.values(), default=None)
 
     def attach(self, samples: Samples, place: int) -> None:
-        """Says where a loader has the buffer's samples."""
+        """Stores the positions of the buffer's samples in a loader."""
         start = samples.starts[place]
-        self._places = {number: start + i for i, number in enumerate(samples.parts[place][1])}
+        self._positions = {number: start + i for i, number in enumerate(samples.parts[place][1])}
 
     def choose(self, samples: Samples, index: int, most_tokens: int | None) -> int:
-        """The sample to replay in the place of a planned one.
+        """Returns the sample to replay instead of a planned one.
 
         Args:
-            samples: of the loader.
-            index: of the planned one.
-            most_tokens: that have room; None without packing.
+            samples: the loader's samples.
+            index: the planned sample.
+            most_tokens: the most tokens that fit; None without packing.
         """
         planned = samples.weight(index)
         for position in range(len(self._worst) - 1, -1, -1):
-            other = self._places.get(self._worst[position])
+            other = self._positions.get(self._worst[position])
             if other is None or (most_tokens is not None and samples.lengths and samples.lengths[other] > most_tokens):
                 continue
             surplus = self._surplus + samples.weight(other) - planned

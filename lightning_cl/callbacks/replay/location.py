@@ -1,4 +1,4 @@
-"""Location of a buffer's records: in memory, in the run's folder, or in a folder of the user's."""
+"""Location of a buffer's records: in RAM, in the run's folder, or in a folder of the user's choice."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ Storage = Literal["disk", "memory"]
 
 
 class BufferLocation:
-    """Location of a buffer, which is found once in a run, when the run's folder is known.
+    """Location of a buffer, which is found once in a run, as soon as the run's folder is known.
 
     Args:
         buffer: its records move to the location when it is found.
-        storage: ``disk``: files, where the Trainer keeps checkpoints. ``memory``: RAM, and checkpoints hold the
-            samples.
-        folder: where the files go instead of the run's folder, ``buffers/<callback>``.
+        storage: ``disk``: files, if the Trainer keeps checkpoints. ``memory``: RAM; checkpoints contain the samples.
+        folder: folder for the files; default: ``buffers/<callback>`` in the run's folder.
 
     Attributes:
         found: True as soon as the location of this run is known.
@@ -39,24 +38,24 @@ class BufferLocation:
             raise ValueError(f"folder={folder!r}: storage='memory' keeps no files; give storage='disk'")
         self.buffer, self.folder, self.found = buffer, folder, False
         self._trainer: weakref.ref[L.Trainer] | None = None
-        self._needed: dict[str, int] = {}  # bytes that a task's samples take at most
+        self._needed: dict[str, int] = {}  # the most bytes of each task's samples
 
     def begin_run(self, trainer: L.Trainer) -> None:
-        """Another run gets a folder of its own."""
+        """Forgets the location if another run begins, which gets its own folder."""
         if self._trainer is None or self._trainer() is not trainer:
             self._trainer, self.found = weakref.ref(trainer), False
 
     def find(self, trainer: L.Trainer, run: RunState, method: str, name: str) -> bool:
-        """Finds out where the buffer lies, once in a run; what is in it already goes there. On all ranks.
+        """Finds the buffer's location, once in a run, and moves its records there; call it on all ranks.
 
         Args:
-            trainer: in its setup.
-            run: its state.
-            method: the class of the callback, for messages.
-            name: of the callback in its Trainer.
+            trainer: the Trainer, in its setup.
+            run: the run's state.
+            method: the callback's class, for messages.
+            name: the callback's name in its Trainer.
 
         Returns:
-            True if it was found out now.
+            True if the location was found by this call.
 
         Raises:
             MisconfigurationException: if another callback has its buffer there.
@@ -71,13 +70,13 @@ class BufferLocation:
         self._check_apart(run, folder, method)
         first = trainer.strategy.broadcast(DiskStore.first_free(folder))
         fingerprint = run.data.fingerprint() if run.data is not None else None
-        # One that a checkpoint has opened has no folder yet; one of an earlier run keeps its own.
+        # A store that a checkpoint has opened has no folder yet; a store of an earlier run keeps its folder.
         target = store if isinstance(store, DiskStore) and not store.is_placed else DiskStore(None)
         target.place(folder, first, trainer.is_global_zero)
         if fingerprint is not None:
             target.expect_tokenizer(fingerprint)
         if trainer.world_size > 1:
-            # Another run may have taken the number: the ranks hear where the records really go.
+            # Another run may have taken the number, so rank 0 tells the others the real folder.
             target.expect_in(trainer.strategy.broadcast(target.begin() if trainer.is_global_zero else folder))
         if target is not store:
             self.buffer.move_to(target)
@@ -98,7 +97,7 @@ class BufferLocation:
                 )
 
     def use_earlier(self, trainer: L.Trainer, run: RunState, method: str) -> None:
-        """Uses the samples that an earlier run has left in the folder; they must fit this run.
+        """Uses the samples that an earlier run left in the folder; they must fit this run.
 
         Raises:
             ValueError: if a sample is longer than the run's samples may be.
@@ -111,16 +110,16 @@ class BufferLocation:
                 f"{method}(folder={self.folder!r}): a sample there has {longest} tokens, more than"
                 f" TaskDataModule(max_length={data.max_length}); give at least {longest}, or another folder"
             )
-        trainer.strategy.barrier("adopt")  # nobody writes before all have looked
+        trainer.strategy.barrier("adopt")  # no rank writes before all ranks have read
 
-    # ------------------------------------------------------------------ room
+    # ------------------------------------------------------------------ disk space
 
     def needs(self, task: str, size: int) -> None:
-        """A task's samples take at most `size` bytes."""
+        """Notes that a task's samples take at most `size` bytes."""
         self._needed[task] = size
 
     def check_room(self, method: str) -> None:
-        """Finds a disk that is sure to be too full before training.
+        """Checks before training that the disk has room for the largest task.
 
         Raises:
             OSError: naming the task, the bytes needed and the bytes left.
@@ -140,12 +139,12 @@ class BufferLocation:
     # ------------------------------------------------------------------ resume
 
     def expect(self, kind: str) -> None:
-        """A checkpoint is about to be loaded whose records are of this kind of storage."""
+        """Prepares for a checkpoint whose records are in this kind of storage."""
         if self.storage == "disk" and kind == "disk" and not self.found:
             self.buffer.store = DiskStore(None)
 
     def look_in(self, run: RunState, name: str) -> list[Path]:
-        """Returns folders where the buffer's files may be if they are gone: a run's folder can be moved."""
+        """Returns other folders that may have the buffer's files, since a run's folder can be moved."""
         trainer = None if self._trainer is None else self._trainer()
         if trainer is None:
             return []

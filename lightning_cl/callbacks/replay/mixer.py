@@ -1,4 +1,4 @@
-"""Share and manner in which a buffer's samples take part in a task's batches, and the checks before it."""
+"""Settings for mixing a buffer's samples into a task's batches, and checks of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lightning_cl.data.mixing.replayed import Chooser, Mix
 
 
 class Mixer:
-    """Share and manner in which a buffer's samples take part in batches; a method that replays owns one.
+    """Mixes a buffer's samples into a task's batches; each method that replays has one mixer.
 
     Args:
         ratio: share of replayed tokens, pairs of progress and share, or ``1/t``.
-        mode: ``replace``: replayed samples take rows of the batch. ``add``: they come on top of it.
-        draw: which samples are replayed how often.
+        mode: ``replace``: replayed samples replace samples of the batch. ``add``: they are added to it.
+        draw: how often each sample is replayed.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -42,10 +42,10 @@ class Mixer:
         return replays_anything(self.ratio)
 
     def check_loader(self, loader: Any, method: str, task: str) -> None:
-        """Checks that samples can be mixed into a task's loader in this manner.
+        """Checks that samples can be mixed into a task's loader with these settings.
 
         Raises:
-            MisconfigurationException: saying why not, and what can.
+            MisconfigurationException: with the reason and what to use instead.
         """
         check_plannable(loader, method, task)
         workers = getattr(loader, "num_workers", 0)
@@ -77,17 +77,17 @@ class Mixer:
 
         Args:
             trainer: inside ``fit``.
-            run: its state.
-            loader: of the task.
+            run: the run's state.
+            loader: the task's loader.
             buffer: the samples.
             number: t, the task's number from 1, for a share of ``1/t``.
-            seed: seed of the draws.
+            seed: seed for the draws.
             method: the callback's class, for messages.
-            chooser: replaces planned samples by others when their batch is put together.
+            chooser: may replace planned samples by others when a batch is built.
 
         Raises:
-            MisconfigurationException: if the share changes over the task and nobody can know how long the task is, or
-                if the loader cannot take it.
+            MisconfigurationException: if the share changes over a task of unknown length, or if the loader cannot
+                mix in this way.
         """
         mix = Mix(buffer, curve_of(self.ratio, number), self.mode, seed=seed, draw=self.draw, chooser=chooser)
         try:
@@ -102,19 +102,19 @@ class Mixer:
 
 @runtime_checkable
 class Mixing(Protocol):
-    """A method that owns a mixer."""
+    """A method that has a mixer."""
 
     mixer: Mixer
 
     def earlier_tasks(self) -> int:
-        """Returns how many tasks of other runs are in its buffer; ``1/t`` counts them too."""
+        """Returns the number of other runs' tasks in the buffer; ``1/t`` counts them too."""
 
 
 def check_plannable(loader: Any, name: str, task: str | None = None) -> None:
     """Checks that a loader's samples can be reached by index, and mixed into its batches.
 
     Raises:
-        MisconfigurationException: saying why not, and what can.
+        MisconfigurationException: with the reason and what to use instead.
     """
     reason = None if isinstance(loader, TaskBatches) else why_not_plannable(loader)
     if reason is not None:
@@ -128,7 +128,7 @@ def check_together(run: RunState) -> None:
     """Checks that all methods with a mixer leave room for new samples, in every task, and mix in one mode.
 
     Raises:
-        MisconfigurationException: if not; before anything is trained.
+        MisconfigurationException: if they do not. It is raised before training.
     """
     methods = [method for method in run.methods if isinstance(method, Mixing) and method.mixer.replays]
     names = " and ".join(type(method).__name__ for method in methods)

@@ -26,19 +26,19 @@ _RANKINGS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding, 
 def losses_of(
     trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, indices: Sequence[int], label: str
 ) -> dict[int, float]:
-    """The loss of single samples, in evaluation mode: the mean over their tokens, for text.
+    """Measures the loss of single samples in evaluation mode; for text, a mean over each sample's tokens.
 
-    Compute: one forward pass over the samples, one at a time; ranks share them.
+    Compute: one forward pass over the samples, one at a time. The ranks share them.
 
     Args:
         trainer: inside ``fit``.
         pl_module: the module.
-        loader: whose samples.
-        indices: which of them.
-        label: what the progress display says.
+        loader: the loader of the samples.
+        indices: the samples to measure.
+        label: text of the progress display.
 
     Returns:
-        index to loss, the same on all ranks; 0 where there is none, and where it is not finite.
+        index to loss, the same on all ranks; 0 if there is no loss, or it is not finite.
     """
     own: dict[int, float] = {}
     spoilt = 0
@@ -65,30 +65,30 @@ def ranking_of(
     seed: int,
     label: str,
 ) -> dict[int, int]:
-    """The best samples by a ranking of their hidden states, in evaluation mode.
+    """Ranks samples by their hidden states, in evaluation mode, and returns the best.
 
-    A sample's features are the hidden states in front of the last layer that predicts; for text, their mean over the
+    A sample's features are the hidden states before the last layer that predicts. For text they are averaged over the
     positions that bear loss.
 
-    Compute: one forward pass over at most 10,000 samples (drawn at random, if there are more), one at a time, and the
-    ranking itself; ranks share the passes.
+    Compute: one forward pass over at most 10,000 samples (drawn at random if there are more), one at a time, and the
+    ranking itself. The ranks share the passes.
 
     Args:
         trainer: inside ``fit``.
         pl_module: the module.
-        loader: whose samples.
-        indices: which of them.
+        loader: the loader of the samples.
+        indices: the samples to choose from.
         method: ``herding`` or ``k_center``.
-        count: how many to rank.
-        seed: seed of the choice among more than 10,000.
-        label: what the progress display says.
+        count: the number of samples to rank.
+        seed: seed for the choice among more than 10,000 samples.
+        label: text of the progress display.
 
     Returns:
-        index to its place in the ranking, from 0, the same on all ranks; those that are not finite have none.
+        index to its rank from 0, the same on all ranks; samples with states that are not finite have no rank.
     """
     indices = list(indices)
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:_MOST_CANDIDATES]
-    candidates = sorted(indices[place] for place in order.tolist())
+    candidates = sorted(indices[position] for position in order.tolist())
     own: dict[int, Tensor] = {}
     with leaving_no_trace(pl_module), _hidden_states(pl_module) as found:
         for index in progress(trainer, candidates[trainer.global_rank :: trainer.world_size], label):
@@ -107,8 +107,8 @@ def ranking_of(
     candidates = [index for index in candidates if index in states]
     if not states:
         return {}
-    places = _RANKINGS[method](torch.stack([states[index] for index in candidates]), count)
-    return {candidates[place]: rank for rank, place in enumerate(places)}
+    ranked = _RANKINGS[method](torch.stack([states[index] for index in candidates]), count)
+    return {candidates[position]: rank for rank, position in enumerate(ranked)}
 
 
 def _tell_spoilt(label: str, what: str, count: int, how: str) -> None:
@@ -118,7 +118,7 @@ def _tell_spoilt(label: str, what: str, count: int, how: str) -> None:
 
 @contextmanager
 def _hidden_states(pl_module: L.LightningModule) -> Iterator[list[Tensor]]:
-    """Returns the output of a transformers model's decoder, or else the input of the last linear layer."""
+    """Collects the outputs of a transformers model's decoder, or else the inputs of linear layers."""
     found: list[Tensor] = []
     models: list[Any] = [part for part in pl_module.modules() if hasattr(part, "get_decoder")]
     decoder = next((model.get_decoder() for model in models if model is not pl_module), None)
@@ -145,7 +145,7 @@ def _hidden_states(pl_module: L.LightningModule) -> Iterator[list[Tensor]]:
 
 
 def _pooled(states: Tensor, batch: Any) -> Tensor:
-    """``[width]``: the mean over the positions that predict a token that bears loss, or over all."""
+    """Returns ``[width]``, the mean over positions that predict a token with loss, or over all positions."""
     positions = loss_positions(batch)
     rows = states.float().reshape(-1, states.shape[-1])
     if states.ndim == 3 and positions is not None and states.shape[1] == positions.shape[1] + 1 and positions.any():

@@ -1,4 +1,4 @@
-"""The start of rehearsal samples that a model writes: prompts, a chat template, or the start of a text."""
+"""Prompts for the rehearsal samples that a model writes: a user's, a chat template, or the start of a text."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ _KEYS = ("prompt", "instruction")
 
 
 def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
-    """Prompts from a list, or from a file: ``.txt`` with one on each line, or ``.jsonl``.
+    """Reads prompts from a list, or from a file: ``.txt`` with one on each line, or ``.jsonl``.
 
-    The records of the latter have ``prompt`` or ``instruction``; an instruction's ``input`` follows it after a blank
-    line.
+    A ``.jsonl`` record has ``prompt`` or ``instruction``. An instruction's ``input`` follows it after a blank line.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if there is no prompt in it, or a line is malformed.
-        TypeError: if a list holds something else than texts.
+        TypeError: if the list contains something other than texts.
     """
     if not isinstance(prompts, (str, Path)):
         given = list(prompts)
@@ -67,9 +66,9 @@ class UserTurn:
     """Position in a chat template where the user speaks.
 
     Args:
-        ids: what stands before the user's words.
-        after: what stands after them, without white space around it.
-        ends: the special token that ends the words, if there is one.
+        ids: the tokens before the user's words.
+        after: the text after them, without white space around it.
+        ends: the special token that ends the user's words, if there is one.
     """
 
     ids: tuple[int, ...]
@@ -78,7 +77,7 @@ class UserTurn:
 
     @classmethod
     def of(cls, tokenizer: Any) -> UserTurn:
-        """That of a tokenizer with a chat template.
+        """Finds the user's turn in a tokenizer's chat template.
 
         Raises:
             ValueError: if the template does not tell where a user's words begin and end.
@@ -89,21 +88,21 @@ class UserTurn:
                 "prompts=None: the chat template does not tell where a user's words begin and end; give prompts, a list"
                 " of instructions or a file"
             )
-        # A space would begin a word that the model cannot begin any more.
+        # A space at the end would be the start of a word, and the model could not write that word as usual.
         ids = tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"]
         return cls(tuple(ids), after, special_token(tokenizer, after))
 
     def words(self, written: Written, tokenizer: Any) -> str | None:
-        """Returns the user's words in a text written after :attr:`ids`; None if they do not come to an end."""
+        """Returns the user's words in a text written after :attr:`ids`; None if they have no end."""
         text = tokenizer.decode(written.ids[: -1 if written.ended else None], skip_special_tokens=True)
         said, ended, _ = text.partition(self.after)
         return said.strip() if written.ended or ended else None
 
 
 def start_of_text(tokenizer: Any) -> Prompt:
-    """The start token; for a tokenizer that has none of its own, the end token, which other texts come after.
+    """Returns the start token as a prompt, or the end token if the tokenizer has no start token.
 
-    The library's texts do not begin with an end token, and so it is no part of the sample.
+    The library's texts do not begin with an end token, so an end token is no part of the sample.
 
     Raises:
         ValueError: if there is neither.

@@ -21,46 +21,56 @@ from lightning_cl.data.mixing.plan import MixMode
 
 
 class Replay(MemoryCallback):
-    """Experience replay: samples of earlier tasks take part in the batches of later ones.
+    """Experience replay: mixes samples of earlier tasks into the batches of later ones.
 
-    At the end of each task its training set is offered to a buffer with a budget; during later tasks the buffer's
-    samples have the share `ratio` of the loss-bearing tokens (of the samples, where there are no tokens), in every
-    window of batches, with packing, accumulation, several ranks and streams. Loss masks travel with the samples.
+    At the end of each task its training set is offered to a buffer with a budget. During later tasks the buffer's
+    samples have the share `ratio` of the tokens that bear loss (of the samples, if there are no tokens), in every
+    window of batches, also with packing, accumulation, several ranks and streams. Loss masks are stored with
+    the samples.
 
-    Memory: none but of the index (36 bytes per sample); on disk 4 bytes and a bit per token, and 64 bytes per sample.
-    Compute: none per step in ``replace`` mode, where the batch keeps its number of samples and a pass over the new data
-    takes ``1 / (1 − ratio)`` times the steps (if replayed samples are as long as new ones); ``ratio / (1 − ratio)`` of
-    a step in ``add`` mode.
+    Memory: only the index, 36 bytes per sample. On disk: 4 bytes and a bit per token, and 64 bytes per sample. Compute
+    in ``replace`` mode: none per step, since the batch keeps its number of samples. But a pass over the new data takes
+    ``1 / (1 − ratio)`` times the steps, if replayed samples are as long as new ones. Compute in ``add`` mode:
+    ``ratio / (1 − ratio)`` of a step.
 
     Args:
         buffer_size: the budget, over all tasks, in `unit`.
-        ratio: share of replayed tokens, from 0 (stores, and replays nothing) to below 1. One to five percent removes
-            most forgetting of a pretrained model; a small model and very different tasks need 25 %. A list of pairs of
-            progress and share, as ``[[0, 0.25], [1, 0.05]]``, changes it over each task. ``1/t``: the t-th task has the
-            share 1/t, as each one before it.
-        policy: which samples are kept: ``reservoir`` (uniform over all samples seen), ``task_balanced``,
-            ``class_balanced``, ``fifo``, ``herding``, ``k_center`` or ``surprise``
+        ratio: share of replayed tokens, from 0 (stores samples, and replays none) to below 1. One to five percent
+            removes most forgetting of a pretrained model; a small model and very different tasks need 25 %. A list of
+            pairs of progress and share, as ``[[0, 0.25], [1, 0.05]]``, changes it over each task. With ``1/t`` the t-th
+            task and each task before it have the share 1/t.
+        policy: the choice of the samples that are kept: ``reservoir`` (uniform over all samples seen),
+            ``task_balanced``, ``class_balanced``, ``fifo``, ``herding``, ``k_center`` or ``surprise``
             (:class:`~lightning_cl.buffers.ReplayBuffer`).
-        mode: ``replace``: replayed samples take places of the batch. ``add``: they come on top of it. On several ranks
-            ``add`` gives each rank equally many, since the mean over ranks is that of all samples only if all ranks
-            have the same number. So they come in multiples of the number of ranks: the same samples in the same order
-            as on one process, but not all in the same step (where one process adds 3, 2, 3, two add 2, 4, 2), and the
-            weights differ by that. ``replace`` takes the batches of one process.
-        seed: seed of what is kept and drawn.
-        unit: what the budget counts: ``samples``, ``tokens`` or ``bytes``.
-        draw: which samples are replayed how often: ``uniform``, ``task`` (equal shares), ``proportional`` (to all that
-            were seen), ``recency`` (half the share per task back), ``interfered`` (MIR: what training hurts most).
-        fill: ``task_end`` or ``training``: when samples are offered; a stream needs ``training``.
-        storage: ``disk`` (in the run's folder; checkpoints hold which samples are wanted) or ``memory``.
-        folder: where the files go instead of the run's folder. What an earlier run left there is replayed from the
-            first task on.
-        buffer: the name of another callback, as ``DERpp``, whose buffer is replayed instead of one of its own.
+        mode: ``replace``: replayed samples replace samples of the batch. ``add``: they are added to it. On several
+            ranks ``add`` gives each rank the same number, because the mean over ranks is the mean over all samples only
+            then. So samples are added in multiples of the number of ranks: the same samples in the same order as on one
+            process, but not always in the same step. Where one process adds 3, 2, 3, two add 2, 4, 2, and the weights
+            differ accordingly. ``replace`` has the same batches on any number of ranks.
+        seed: seed for the choice of stored and of replayed samples.
+        unit: unit of the budget: ``samples``, ``tokens`` or ``bytes``.
+        draw: how often each sample is replayed: ``uniform``, ``task`` (equal shares of tasks), ``proportional`` (to all
+            samples seen of a task), ``recency`` (half the share per task back), ``interfered`` (MIR: the samples that
+            training hurts most).
+        fill: ``task_end`` or ``training``: the moment when samples are offered. A stream needs ``training``.
+        storage: ``disk`` (in the run's folder; checkpoints list the stored samples) or ``memory`` (RAM).
+        folder: folder for the files; default: the run's folder. Samples that an earlier run left there are replayed
+            from the first task on.
+        buffer: the name of another callback, as ``DERpp``, whose buffer is replayed instead of an own one.
 
     Attributes:
         buffer: the :class:`~lightning_cl.buffers.ReplayBuffer`.
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import Replay
+        >>> replay = Replay(buffer_size=500, ratio=0.1)
+        >>> trainer = L.Trainer(callbacks=[replay], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> replay.report()["ratio"]
+        0.1
     """
 
     def __init__(
@@ -106,7 +116,7 @@ class Replay(MemoryCallback):
         self._interference = None
         if self.mixer.draw == "interfered":
             self._interference = Interference(self.buffer, seed)
-            if self._interference_state is not None:  # of this task, before it was interrupted
+            if self._interference_state is not None:  # state of this task, before it was interrupted
                 self._interference.load_state_dict(self._interference_state)
         self.mixer.mix_into(
             trainer,
@@ -125,7 +135,7 @@ class Replay(MemoryCallback):
         return len(stored - set(self.run.names)) if self.run.names else max(len(stored) - 1, 0)
 
     def _task_number(self) -> int:
-        """t: how many tasks there are up to this one, with those that an earlier run has left in the buffer."""
+        """Returns t, the number of tasks up to this one, including those of an earlier run in the buffer."""
         current = self.run.position.name
         return 1 + max(self.tasks_done, sum(name != current for name in self.buffer.task_names))
 

@@ -1,4 +1,4 @@
-"""A model writes after many prompts: in batches, shared among ranks, and going on where a killed run stopped."""
+"""Writing of texts after many prompts: in batches, shared among ranks; a killed run is resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_cl.passes.passes import forward_context, progress
 from lightning_cl.random_state import untouched_random_state
 
 FORMAT = 1
-"""Of the files, and of how texts are drawn; part of their names."""
+"""Version of the files and of the drawing of texts; part of the files' names."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class WritingSettings:
     """Settings for the writing of texts.
 
     Args:
-        max_new_tokens: the longest text.
-        max_length: the most tokens of prompt and text together; None: as many as there are.
-        temperature: what logits are divided by.
-        top_p: the probability of what is drawn from.
-        batch_size: prompts at a time.
+        max_new_tokens: the most tokens of a text.
+        max_length: the most tokens of prompt and text together; None: no limit.
+        temperature: the number that logits are divided by.
+        top_p: the total probability of the tokens that are drawn from.
+        batch_size: the number of prompts at a time.
     """
 
     max_new_tokens: int
@@ -43,20 +43,20 @@ class WritingSettings:
 
 
 class SampleWriter:
-    """Lets a model write behind prompts, as it is now.
+    """Lets a model, with its present weights, write after prompts.
 
-    Each prompt has random numbers of its own, so that batches, ranks and stops make no difference to what is drawn.
-    Each batch that is done is a file in ``<cache>/rehearsal/<key>/``; the key holds everything that decides about the
-    text: weights, prompts, settings and seeds.
+    Each prompt has its own random numbers, so batches, ranks and interruptions do not change the texts. Each finished
+    batch is a file in ``<cache>/rehearsal/<key>/``. The key depends on everything that decides on the text: weights,
+    prompts, settings and seeds.
 
     Args:
         trainer: the Trainer.
-        model: with ``generate``, where it computes.
-        pad_id: what to pad with.
-        settings: how.
+        model: the model with ``generate``, on its device.
+        pad_id: the token for padding.
+        settings: settings for the texts.
 
     Attributes:
-        tokens: how many tokens were written, over all ranks, by this run or by the one before it that was killed.
+        tokens: the number of written tokens over all ranks, including those of a killed run that is resumed.
     """
 
     def __init__(self, trainer: L.Trainer, model: Any, pad_id: int, settings: WritingSettings) -> None:
@@ -67,16 +67,16 @@ class SampleWriter:
     def write(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], end_ids: Sequence[int], label: str
     ) -> list[Written]:
-        """Lets the model write after each prompt; the same on all ranks.
+        """Lets the model write after each prompt; all ranks get all texts.
 
         Args:
             prompts: token ids.
-            seeds: one for each prompt.
-            end_ids: tokens that end a text, next to those of the model's own ``generation_config``.
-            label: what the progress display says.
+            seeds: one seed for each prompt.
+            end_ids: tokens that end a text, in addition to those of the model's own ``generation_config``.
+            label: text of the progress display.
         """
         folder = self._folder(prompts, seeds, end_ids)
-        # Prompts of like length next to each other: less padding.
+        # Prompts of similar length are in one batch, which needs less padding.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         size = self._settings.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -101,7 +101,7 @@ class SampleWriter:
         settings = self._settings
         room = settings.max_new_tokens
         if settings.max_length is not None:
-            # Learned positions end there, also for the padding after a text that has ended.
+            # Learned positions end there; this also limits the padding after a finished text.
             room = min(room, settings.max_length - max(len(prompt) for prompt in prompts))
         with forward_context(self._trainer):
             return sample_tokens(
@@ -113,7 +113,7 @@ class SampleWriter:
         key = {
             "format": FORMAT,
             "weights": self._weights,
-            # With another scale of its adapter it is another model.
+            # A model with another scale of its adapter is another model.
             "model": [config.to_dict() for config in (self._model.config, *adapters.values())],
             "precision": str(self._trainer.precision),
             "prompts": [list(prompt) for prompt in prompts],
@@ -126,12 +126,12 @@ class SampleWriter:
 
 
 def _plain(value: Any) -> Any:
-    """Sets have another order in each process."""
+    """Sorts sets, whose order differs between processes."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _read(file: Path, rows: int) -> list[Written] | None:
-    """A batch that was written before, if its file is there and whole."""
+    """Reads a batch that was written before; None if there is no valid file."""
     try:
         if not file.exists():
             return None

@@ -1,8 +1,7 @@
-"""Rehearsal without stored data: the model itself writes what it is to keep."""
+"""Rehearsal without stored data: the model itself writes the samples to rehearse."""
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_integer
+from lightning_cl.arguments import check_integer, check_positive
 from lightning_cl.buffers import ReplayBuffer
 from lightning_cl.callbacks.replay.mixer import Mixer, check_plannable, check_together
 from lightning_cl.callbacks.replay.rehearsal import Prompt, as_sample, choose
@@ -37,62 +36,71 @@ from lightning_cl.passes.generation import Written, generator_of, prompt_tokens
 class SelfReplay(BufferCallback):
     """Rehearsal of samples that the model writes itself (LAMOL, Sun et al. 2020; SSR, Huang et al. 2024).
 
-    Before each task, also the first, the model as it is then writes texts. In the task they have the share `ratio` of
-    the loss-bearing tokens, as the stored samples of :class:`~lightning_cl.Replay` have. No samples of earlier tasks
-    are needed, nor of what a base model was trained on, which nobody has. What the model resumes from:
+    Before each task, also the first, the model writes texts with its present weights. In the task they have the share
+    `ratio` of the tokens that bear loss, like the stored samples of :class:`~lightning_cl.Replay`. No samples of
+    earlier tasks are needed, and no data that a base model was trained on, which is usually not available. The model
+    continues from:
 
-    * `prompts`: instructions, which it answers in the tokenizer's chat template, or texts, where there is none;
-    * without, and with a chat template, the template up to the user's words: the model writes the instruction too, and
-      then answers it (Magpie, Xu et al. 2024);
-    * without, and without a template, the start token: the model writes free text (LAMOL). Some tokenizers have none of
-      their own. Then it is the end token, behind which pretrained models have seen texts begin, and, since the tasks'
-      own texts begin with their first words, the first tokens of samples of each earlier task: one token of each,
-      `samples` of them, is stored;
-    * with `examples`, also the beginnings of so many samples of each earlier task, which are stored: what stands before
+    * `prompts`: instructions, which it answers in the tokenizer's chat template, or, without a template, texts;
+    * without `prompts`, with a chat template: the template up to the user's words. The model writes the instruction
+      too, and then answers it (Magpie, Xu et al. 2024);
+    * without `prompts` and without a template: the start token. The model writes free text (LAMOL). If the tokenizer
+      has no start token, the end token is used, after which pretrained models have seen texts begin. The tasks' own
+      texts begin without it, so the model also continues from the first tokens of samples of each earlier task: one
+      token of each of `samples` samples is stored;
+    * with `examples`, also the stored beginnings of `examples` samples of each earlier task: the tokens before
       the last answer, or the first tokens of a text, at most 32.
 
-    Each earlier task whose beginnings are kept has an equal share, and so has all else that it resumes from.
+    Each earlier task whose beginnings are stored has an equal share, and all other starts together have one such share.
 
-    Loss is on what the model wrote, its end token included; on an instruction of its own there is none. Texts that are
+    The model's text bears loss, including its end token; an instruction that the model wrote does not. Texts that are
     too short, noise, repetitive, duplicates, or outliers in their perplexity are left out, and counted in the report
-    (:mod:`lightning_cl.callbacks.replay.rehearsal`). A model that has learnt nothing yet writes noise: nothing is
-    rehearsed then.
+    (:mod:`lightning_cl.callbacks.replay.rehearsal`). A model that has learnt nothing yet writes noise; then nothing is
+    rehearsed.
 
-    The samples are written anew for each task. The model of that time has learnt one task more, and has rehearsed what
-    it wrote before; an older model's texts would be what it has been moved away from. The price is that mistakes are
-    copied from task to task.
+    The samples are written anew for each task, by the model that has learnt one task more and has rehearsed its earlier
+    texts. Texts of an older model would no longer fit the present one. The price is that mistakes are copied from task
+    to task.
 
-    With ``top_p=1`` and ``LwF(temperature=1, teacher="base", where="replayed")`` the texts of the first task, which the
-    base wrote from the start token alone, give an unbiased estimate of the KL divergence from the base's texts to the
-    model's: ``E_{y ~ base} Σ_t KL(base(· | y_<t) ‖ model(· | y_<t))``, less what the filters leave out and what is
-    longer than `max_new_tokens` (``configs/methods/self_replay_to_base.yaml``).
+    With ``top_p=1`` and ``LwF(temperature=1, teacher="base", where="replayed")``, the base writes the texts of the
+    first task from the start token alone. They give an unbiased estimate of the KL divergence from the base's texts to
+    the model's: ``E_{y ~ base} Σ_t KL(base(· | y_<t) ‖ model(· | y_<t))``, without texts that the filters leave out and
+    tokens after `max_new_tokens` (``configs/methods/self_replay_to_base.yaml``).
 
     Memory: the samples, 4 bytes and a bit per token, in checkpoints too. Compute: up to ``samples · max_new_tokens``
-    tokens are generated before each task (twice that, where the model writes the instructions), `batch_size` texts at a
-    time on each rank; per step, see :class:`~lightning_cl.Replay`. What is written is kept in ``$LIGHTNING_CL_CACHE``,
-    batch by batch: a run that is killed resumes from there.
+    tokens are generated before each task (twice as many if the model writes the instructions), `batch_size` texts at a
+    time on each rank. Per step, see :class:`~lightning_cl.Replay`. Each batch of texts is kept in
+    ``$LIGHTNING_CL_CACHE``, and a run that is killed resumes from there.
 
     Args:
-        samples: how many texts are written before each task; those that pass the filters are kept.
-        ratio: share of rehearsed tokens, from 0 (writes, and rehearses nothing) to below 1; or what else
-            :class:`~lightning_cl.Replay` takes.
+        samples: the number of texts that are written before each task; those that pass the filters are kept.
+        ratio: share of rehearsed tokens, from 0 (writes texts, and rehearses none) to below 1; or another value that
+            :class:`~lightning_cl.Replay` accepts.
         prompts: a list of texts, a ``.txt`` file with one on each line, or a ``.jsonl`` file of records with ``prompt``
-            or ``instruction``. None: the model writes them, or free text.
-        examples: how many samples of each task leave their beginnings for later tasks.
-        max_new_tokens: the longest text.
-        min_new_tokens: shorter ones are left out.
-        temperature: what logits are divided by; 1 is the model's own distribution.
-        top_p: draw among the fewest most probable tokens that have this probability together; 1: among all.
-        batch_size: texts that are written at a time, on each rank.
-        mode: ``replace``: rehearsed samples take places of the batch. ``add``: they come on top of it.
-        seed: seed of what is written and drawn.
+            or ``instruction``. None: the model writes the instructions, or free text.
+        examples: the number of samples of each task whose beginnings are stored for later tasks.
+        max_new_tokens: the most tokens of a text.
+        min_new_tokens: shorter texts are left out.
+        temperature: the number that logits are divided by; 1 is the model's own distribution.
+        top_p: draw from the fewest most probable tokens that together have this probability; 1: from all.
+        batch_size: the number of texts that each rank writes at a time.
+        mode: ``replace``: rehearsed samples replace samples of the batch. ``add``: they are added to it.
+        seed: seed for the writing and for the choice of rehearsed samples.
 
     Attributes:
         buffer: the :class:`~lightning_cl.buffers.ReplayBuffer` with the samples of the current task.
-        written: for each task the counts of its samples: written, kept, rejected by reason, tokens, seconds.
+        written: for each task the numbers of its samples: written, kept, rejected by reason, tokens, seconds.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or `prompts` cannot be read.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_cl import SelfReplay
+        >>> method = SelfReplay(samples=100, prompts=["Tell me a story."])
+        >>> trainer = L.Trainer(callbacks=[method], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> method.report()["samples"]
+        100
     """
 
     owns = "the buffer of SelfReplay"
@@ -121,29 +129,26 @@ class SelfReplay(BufferCallback):
             ("min_new_tokens", min_new_tokens, 1),
             ("batch_size", batch_size, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+            check_integer(name, value, least, f"an integer of at least {least}")
         if min_new_tokens > max_new_tokens:
             raise ValueError(f"min_new_tokens={min_new_tokens}: it is more than max_new_tokens={max_new_tokens}")
-        for name, number, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
-            known = not isinstance(number, bool) and isinstance(number, (int, float)) and math.isfinite(number)
-            if not known or not 0 < number <= most:
-                raise ValueError(f"{name}={number!r}: expected a number above 0{' and at most 1' if most == 1 else ''}")
-        # In memory: all of it is written anew for each task, and checkpoints hold it.
+        self.temperature = check_positive("temperature", temperature, "a number above 0")
+        self.top_p = check_positive("top_p", top_p, "a number above 0 and at most 1", most=1)
+        # The buffer is in RAM: it is written anew for each task, and checkpoints contain it.
         super().__init__(ReplayBuffer(samples, seed=check_integer("seed", seed)), "memory")
         self.samples, self.examples, self.seed = samples, examples, seed
         self.mixer = Mixer(ratio, mode)
         self.prompts = read_prompts(prompts) if prompts is not None else None
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
-        self.temperature, self.top_p, self.batch_size = float(temperature), float(top_p), batch_size
+        self.batch_size = batch_size
         self.beginnings: dict[str, list[list[int]]] = {}
         self.written: dict[str, dict[str, Any]] = {}
-        self._written_for: int | None = None  # how many tasks were done before the one that the samples are for
+        self._written_for: int | None = None  # number of tasks before the one that the samples are for
 
     @property
     @override
     def mixes(self) -> bool:
-        return True  # what is mixed in is written when it is asked for
+        return True  # the samples are written when the loader needs them
 
     @property
     @override
@@ -180,12 +185,13 @@ class SelfReplay(BufferCallback):
 
     @override
     def on_sequence_start(self) -> None:
-        self._written_for = None  # by other weights, perhaps
+        self._written_for = None  # the samples may be from other weights
 
     @override
     def mix_into(self, trainer: L.Trainer, loader: TaskBatches) -> None:
-        # Here, and not at the end of the task before: also before the first task, by the very weights that this one
-        # starts from, and behind the loading of a checkpoint. The plan of a preflight asks too, when all is done.
+        # Texts are written here and not at the end of the previous task. So the first task has them too, they come from
+        # the weights that this task starts from, and a checkpoint is loaded before. A preflight's plan calls this too,
+        # at its end, and writes nothing then.
         if self._written_for != self.tasks_done and trainer.state.status == TrainerStatus.RUNNING:
             self._write(trainer)
             self._written_for = self.tasks_done
@@ -201,7 +207,7 @@ class SelfReplay(BufferCallback):
 
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Nothing of the task is stored, but for the beginnings.
+        # Only beginnings of the task's samples are stored.
         assert self.task is not None
         loader: Any = trainer.train_dataloader
         count = self.examples or (self.samples if self._needs_first_tokens(trainer) else 0)
@@ -213,18 +219,18 @@ class SelfReplay(BufferCallback):
         self.beginnings[self.task.name] = kept if self.examples else [ids[:1] for ids in kept]
 
     def _needs_first_tokens(self, trainer: L.Trainer) -> bool:
-        """True if the model writes free text, and there is no token that the texts of earlier tasks begin with."""
+        """Returns True if the model writes free text, and the tokenizer has no start token for it."""
         _, tokenizer, _ = _parts_of(trainer)
         return self.prompts is None and not has_template(tokenizer) and not start_tokens(tokenizer)
 
     def _random(self) -> random.Random:
-        """For choices that are to be others in each task, and the same on all ranks."""
+        """Returns a generator that differs between tasks, and is the same on all ranks."""
         return random.Random(seed_of(self.seed, self.tasks_done))
 
     # ------------------------------------------------------------------ writing
 
     def _write(self, trainer: L.Trainer) -> None:
-        """Fills the buffer with what the model writes now."""
+        """Fills the buffer with texts that the model writes now."""
         start = time.monotonic()
         model, tokenizer, max_length = _parts_of(trainer)
         name = self.run.position.name if self.run.driven else f"task-{self.tasks_done}"
@@ -245,7 +251,7 @@ class SelfReplay(BufferCallback):
         texts = write(fitting, ends_of_answers(tokenizer), 1)
         chosen, why = choose(fitting, texts, self.min_new_tokens, model.config.get_text_config().vocab_size)
         rejected.update(why)
-        kept = self._store([(as_sample(fitting[place], texts[place]), fitting[place].task) for place in chosen])
+        kept = self._store([(as_sample(fitting[index], texts[index]), fitting[index].task) for index in chosen])
         rejected["removed"] += len(chosen) - kept
         self.written[name] = {
             "written": count,
@@ -260,7 +266,7 @@ class SelfReplay(BufferCallback):
     def _prompts(
         self, tokenizer: Any, count: int, write: Callable[..., list[Written]], rejected: Counter[str]
     ) -> list[Prompt]:
-        """Returns `count` prompts, without the model's own instructions that are none."""
+        """Returns `count` prompts, without unfinished or empty instructions of the model."""
         groups = 1 + len(self.beginnings)
         share, *shares = [count // groups + (group < count % groups) for group in range(groups)]
         if self.prompts is not None:
@@ -275,21 +281,21 @@ class SelfReplay(BufferCallback):
         else:
             prompts = [start_of_text(tokenizer)] * share
         for (task, beginnings), share in zip(self.beginnings.items(), shares, strict=True):
-            # A first token that is alone is predicted by nothing: the text is a free one.
+            # Nothing predicts a single first token, so such a text counts as free text.
             begun = [Prompt(tuple(ids), f"self:{task}", learnt=len(ids) == 1) for ids in beginnings]
             prompts += self._cycled(begun, share)
         return prompts
 
     def _cycled(self, prompts: list[Prompt], count: int) -> list[Prompt]:
-        """`count` of some prompts, in another order for each task."""
+        """Repeats prompts until there are `count`, in another order for each task."""
         order = self._random().sample(prompts, len(prompts))
         return [order[i % len(order)] for i in range(count)]
 
     def _store(self, samples: Sequence[tuple[dict[str, Tensor], str]]) -> int:
-        """Puts samples with their tasks in the place of what is in the buffer; says how many."""
+        """Replaces the buffer's content by samples with their tasks; returns their number."""
         self.buffer.clear()
         for sample, task in samples:
-            self.buffer.add(sample, task)  # not what somebody wants forgotten
+            self.buffer.add(sample, task)  # the buffer refuses samples that a user has removed
         return len(self.buffer)
 
     def _tell(self, name: str) -> None:
@@ -297,7 +303,7 @@ class SelfReplay(BufferCallback):
         told(self._sentence(name))
 
     def _knows_nothing(self, name: str) -> bool:
-        """True if all that was written is noise: a model before its first training, which has nothing to keep."""
+        """Returns True if texts were noise, as those of a model before its first training."""
         return "noise" in self.written[name]["rejected"]
 
     def _sentence(self, name: str) -> str:
@@ -358,10 +364,10 @@ class SelfReplay(BufferCallback):
 
 
 def _parts_of(trainer: L.Trainer) -> tuple[Any, Any, int | None]:
-    """The model that writes, its tokenizer, and the most tokens that a sample may have.
+    """Returns the model that writes, its tokenizer, and the most tokens that a sample may have.
 
     Raises:
-        MisconfigurationException: if there is no model or no tokenizer, naming what is needed.
+        MisconfigurationException: if there is no model or no tokenizer; it names what is needed.
     """
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     model = generator_of(module)

@@ -1,4 +1,4 @@
-"""Base of methods that own a buffer: its location, its state, and its part of the report."""
+"""Base of methods with a buffer: its location, its state, and its part of the report."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lightning_cl.buffers import DiskStore, ReplayBuffer
 from lightning_cl.callbacks.replay.location import BufferLocation, Storage
 from lightning_cl.core.method import ContinualCallback
 
-_WORTH_COMPACTING = 1 << 30  # bytes: a buffer of text never comes so far, and all its checkpoints stay good
+_WORTH_COMPACTING = 1 << 30  # bytes: a buffer of text stays smaller, and all its checkpoints remain valid
 
 
 class BufferCallback(ContinualCallback):
-    """Base of methods with a :class:`~lightning_cl.buffers.ReplayBuffer`; a subclass says what goes into it.
+    """Base of methods with a :class:`~lightning_cl.buffers.ReplayBuffer`; a subclass decides on its content.
 
     Args:
-        buffer: empty.
-        storage: ``disk`` or ``memory``.
-        folder: where the files go instead of the run's folder.
+        buffer: an empty buffer.
+        storage: ``disk`` or ``memory`` (RAM).
+        folder: folder for the files; default: the run's folder.
 
     Attributes:
-        location: where the records lie.
+        location: the location of the buffer's records.
     """
 
     def __init__(self, buffer: ReplayBuffer, storage: Storage, folder: str | None = None) -> None:
@@ -33,12 +33,12 @@ class BufferCallback(ContinualCallback):
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """The samples that are kept."""
+        """Buffer with the stored samples."""
         return self._own
 
     @property
     def has_own_buffer(self) -> bool:
-        """True if the buffer is not that of another callback."""
+        """True if the buffer does not belong to another callback."""
         return True
 
     # ------------------------------------------------------------------ location
@@ -52,11 +52,11 @@ class BufferCallback(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if not self.run.driven:
             self.on_run_start(trainer)
-        if self.has_own_buffer and stage == "fit":  # between tasks the loggers, whose folder it is, are silent
+        if self.has_own_buffer and stage == "fit":  # between tasks the loggers give no folder
             self.locate(trainer)
 
     def locate(self, trainer: L.Trainer) -> bool:
-        """Finds out where the buffer lies, once in a run; returns True if it was found out now. On all ranks."""
+        """Finds the buffer's location, once in a run; returns True if this call found it. Call it on all ranks."""
         return self.location.find(trainer, self.run, type(self).__name__, self.run.name_of(self))
 
     @override
@@ -64,7 +64,7 @@ class BufferCallback(ContinualCallback):
         self.location.check_room(type(self).__name__)
 
     def write_down(self, trainer: L.Trainer) -> None:
-        """Makes what was added to the buffer durable, on all ranks."""
+        """Makes the buffer's new samples durable, on all ranks."""
         self._own.commit()
         self.hold()
         trainer.strategy.barrier("buffer")
@@ -73,7 +73,7 @@ class BufferCallback(ContinualCallback):
         trainer.strategy.barrier("buffer")
 
     def hold(self) -> None:
-        """Keeps back samples that are added from now on, where a method needs it."""
+        """Delays the replay of samples that are added from now on, if a method needs it."""
 
     # ------------------------------------------------------------------ state
 

@@ -1,1 +1,1 @@
-"""The order of an epoch: which sample, new or replayed, stands in which batch."""
+"""The order of an epoch: it assigns each sample, new or replayed, to a batch."""

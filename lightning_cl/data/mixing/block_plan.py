@@ -1,4 +1,4 @@
-"""The epochs of one task in packed blocks: every new sample once, replay at its share, batches of constant number."""
+"""The epochs of one task in packed blocks: each new sample comes once, and all epochs have equally many batches."""
 
 from __future__ import annotations
 
@@ -8,49 +8,51 @@ from itertools import pairwise
 
 import torch
 
+from lightning_cl.arguments import check_integer
 from lightning_cl.data.mixing.packing import WINDOW, Block, evenly, evenly_all, pack, pack_mixed, windows_of
 from lightning_cl.data.mixing.plan import cuts, plan_batches, seed_of
 from lightning_cl.data.mixing.replayed import Samples
 
-SPARE = 2  # blocks that an epoch may need more than the first
+SPARE = 2  # more blocks that a later epoch may need than the first
 
 
 class BlockPlan:
-    """The plan of packed blocks: which block stands in which batch, on all ranks together.
+    """The plan of packed blocks: it assigns each block to a batch, on all ranks together.
 
-    New samples are laid out in one random order per task and packed window by window; each epoch has the blocks in
-    another random order. So the number of batches, which learning-rate schedules are made for, is the same in each.
+    New samples are put in one random order per task and packed window by window. Each epoch has these blocks in another
+    random order. So all epochs have the same number of batches, which learning-rate schedules rely on.
 
     Replayed samples differ from epoch to epoch. They are interleaved with the new ones by error diffusion and packed
-    together with them; then blocks are put in an order in which the running share stays near its goal.
+    together with them. Then blocks are put in an order in which the running share stays near its goal.
 
-    ``replace`` keeps the number of blocks in a batch: an epoch takes about ``1 / (1 − ratio)`` times the batches (where
-    replayed samples have the new ones' share of loss-bearing tokens). ``add`` keeps the number of batches: as many as
-    the new samples need alone, so that a batch has about ``batch_size / (1 − ratio)`` blocks.
+    ``replace`` keeps the number of blocks in a batch. An epoch takes about ``1 / (1 − ratio)`` times the batches, if
+    replayed samples have the new ones' share of loss-bearing tokens. ``add`` keeps the number of batches that the new
+    samples need alone, so a batch has about ``batch_size / (1 − ratio)`` blocks.
 
-    What cannot be exact with replay:
+    Replay in blocks is inexact in four ways:
 
-    - Blocks come as wholes: over any stretch of batches the share of the loss-bearing tokens is off by up to about one
-      block, where it would be one sample without packing.
-    - In ``replace`` mode, the number of batches is that of the first epoch, with room for two blocks more. An epoch
-      whose replayed samples need still more leaves the last of them out, and its share is below the goal by so much.
-      New samples are never left out. Where an epoch has fewer blocks, its last batches are smaller.
-    - Where the share changes over the task, it does so in steps of some blocks (`WINDOW`); epochs are as long as the
-      longest of them needs.
-    - Should batches be of one block, and blocks of one sample, an epoch's number of replayed samples is fixed: one
-      sample too many or too few is not made up for in the next.
+    - A block is never divided between batches. So over any sequence of batches, the share of the loss-bearing tokens
+      is off by up to about one block; without packing it would be one sample.
+    - In ``replace`` mode, all epochs have as many batches as the first, with room for two more blocks. An epoch whose
+      replayed samples need more room leaves the last of them out, and its share is a little below the goal. New
+      samples are never left out. If an epoch has fewer blocks, its last batches are smaller.
+    - A share that changes over the task changes in steps of some blocks (`WINDOW`). All epochs then have as many
+      batches as the longest of them needs.
+    - If batches have one block, and blocks one sample, an epoch's number of replayed samples is fixed. One sample too
+      many or too few is not made up for in the next epoch.
 
     Args:
         samples: new and replayed samples.
         block_length: the most tokens in a block.
         batch_size: blocks in a batch, over all ranks.
-        shuffle: whether each epoch has a random order.
+        shuffle: True gives each epoch a random order.
         seed: seed of the order.
         drop_last: leave out a last batch that is not full.
-        multiple: in ``add`` mode, batches but the last have a multiple of this many blocks, so that ranks can share.
+        multiple: in ``add`` mode, the number of blocks of every batch but the last is a multiple of this, so that ranks
+            have equal parts.
 
     Raises:
-        TypeError: if samples do not tell their length.
+        TypeError: if the length of samples is not known.
         ValueError: if a sample is longer than a block.
     """
 
@@ -100,25 +102,25 @@ class BlockPlan:
         blocks = self._in_order(blocks, epoch)
         if samples.mode == "replace":
             return [blocks[begin:end] for begin, end in cuts(min(len(blocks), room), self.length, self.batch_size)]
-        # With drop_last, the share of the blocks that the full batches of new ones would be.
+        # With drop_last, only the share of the blocks that full batches make up among the new samples' blocks.
         end = len(blocks) * room // len(self.new_blocks) if self.drop_last else len(blocks)
         share = self.length * self.multiple
         ends = [-(-end * i // share) * self.multiple for i in range(self.length)] + [end]  # rounded up: none is empty
         return [blocks[begin:end] for begin, end in pairwise(ends)]
 
     def _in_order(self, blocks: list[Block], epoch: int) -> list[Block]:
-        """Shuffled, and so that the running share of each source stays near its goal."""
+        """Shuffles the blocks, then orders them so that the running share of each source stays near its goal."""
         if self.samples.is_constant:
             goals = [mix.curve.at(0.0) for mix in self.samples.mixes]
             return self._spread(self._shuffled(blocks, epoch), goals)
-        # The share changes over the epoch: blocks of like share are shuffled among themselves, and each stretch of
-        # them keeps its place.
+        # The share changes over the epoch. So only neighbouring blocks, whose share is similar, are shuffled with each
+        # other.
         ordered: list[Block] = []
         for start in range(0, len(blocks), WINDOW):
-            stretch = blocks[start : start + WINDOW]
-            weights = [sum(parts) for parts in zip(*map(self._weights, stretch), strict=True)]
+            window = blocks[start : start + WINDOW]
+            weights = [sum(parts) for parts in zip(*map(self._weights, window), strict=True)]
             goals = [weight / max(sum(weights), 1) for weight in weights[1:]]
-            ordered += self._spread(self._shuffled(stretch, epoch), goals)
+            ordered += self._spread(self._shuffled(window, epoch), goals)
         return ordered
 
     def _spread(self, blocks: list[Block], goals: list[float]) -> list[Block]:
@@ -131,7 +133,7 @@ class BlockPlan:
         return evenly_all(blocks, surplus)
 
     def _weights(self, block: Block) -> list[int]:
-        """The weight of the block's new samples, and of those of each source."""
+        """The weight of the block's new samples, then the weight of its samples from each source."""
         weights = [0] * (len(self.samples.mixes) + 1)
         for index in block:
             weights[self.samples.source_of(index)] += self.samples.weight(index)
@@ -147,7 +149,7 @@ class BlockPlan:
 
     def _mixed(self, epoch: int, least: int = 0, most: int | None = None) -> list[Block]:
         samples = self.samples
-        # By loss-bearing tokens draws are exact as they come. In other tokens they must not differ between epochs.
+        # Error diffusion already balances loss-bearing tokens. Balancing the others keeps epochs of similar length.
         sources = samples.sources(epoch, balance_tokens=True)
         span = samples.span(epoch)
         return pack_mixed(self.windows, sources, samples.weight, self.lengths, self.block_length, span, least, most)
@@ -157,8 +159,7 @@ class BlockPlan:
 
 
 def _checked_lengths(samples: Samples, block_length: int) -> Sequence[int]:
-    if isinstance(block_length, bool) or not isinstance(block_length, int) or block_length < 2:
-        raise ValueError(f"block_length={block_length!r}: expected an integer of at least 2")
+    check_integer("block_length", block_length, 2)
     if not hasattr(samples.new, "length"):
         raise TypeError(
             f"block_length={block_length}: packing needs a data set that tells the tokens of its samples by"

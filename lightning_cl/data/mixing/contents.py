@@ -1,4 +1,4 @@
-"""Samples of a batch: the replayed ones, kept apart since a key in it would reach the model, and the new ones."""
+"""The samples of a batch, new and replayed; this is kept outside the batch, since a key in it would reach the model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Part(NamedTuple):
     """A sample in a row of a batch.
 
     Attributes:
-        replayed: whether it is.
-        length: its tokens; None: the whole row.
+        replayed: True if it is replayed.
+        length: its tokens; None: it fills the whole row.
         owner: the buffer that a replayed sample comes from.
         number: the number of its record there.
     """
@@ -29,15 +29,15 @@ class Part(NamedTuple):
 
 
 Kinds = list[list[Part]]
-"""Of each row of a batch its samples in order."""
+"""For each row of a batch, its samples in order."""
 
 
 def kinds_of(rows: Sequence[Any], samples: Samples) -> Kinds:
-    """The kinds of a planned batch.
+    """The samples of a planned batch, by row.
 
     Args:
-        rows: indices, or tuples of indices that share a row.
-        samples: what they stand for.
+        rows: indices of samples, or tuples of indices that share a row.
+        samples: the samples that have these indices.
     """
     lengths, new = samples.lengths, len(samples.new)
 
@@ -45,7 +45,7 @@ def kinds_of(rows: Sequence[Any], samples: Samples) -> Kinds:
         for index in row:
             length = lengths[index] if lengths is not None else None
             record = samples.record_of(index, others=False)
-            if record is not None or index < new:  # else it was removed
+            if record is not None or index < new:  # otherwise the sample was removed
                 yield Part(False, length) if record is None else Part(True, length, *record)
 
     def whole(index: int) -> Part:
@@ -59,9 +59,9 @@ def rows_mask(kinds: Kinds | None, rows: int, length: int) -> Tensor:
     """``[rows, length]``: True where a position belongs to a replayed sample; padding belongs to the last one.
 
     Args:
-        kinds: of the batch; None: nothing is replayed.
-        rows: of the batch.
-        length: of the batch.
+        kinds: the samples of the batch; None: nothing is replayed.
+        rows: number of rows of the batch.
+        length: number of positions in a row.
     """
     mask = torch.zeros(rows, length, dtype=torch.bool)
     for row, samples in enumerate(kinds or []):
@@ -74,17 +74,17 @@ def rows_mask(kinds: Kinds | None, rows: int, length: int) -> Tensor:
 
 
 class Trained:
-    """The new samples of a global batch, of all ranks together; loaded only when they are asked for.
+    """The new samples of a batch, of all ranks together; they are loaded only when they are asked for.
 
     Args:
-        epoch: which pass over the task's data.
-        number: of the batch in that pass, from 1.
+        epoch: number of the pass over the task's data.
+        number: number of the batch in that pass, from 1.
         items: indices into a data set, or samples.
-        load: gives the sample of an item.
+        load: a function that gives the sample of an item; None: the items are the samples.
 
     Attributes:
-        epoch: which pass over the task's data.
-        number: of the batch in that pass, from 1.
+        epoch: number of the pass over the task's data.
+        number: number of the batch in that pass, from 1.
     """
 
     def __init__(self, epoch: int, number: int, items: Sequence[Any], load: Callable[[Any], Any] | None = None) -> None:
@@ -94,10 +94,10 @@ class Trained:
     def __len__(self) -> int:
         return len(self._items)
 
-    def sample(self, place: int) -> Any:
-        """A sample."""
-        return self._items[place] if self._load is None else self._load(self._items[place])
+    def sample(self, position: int) -> Any:
+        """The sample at a position in the batch."""
+        return self._items[position] if self._load is None else self._load(self._items[position])
 
-    def index(self, place: int) -> int:
-        """Its place in the task's data; −1 in a stream."""
-        return -1 if self._load is None else int(self._items[place])
+    def index(self, position: int) -> int:
+        """The index in the task's data of the sample at a position in the batch; −1 for a stream."""
+        return -1 if self._load is None else int(self._items[position])

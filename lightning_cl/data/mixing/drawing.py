@@ -1,10 +1,10 @@
-"""The draw from a buffer: which samples, and how often.
+"""The draw from a buffer: it decides which samples are replayed, and how often.
 
-* ``uniform``: every sample as often as any other.
-* ``task``: every task has the same share of the replayed tokens, however many samples of it are stored.
-* ``proportional``: a task's share is that of all samples that were ever offered, not of those that are stored.
-* ``recency``: a task has half the share of the task after it: what was learnt last is refreshed most.
-* ``interfered``: those whose loss has risen most since they were last looked at
+* ``uniform``: every sample is drawn equally often.
+* ``task``: every task has the same share of the replayed tokens, whatever its number of stored samples.
+* ``proportional``: a task's share is its share of all samples that were ever offered to the buffer.
+* ``recency``: a task has half the share of the task after it, so the latest tasks are replayed most.
+* ``interfered``: samples whose loss has risen most since they were last measured
   (:mod:`lightning_cl.callbacks.replay.interference`).
 """
 
@@ -20,15 +20,15 @@ from lightning_cl.data.mixing.plan import balanced_order, seed_of
 
 Draw = Literal["uniform", "task", "proportional", "recency", "interfered"]
 DRAWS: tuple[str, ...] = ("uniform", "task", "proportional", "recency", "interfered")
-_CHUNK = 8192  # samples that are laid out at once: a pass over a million takes no longer to begin than one over these
+_CHUNK = 8192  # samples that are ordered at a time, so that a pass over a million samples begins quickly
 
 
 class Group(NamedTuple):
     """Samples that are drawn equally often.
 
     Attributes:
-        members: by index.
-        share: of the weight of everything that is drawn.
+        members: indices of the samples.
+        share: the group's share of the weight of everything that is drawn.
     """
 
     members: Sequence[int]
@@ -45,17 +45,17 @@ def groups_of(
     """The samples of a buffer in groups, with their shares.
 
     Args:
-        draw: how.
-        buffer: what was offered to it is asked for ``proportional``.
-        tasks: of each sample in it the task, as a number that rises with the tasks' order.
-        start: index of its first sample.
-        weight_of: the total weight of samples.
+        draw: the kind of draw.
+        buffer: the buffer; for ``proportional`` it tells the number of samples offered.
+        tasks: for each sample in the buffer its task, as a number that rises with the tasks' order.
+        start: index of the buffer's first sample.
+        weight_of: a function that gives the total weight of some samples.
     """
     if draw == "uniform" or draw == "interfered" or len(set(tasks)) < 2:
         return [Group(range(start, start + len(tasks)), 1.0)]
     members: dict[int, list[int]] = {task: [] for task in sorted(set(tasks))}
-    for place, task in enumerate(tasks):
-        members[task].append(start + place)
+    for index, task in enumerate(tasks, start):
+        members[task].append(index)
     groups = list(members.values())
     if draw == "task":
         sizes = [1.0] * len(groups)
@@ -72,28 +72,28 @@ def groups_of(
 def draws_of(
     groups: Sequence[Group], weight: Callable[[int], int], balance: Callable[[int], float], seed: int
 ) -> Iterator[int]:
-    """An endless stream: pass after pass over each group, from a random start; groups by their shares.
+    """An endless stream of draws that makes pass after pass over each group and takes groups by their shares.
 
     Args:
-        groups: to draw from.
-        weight: of a sample.
-        balance: every stretch of a group's draws has nearly the mean of this.
-        seed: of the order.
+        groups: the groups to draw from.
+        weight: the weight of a sample.
+        balance: a value of a sample; any consecutive draws from a group have nearly its mean.
+        seed: seed of the order.
     """
     streams = [_passes(group.members, balance, seed if i == 0 else seed_of(seed, i)) for i, group in enumerate(groups)]
     if len(streams) == 1:
         yield from streams[0]
     generator = torch.Generator().manual_seed(seed_of(seed, -1))
-    # Where each group stands at first is random, so that a short epoch does not always begin with the same one.
+    # Each group begins with a random debt, so that short epochs do not always begin with the same group.
     owed = [float(torch.rand((), generator=generator)) * group.share for group in groups]
     following = [next(stream) for stream in streams]
     while True:
-        place = max(range(len(groups)), key=lambda i: owed[i])
-        drawn, following[place] = following[place], next(streams[place])
+        chosen = max(range(len(groups)), key=lambda i: owed[i])
+        drawn, following[chosen] = following[chosen], next(streams[chosen])
         cost = max(weight(drawn), 1)
         for i, group in enumerate(groups):
             owed[i] += group.share * cost
-        owed[place] -= cost
+        owed[chosen] -= cost
         yield drawn
 
 
@@ -102,7 +102,7 @@ def _passes(members: Sequence[int], balance: Callable[[int], float], seed: int) 
     order = torch.randperm(len(members), generator=generator)
     chunk = [members[i] for i in order[:_CHUNK].tolist()]
     cycle = balanced_order(chunk, balance)
-    # What fits badly comes late: from a random place of the cycle, every sample is as likely as any other.
+    # Samples that are hard to balance come late in the cycle. From a random start, all samples are equally likely.
     start = int(torch.randint(len(cycle), (), generator=generator))
     while True:
         yield from cycle[start:]

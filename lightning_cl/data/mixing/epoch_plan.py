@@ -1,4 +1,4 @@
-"""The order of an epoch: which sample, new or replayed, stands in which batch of all ranks."""
+"""The order of an epoch: it assigns each sample, new or replayed, to a batch of all ranks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class EpochPlan:
     """Plan of a task's epochs as lists of indices, from seeds alone or from the user's own sampler.
 
     Args:
-        samples: new and replayed ones by index.
-        size: samples, or with packing blocks, in a batch of all ranks.
-        shuffle: whether each epoch has a random order (from `seed`).
+        samples: new and replayed samples by index.
+        size: samples in a batch of all ranks; with packing, blocks.
+        shuffle: True gives each epoch a random order (from `seed`).
         seed: seed of the order.
-        sampler: an order of the user's making instead.
+        sampler: a user's sampler that gives the order instead.
         drop_last: leave out a last batch that is not full.
-        block_length: pack samples into blocks of at most so many tokens.
-        buckets: whether batches are of samples of like length.
-        world_size: number of processes; replayed samples that come on top are a multiple of it.
+        block_length: pack samples into blocks of at most this many tokens.
+        buckets: True: samples of a batch have similar length.
+        world_size: number of processes; in ``add`` mode, the replayed samples of a batch are a multiple of it.
         broadcast: sends rank 0's order to all ranks.
     """
 
@@ -57,13 +57,13 @@ class EpochPlan:
         """Returns the number of batches in an epoch.
 
         Args:
-            indices: gives the samples that the loader can give, for their weight.
+            indices: a function that gives the indices of the samples that the loader can give; they tell the weight.
         """
         if self._blocks is not None:
             return len(self._blocks)
         samples = len(self._sampler) if self._sampler is not None else len(self.samples.new)
         if self.samples.replays and self.samples.mode == "replace":
-            # What a sampler leaves out or repeats is not known here: the mean weight, then.
+            # A sampler may leave samples out or repeat them, so their mean weight is used.
             weight = samples * self.samples.mean_weight(indices())
             return mixed_length(samples, weight, self.samples.sources(0), self.size, self.drop_last)
         return samples // self.size if self.drop_last else math.ceil(samples / self.size)
@@ -72,7 +72,7 @@ class EpochPlan:
         """Returns the epoch's batches of all ranks: lists of indices, or of blocks (tuples of indices).
 
         Args:
-            epoch: its number.
+            epoch: number of the epoch.
             indices: as for :meth:`length`.
         """
         samples = self.samples
@@ -97,8 +97,8 @@ class EpochPlan:
     def _part_of_task(self, epoch: int, length: int) -> list[list[int]]:
         """Plans an epoch of a task in which the replayed share changes.
 
-        Epochs have equally many batches, and passes over the new samples do not. So all passes are laid out one after
-        the other, and each epoch is a part of that.
+        Epochs have equally many batches, but passes over the new samples do not. So all passes are planned one after
+        the other, and each epoch is a part of that sequence.
         """
         samples, size = self.samples, self.size
         epochs = max(math.ceil(samples.epochs), epoch + 1)
@@ -111,10 +111,10 @@ class EpochPlan:
         if samples.epochs == int(samples.epochs):
             ends = list(cuts(len(slots), epochs * length, size))[epoch * length : (epoch + 1) * length]
             return [slots[begin:end] for begin, end in ends]
-        return plan_batches(slots, size)[epoch * length : (epoch + 1) * length]  # it ends within the last epoch
+        return plan_batches(slots, size)[epoch * length : (epoch + 1) * length]  # the task ends within its last epoch
 
     def _order(self, epoch: int) -> list[int]:
-        """Lays out the new samples of an epoch."""
+        """Returns the order of the new samples in an epoch."""
         if self._sampler is not None:
             if hasattr(self._sampler, "set_epoch"):
                 self._sampler.set_epoch(epoch)

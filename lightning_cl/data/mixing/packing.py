@@ -1,4 +1,4 @@
-"""Order within an epoch: documents joined to blocks of fixed length, or batches of like length; both pad little."""
+"""The order within an epoch that needs little padding: by blocks of fixed length, or batches of similar length."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from lightning_cl.data.mixing.plan import Source, Span, interleave
 Block = tuple[int, ...]
 """Samples that share a row of a batch, by index."""
 
-WINDOW = 256  # blocks of tokens that are packed together: beyond it the fill hardly grows
+WINDOW = 256  # blocks of tokens that are packed together; larger windows hardly reduce the padding
 
 
 def windows_of(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Cuts an order of samples into windows of about so many tokens."""
+    """Cuts an order of samples into windows of about `tokens` tokens."""
     windows: list[list[int]] = []
-    held = tokens
+    filled = tokens
     for index in order:
-        if held >= tokens:
+        if filled >= tokens:
             windows.append([])
-            held = 0
+            filled = 0
         windows[-1].append(index)
-        held += lengths[index]
+        filled += lengths[index]
     return windows
 
 
 def pack(windows: Iterable[Sequence[int]], lengths: Sequence[int], block_length: int) -> list[Block]:
     """Packs each window of samples into blocks, by best-fit decreasing.
 
-    The longest sample comes first and goes where it leaves the least room (Johnson et al. 1974: at most 11/9 of the
-    fewest possible blocks, plus one). In a block, and from block to block, samples keep their order. Windows keep a
-    shuffled order random, and the time at O(n log n).
+    The longest sample comes first and goes into the block where it leaves the least room (Johnson et al. 1974: at most
+    11/9 of the fewest possible blocks, plus one). Samples keep their order inside a block and from block to block.
+    Because of the windows, a shuffled order stays random and the time is O(n log n).
 
     Args:
-        windows: samples by index; an index may come twice.
+        windows: indices of samples; an index may come twice.
         lengths: tokens of each sample.
         block_length: the most tokens in a block; no sample may be longer.
     """
@@ -49,19 +49,19 @@ def pack(windows: Iterable[Sequence[int]], lengths: Sequence[int], block_length:
 
 def _best_fit(window: Sequence[int], lengths: Sequence[int], block_length: int) -> list[Block]:
     blocks: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # room left in a block, and its number; sorted
-    for place in sorted(range(len(window)), key=lambda place: -lengths[window[place]]):
-        length = lengths[window[place]]
+    rooms: list[tuple[int, int]] = []  # for each block the room left in it and its number; sorted
+    for position in sorted(range(len(window)), key=lambda position: -lengths[window[position]]):
+        length = lengths[window[position]]
         fitting = bisect_left(rooms, (length, 0))
         if fitting == len(rooms):
             room, number = block_length, len(blocks)
             blocks.append([])
         else:
             room, number = rooms.pop(fitting)
-        blocks[number].append(place)
+        blocks[number].append(position)
         if room > length:
             insort(rooms, (room - length, number))
-    return [tuple(window[place] for place in block) for block in sorted(sorted(block) for block in blocks)]
+    return [tuple(window[position] for position in block) for block in sorted(sorted(block) for block in blocks)]
 
 
 def pack_mixed(
@@ -80,14 +80,14 @@ def pack_mixed(
     (:func:`~lightning_cl.data.mixing.plan.interleave`), and both are packed together.
 
     Args:
-        windows: the new samples, by index, as :func:`windows_of` cuts them.
-        sources: of replayed samples.
+        windows: indices of the new samples, as :func:`windows_of` cuts them.
+        sources: the sources of replayed samples.
         weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
         lengths: tokens of each sample.
         block_length: the most tokens in a block.
-        span: which epoch it is.
-        least: at least so many blocks: where there are fewer, blocks are divided.
-        most: at most so many blocks (not fewer than the new samples need alone): where there are more, the last
+        span: the part of the task that this epoch is.
+        least: the fewest blocks of the result; if there are fewer, blocks are split.
+        most: the most blocks of the result, not fewer than the new samples need alone; if there are more, the last
             replayed samples are left out.
     """
     stream = interleave(list(chain(*windows)), sources, weight, span)
@@ -96,29 +96,29 @@ def pack_mixed(
         blocks = pack([list(chain(*window)) for window in groups], lengths, block_length)
         excess = 0 if most is None else (len(blocks) - most) * block_length
         if excess <= 0 or not _leave_out(groups, lengths, excess):
-            return _divided(blocks, least, sources[0].draw)
+            return _split_largest(blocks, least, sources[0].draw)
 
 
 def _leave_out(groups: Sequence[Sequence[list[int]]], lengths: Sequence[int], tokens: int) -> bool:
-    """Takes away the last replayed samples, so many tokens of them; False if there are none left."""
+    """Removes the last replayed samples, `tokens` tokens of them; returns False if there were none left."""
     found = False
     for group in reversed(list(chain(*groups))):
-        while tokens > 0 and len(group) > 1:  # the first is the new sample
+        while tokens > 0 and len(group) > 1:  # the first of a group is the new sample
             tokens -= lengths[group.pop()]
             found = True
     return found
 
 
-def _divided(blocks: list[Block], least: int, draw: Iterator[int]) -> list[Block]:
-    """Divides those of most samples until there are so many; single samples cannot be divided: more is replayed."""
+def _split_largest(blocks: list[Block], least: int, draw: Iterator[int]) -> list[Block]:
+    """Splits the largest blocks until there are `least`; adds replayed samples if all blocks are single samples."""
     if len(blocks) >= least:
         return blocks
-    queue = [(-len(block), place, block) for place, block in enumerate(blocks)]
+    queue = [(-len(block), position, block) for position, block in enumerate(blocks)]
     heapify(queue)
     while len(queue) < least:
-        size, place, block = heappop(queue)
+        size, position, block = heappop(queue)
         parts = [block[::2], block[1::2]] if size < -1 else [block, (next(draw),)]
-        for part, at in zip(parts, (place, len(queue) + 1 + len(blocks)), strict=True):
+        for part, at in zip(parts, (position, len(queue) + 1 + len(blocks)), strict=True):
             heappush(queue, (-len(part), at, part))
     return [block for _, _, block in sorted(queue, key=lambda entry: entry[1])]
 
@@ -126,13 +126,14 @@ def _divided(blocks: list[Block], least: int, draw: Iterator[int]) -> list[Block
 def evenly(blocks: Sequence[Block], surplus: Callable[[Block], float], ahead: int = 16) -> list[Block]:
     """An order of the same blocks in which `surplus` is spread evenly.
 
-    A block below the mean follows while the running sum is above it, and the other way round: so it never strays by
-    more than the largest surplus. Of the next few of a kind comes the one that fits best; else the order is kept.
+    While the running sum of deviations from the mean is above zero, a block below the mean comes next, and the other
+    way round. So the sum never exceeds the largest deviation. Among the next `ahead` blocks of that kind, the best
+    fitting one is taken; apart from that the order is kept.
 
     Args:
-        blocks: in any order.
-        surplus: what is to be spread.
-        ahead: how many blocks of a kind are looked at.
+        blocks: the blocks, in any order.
+        surplus: the value of a block that is to be spread.
+        ahead: number of blocks of a kind that are compared.
     """
     values = [surplus(block) for block in blocks]
     mean = sum(values) / max(len(values), 1)
@@ -143,7 +144,7 @@ def evenly(blocks: Sequence[Block], surplus: Callable[[Block], float], ahead: in
     result, total = [], 0.0
     while below or above:
         queue = above if above and (total <= 0 or not below) else below
-        best = min(range(min(ahead, len(queue))), key=lambda place: abs(total + queue[place][0]))
+        best = min(range(min(ahead, len(queue))), key=lambda i: abs(total + queue[i][0]))
         total += queue[best][0]
         result.append(queue[best][1])
         del queue[best]
@@ -151,14 +152,14 @@ def evenly(blocks: Sequence[Block], surplus: Callable[[Block], float], ahead: in
 
 
 def evenly_all(blocks: Sequence[Block], surplus: Callable[[Block], Sequence[float]], ahead: int = 64) -> list[Block]:
-    """As :func:`evenly`, for several things that are to be spread at once.
+    """An order as that of :func:`evenly`, for several values that are to be spread at once.
 
-    Of the next blocks that one follows with which the largest of the running sums is smallest.
+    Among the next `ahead` blocks, the one comes next for which the largest of the running sums is smallest.
 
     Args:
-        blocks: in any order.
-        surplus: what is to be spread.
-        ahead: how many blocks are looked at.
+        blocks: the blocks, in any order.
+        surplus: the values of a block that are to be spread.
+        ahead: number of blocks that are compared.
     """
     values = [surplus(block) for block in blocks]
     width = len(values[0]) if values else 0
@@ -179,38 +180,38 @@ def evenly_all(blocks: Sequence[Block], surplus: Callable[[Block], Sequence[floa
 
 
 def fill(batches: Iterable[Sequence[Any]], lengths: Sequence[int], block_length: int | None = None) -> float:
-    """The share of the places in padded batches that hold a token; the rest is padding.
+    """The share of the positions in padded batches that have a token; the rest is padding.
 
     Args:
-        batches: rows of each batch: the index of a sample, or a tuple of indices that share the row.
+        batches: the rows of each batch. A row is the index of a sample, or a tuple of indices that share the row.
         lengths: tokens of each sample.
-        block_length: places in a row; by default, as many as the longest row of the batch needs.
+        block_length: positions in a row; by default, as many as the longest row of the batch needs.
 
     Returns:
-        in ``(0, 1]``; 1 where there are no batches.
+        a share in ``(0, 1]``; 1 if there are no batches.
     """
-    tokens = places = 0
+    tokens = positions = 0
     for batch in batches:
         rows = [sum(lengths[i] for i in row) if isinstance(row, tuple) else lengths[row] for row in batch]
         tokens += sum(rows)
-        places += len(rows) * (max(rows) if block_length is None else block_length)
-    return tokens / places if places else 1.0
+        positions += len(rows) * (max(rows) if block_length is None else block_length)
+    return tokens / positions if positions else 1.0
 
 
-BUCKETED_BATCHES = 64  # batches that are sorted together: with it, 95 % and more of the padding goes
+BUCKETED_BATCHES = 64  # batches that are sorted together; this avoids 95 % and more of the padding
 
 
 def bucketed_order(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, seed: int, window: int = BUCKETED_BATCHES
 ) -> list[int]:
-    """An order of the same samples in which those of one batch are of like length.
+    """An order of the same samples in which those of one batch have similar length.
 
-    The order is cut into windows of some batches; within a window samples are sorted by length and cut into batches
-    again; then all batches are shuffled. What does not fill a batch stays at the end: the last samples of `order`, so
-    that long ones are not put last, or dropped, more often than others.
+    The order is cut into windows of some batches. Within a window, samples are sorted by length and cut into batches.
+    Then all batches are shuffled. The last samples of `order` that do not fill a batch stay at the end. So long samples
+    are not put last, or dropped, more often than others.
 
     Args:
-        order: samples by index, shuffled.
+        order: indices of samples, shuffled.
         lengths: tokens of each sample.
         batch_size: samples in a batch (over all ranks).
         seed: seed of the order of the batches.
@@ -219,7 +220,7 @@ def bucketed_order(
     full = len(order) - len(order) % batch_size
     batches: list[list[int]] = []
     for start in range(0, full, window * batch_size):
-        alike = sorted(order[start : min(start + window * batch_size, full)], key=lambda index: lengths[index])
-        batches += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
+        by_length = sorted(order[start : min(start + window * batch_size, full)], key=lambda index: lengths[index])
+        batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     shuffled = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [index for place in shuffled for index in batches[place]] + list(order[full:])
+    return [index for i in shuffled for index in batches[i]] + list(order[full:])

@@ -1,4 +1,4 @@
-"""The plan of an epoch: it joins new and replayed samples to batches at a given ratio."""
+"""The plan of an epoch: it puts new and replayed samples together into batches at a given ratio."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Source(NamedTuple):
     """Source of replayed samples.
 
     Attributes:
-        draw: an endless stream of samples, by index (any number that the weight function knows), best one in which
-            every stretch has nearly the mean weight (:func:`balanced_order`).
-        mean_weight: of what it gives, in the long run.
-        curve: its share of the total weight, over the task.
+        draw: an endless stream of indices of samples, as the weight function takes them. It is best if any consecutive
+            samples have nearly the mean weight (:func:`balanced_order`).
+        mean_weight: mean weight of the drawn samples, in the long run.
+        curve: the source's share of the total weight, over the task.
     """
 
     draw: Iterator[int]
@@ -40,10 +40,10 @@ class Span(NamedTuple):
     """The part of a task that an epoch is.
 
     Attributes:
-        epoch: how many epochs of this task came before: what they owe is carried over, so that a ratio below one
-            sample per epoch is kept too.
-        epochs: how long the task is, in whole epochs (any positive number).
-        shown: how much of each epoch is trained on.
+        epoch: number of earlier epochs of this task. The weight that they still owe is carried over, so that a ratio
+            below one sample per epoch is kept too.
+        epochs: length of the task in epochs, any positive number.
+        shown: the share of each epoch that is trained on.
     """
 
     epoch: int = 0
@@ -51,7 +51,7 @@ class Span(NamedTuple):
     shown: float = 1.0
 
     def progress(self, share: float) -> float:
-        """Of the task, at a share of this epoch."""
+        """The progress of the task, from 0 to 1, when this share of the epoch is done."""
         return min((self.epoch * self.shown + share) / self.epochs, 1.0)
 
 
@@ -69,22 +69,22 @@ def plan_mixed_batches(
     """One epoch of batches in which each source's samples carry its share of the total weight.
 
     The share is kept by error diffusion: a replayed sample comes next whenever that brings the running share nearer to
-    its goal. So over any window the share is off by about one sample.
+    its goal. So over any consecutive samples the share is off by about one sample.
 
-    ``replace`` keeps the batch size: a pass over the new samples takes ``1 / (1 − ratio)`` times the batches, and their
-    number is the same in every epoch (:func:`mixed_length`). ``add`` puts the replayed samples on top of full batches
-    of new ones.
+    ``replace`` keeps the batch size. A pass over the new samples takes ``1 / (1 − ratio)`` times the batches, and their
+    number is the same in every epoch (:func:`mixed_length`). ``add`` adds the replayed samples to full batches of new
+    ones.
 
     Args:
-        order: the new samples of this epoch, by index.
-        sources: of replayed samples.
+        order: indices of the new samples of this epoch.
+        sources: the sources of replayed samples.
         weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
         batch_size: samples in a batch (in ``add`` mode, new samples in a batch).
         mode: ``replace`` or ``add``.
-        span: which epoch it is.
+        span: the part of the task that this epoch is.
         drop_last: leave out a last batch that is not full.
-        length: in ``replace`` mode, the number of batches; by default, from the weights of `order`.
-        multiple: in ``add`` mode, replayed samples come in multiples of this many, so that ranks can share them.
+        length: in ``replace`` mode, the number of batches; by default, computed from the weights of `order`.
+        multiple: in ``add`` mode, a batch has a multiple of this many replayed samples, so that ranks have equal parts.
     """
     if mode == "add":
         return _added(order, sources, weight, batch_size, span, drop_last, multiple)
@@ -93,7 +93,7 @@ def plan_mixed_batches(
         length = mixed_length(len(order), new_weight, sources, batch_size, drop_last)
     most = max(length * batch_size - len(order), 0)
     if span.epochs < 1 and not all(source.curve.is_constant for source in sources):
-        # The task ends within this epoch, and the share stays what it is then: what is behind is never seen.
+        # The task ends within this epoch, so the batches after its end are never seen.
         groups = interleave(order, sources, weight, span)
         return plan_batches([index for group in groups for index in group], batch_size, drop_last)[:length]
     slots = [index for group in interleave(order, sources, weight, span, most) for index in group]
@@ -130,12 +130,12 @@ def _added(
 
 
 class Debt:
-    """Debt to one source, in weight, and the sample that comes next.
+    """The weight that is owed to one source, and the source's next sample.
 
     Args:
-        source: of replayed samples.
-        weight: of a sample.
-        owed: at first.
+        source: the source of replayed samples.
+        weight: a function that gives the weight of a sample.
+        owed: the weight owed at first.
     """
 
     def __init__(self, source: Source, weight: Callable[[int], int], owed: float = 0.0) -> None:
@@ -149,7 +149,7 @@ class Debt:
         return self.owed >= self.next_weight / 2
 
     def pay(self) -> int:
-        """The next sample."""
+        """Returns the next sample and subtracts its weight from the debt."""
         paid = self.next
         self.owed -= self.next_weight
         self.next = next(self._draw)
@@ -164,14 +164,14 @@ def interleave(
     span: Span = Span(),  # noqa: B008
     most: int | None = None,
 ) -> Iterator[list[int]]:
-    """Each new sample with the replayed ones that follow it, by error diffusion.
+    """Gives each new sample with the replayed ones that follow it, by error diffusion.
 
     Args:
-        order: the new samples of this epoch, by index.
-        sources: of replayed samples.
+        order: indices of the new samples of this epoch.
+        sources: the sources of replayed samples.
         weight: loss-bearing tokens of a sample, or 1 where there are no tokens.
-        span: which epoch it is.
-        most: the most replayed samples; as many as are due, by default.
+        span: the part of the task that this epoch is.
+        most: the most replayed samples; by default, as many as are due.
     """
     new_weights = [weight(i) for i in order]
     debts = [
@@ -180,9 +180,9 @@ def interleave(
     curves = [source.curve for source in sources]
     constant = odds_at(curves, 0.0) if all(curve.is_constant for curve in curves) else None
     count = 0
-    for place, (index, new_weight) in enumerate(zip(order, new_weights, strict=True)):
+    for position, (index, new_weight) in enumerate(zip(order, new_weights, strict=True)):
         group = [index]
-        odds = constant or odds_at(curves, span.progress((place + 0.5) / len(order)))
+        odds = constant or odds_at(curves, span.progress((position + 0.5) / len(order)))
         for debt, factor in zip(debts, odds, strict=True):
             debt.owed += factor * new_weight
             while (most is None or count < most) and debt.is_due:
@@ -192,7 +192,7 @@ def interleave(
 
 
 def _owed(new_weight: float, sources: Sequence[Source], span: Span) -> list[float]:
-    """Weight of replayed samples still to come. Error diffusion over the earlier epochs left about this much."""
+    """The weight of each source's replayed samples that the error diffusion of earlier epochs still owes, about."""
     curves = [source.curve for source in sources]
     odds = mean_odds(curves, 0.0, span.progress(0.0))
     owed = []
@@ -203,15 +203,15 @@ def _owed(new_weight: float, sources: Sequence[Source], span: Span) -> list[floa
 
 
 def cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Returns the cuts of an epoch of so many samples into `length` batches.
+    """Returns begin and end of each of the `length` batches of an epoch of `slots` samples.
 
-    All are full but the last. Where that would be small, the last two share what is left: replayed samples must not
-    leave a batch with a single sample, which batch norm cannot train on.
+    All batches but the last are full. If the last would be small, the last two share the remaining samples. Batch norm
+    cannot train on a single sample, and replay must not cause such a batch.
     """
     length = min(length, slots)
     ends = [min(batch_size * (i + 1), slots) for i in range(length)]
     if slots <= batch_size * (length - 1):
-        ends = [slots * (i + 1) // length for i in range(length)]  # fewer than this many batches hold: evenly
+        ends = [slots * (i + 1) // length for i in range(length)]  # too few samples to fill all batches but the last
     elif length > 1 and slots - ends[-2] < batch_size / 2:
         begin = ends[-3] if length > 2 else 0
         ends[-2] = begin + math.ceil((slots - begin) / 2)
@@ -219,11 +219,11 @@ def cuts(slots: int, length: int, batch_size: int) -> Iterator[tuple[int, int]]:
 
 
 def balanced_order(order: Sequence[T], weight: Callable[[T], float], pending: int = 32) -> list[T]:
-    """An order of the same items in which every stretch has nearly their mean weight.
+    """An order of the same items in which any consecutive items have nearly the mean weight.
 
-    Of some pending items the one comes next that brings the sum nearest to what so many items weigh on average. So the
-    number of replayed samples in an epoch hardly depends on whether long or short ones are drawn. What fits badly comes
-    late: start at a random place of the cycle, and every item is as likely as any other.
+    Among some pending items, the one comes next that brings the running sum nearest to the average. So the number of
+    replayed samples in an epoch hardly depends on the length of the drawn ones. Items that are hard to balance come
+    late. A caller that starts at a random position of the cycle makes all items equally likely.
     """
     weights = [weight(i) for i in order]
     mean = sum(weights) / max(len(weights), 1)
@@ -232,7 +232,7 @@ def balanced_order(order: Sequence[T], weight: Callable[[T], float], pending: in
     result, waiting, surplus = [], list(range(min(pending, len(order)))), 0.0
     following = iter(range(len(waiting), len(order)))
     while waiting:
-        # The longest waiting first among equals.
+        # Among equals, the item that has waited longest comes first.
         best = min(waiting, key=lambda position: abs(surplus + weights[position] - mean))
         waiting.remove(best)
         waiting += [position for position in [next(following, None)] if position is not None]
@@ -247,9 +247,9 @@ def mixed_length(
     """The number of batches of an epoch in ``replace`` mode, the same for every epoch.
 
     Args:
-        samples: new ones.
-        new_weight: their weight.
-        sources: of replayed samples.
+        samples: number of new samples.
+        new_weight: weight of the new samples.
+        sources: the sources of replayed samples.
         batch_size: samples in a batch.
         drop_last: leave out a last batch that is not full.
     """
@@ -261,9 +261,9 @@ def mixed_length(
 
 
 def share_of_rank(batch: Sequence[T], rank: int, world_size: int) -> list[T]:
-    """This process's part of a global batch; the last batch wraps around so that all parts are of equal size.
+    """This process's part of a batch of all ranks; samples are repeated if needed to make all parts equally large.
 
-    Taking every ``world_size``-th sample makes the union over all ranks the batch that one process would see.
+    Each rank takes every ``world_size``-th sample, so all ranks together see the batch that one process would see.
     """
     size = math.ceil(len(batch) / world_size)
     return [batch[(rank + i * world_size) % len(batch)] for i in range(size)]

@@ -13,17 +13,17 @@ RatioLike = float | str | list[list[float]]
 
 
 class Curve(NamedTuple):
-    """A share over a task, piecewise linear.
+    """A share that changes over a task, piecewise linear.
 
     Attributes:
-        points: pairs of progress, from 0 to 1 and rising, and share.
+        points: pairs of progress and share; progress rises, from 0 to 1.
     """
 
     points: tuple[tuple[float, float], ...]
 
     @classmethod
     def constant(cls, ratio: float) -> Curve:
-        """The same share from beginning to end."""
+        """A share that is the same from beginning to end."""
         return cls(((0.0, float(ratio)),))
 
     @property
@@ -37,11 +37,11 @@ class Curve(NamedTuple):
         return max(ratio for _, ratio in self.points)
 
     def at(self, progress: float) -> float:
-        """The share at a progress in [0, 1]; before the first and after the last point, theirs."""
-        place = bisect_right(self.points, (progress, math.inf))
-        if place == 0 or place == len(self.points):
-            return self.points[max(place - 1, 0)][1]
-        (x0, y0), (x1, y1) = self.points[place - 1], self.points[place]
+        """The share at a progress in [0, 1]; before the first point and after the last, the share there."""
+        after = bisect_right(self.points, (progress, math.inf))
+        if after == 0 or after == len(self.points):
+            return self.points[max(after - 1, 0)][1]
+        (x0, y0), (x1, y1) = self.points[after - 1], self.points[after]
         return y0 + (y1 - y0) * (progress - x0) / (x1 - x0)
 
 
@@ -70,7 +70,7 @@ def curve_of(ratio: RatioLike, task_number: int) -> Curve:
     """The share over one task.
 
     Args:
-        ratio: of :func:`check_ratio`. ``"1/t"``: the new task has the share 1/t, as each task before it.
+        ratio: the result of :func:`check_ratio`. ``"1/t"`` gives the new task and each earlier task the share 1/t.
         task_number: t, which is 1 for the first task.
     """
     if ratio == PER_TASK:
@@ -93,7 +93,7 @@ def odds_at(curves: Sequence[Curve], progress: float) -> list[float]:
 
 
 def mean_odds(curves: Sequence[Curve], start: float, end: float) -> list[float]:
-    """The mean of :func:`odds_at` over a stretch of the task."""
+    """The mean of :func:`odds_at` from one progress of the task to another."""
     if all(curve.is_constant for curve in curves) or end <= start:
         return odds_at(curves, start)
     count = 256
@@ -105,10 +105,10 @@ def check_sum(curves: Sequence[Curve]) -> None:
     """Checks that all sources together leave room for new samples.
 
     Raises:
-        ValueError: if not.
+        ValueError: if they do not.
     """
-    places = {progress for curve in curves for progress, _ in curve.points}
-    total = max((sum(curve.at(progress) for curve in curves) for progress in places), default=0.0)
+    points = {progress for curve in curves for progress, _ in curve.points}
+    total = max((sum(curve.at(progress) for curve in curves) for progress in points), default=0.0)
     if total >= 1:
         raise ValueError(
             f"ratio: the shares of all replayed samples add up to {total:.3g}; expected less than 1, so that there is"

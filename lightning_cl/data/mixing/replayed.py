@@ -1,4 +1,4 @@
-"""The samples of one task: new ones, replayed ones behind them, what each weighs, and in what order they are drawn."""
+"""The samples of one task by index, first the new ones and then the replayed ones, with their weights and draws."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lightning_cl.data.mixing.ratio import Curve, check_sum
 class Chooser(Protocol):
     """The part of :class:`~lightning_cl.callbacks.replay.interference.Interference` that a loader uses."""
 
-    def attach(self, samples: Samples, place: int) -> None:
-        """Says where a loader has the buffer's samples."""
+    def attach(self, samples: Samples, number: int, /) -> None:
+        """Takes note of a loader's samples, and of the number of the mix that has the buffer's samples."""
 
     def choose(self, samples: Samples, index: int, most_tokens: int | None) -> int:
-        """The sample to replay in the place of a planned one."""
+        """Returns the index of the sample to replay instead of a planned one."""
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Mix:
 
     Args:
         buffer: the samples of earlier tasks.
-        curve: their share of the loss-bearing tokens (of the samples, where there are no tokens), over the task.
-        mode: ``replace`` keeps the batch size, ``add`` puts them on top.
+        curve: their share of the loss-bearing tokens over the task; without tokens, their share of the samples.
+        mode: ``replace`` keeps the batch size, ``add`` makes batches larger.
         seed: seed of the draws.
-        draw: which samples are drawn how often (:mod:`~lightning_cl.data.mixing.drawing`).
+        draw: the kind of draw (:mod:`~lightning_cl.data.mixing.drawing`).
         chooser: replaces planned samples by others when their batch is put together.
     """
 
@@ -52,20 +52,20 @@ class Mix:
 
     @classmethod
     def constant(cls, buffer: ReplayBuffer, ratio: float, mode: MixMode = "replace", seed: int = 0) -> Mix:
-        """The same share from beginning to end of the task."""
+        """A mix whose share is the same from beginning to end of the task."""
         return cls(buffer, Curve.constant(ratio), mode, seed)
 
 
 class NewThenReplayed(Dataset[Any]):
-    """New samples under their index, replayed ones behind them; under a tuple of indices, the samples of a block.
+    """A data set of new samples, with the replayed ones after them; a tuple of indices gives the samples of a block.
 
-    A replayed sample that was removed since the epoch was planned is left out of its block; as a row of its own it is
-    replaced by the next one that is there, and if there is none, by a new one.
+    A replayed sample may have been removed since the epoch was planned. Then it is left out of its block. If it would
+    fill a row alone, the next replayed sample that still exists replaces it, or else a new one.
     """
 
     def __init__(self, new: Any, parts: Sequence[tuple[ReplayBuffer, Sequence[int]]]) -> None:
         self.new, self.size = new, len(new)
-        # Not the buffers: worker processes need what reads, and no more.
+        # Worker processes only read samples, so they get the stores and not the whole buffers.
         self.parts = [(buffer.store, numbers) for buffer, numbers in parts]
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Any:
@@ -79,39 +79,39 @@ class NewThenReplayed(Dataset[Any]):
     def _sample(self, index: int, others: bool) -> Any:
         if index < self.size:
             return self.new[index]
-        place = index - self.size
+        position = index - self.size
         for store, numbers in self.parts:
-            if place < len(numbers):
-                for number in there(store, numbers, place, others):
+            if position < len(numbers):
+                for number in existing(store, numbers, position, others):
                     try:
                         return store.get(number)
                     except RemovedError:
-                        continue  # just now, by another process
+                        continue  # another process has just removed it
                 return None
-            place -= len(numbers)
+            position -= len(numbers)
         raise IndexError(index)
 
 
-def there(store: Store, numbers: Sequence[int], place: int, others: bool = True) -> Iterator[int]:
-    """The record at a place if it was not removed; with `others`, then those behind it, around the end."""
+def existing(store: Store, numbers: Sequence[int], position: int, others: bool = True) -> Iterator[int]:
+    """Gives the record at a position if it was not removed; with `others`, then all records after it, cyclically."""
     for i in range(len(numbers) if others else 1):
-        number = numbers[(place + i) % len(numbers)]
+        number = numbers[(position + i) % len(numbers)]
         if not store.is_erased(number):
             yield number
 
 
 class Samples:
-    """New and replayed samples by index, and the draws of the latter.
+    """New and replayed samples by index, and the draws of the replayed ones.
 
     Args:
         new: the task's data set, map-style.
-        mixes: what is mixed in, if anything.
+        mixes: the buffers that are mixed in, with their shares.
 
     Attributes:
-        epochs: how long the task is, in whole epochs; for shares that change over it.
-        shown: how much of each epoch is trained on.
+        epochs: length of the task in epochs; needed if a share changes over the task.
+        shown: the share of each epoch that is trained on.
         parts: for each mix its buffer, and the numbers of the records that were in it when the task began.
-        weights: loss-bearing tokens of all samples; None where shares are of samples, not of tokens.
+        weights: loss-bearing tokens of all samples; None if shares are of samples, not of tokens.
     """
 
     def __init__(self, new: Any, mixes: Sequence[Mix] = ()) -> None:
@@ -123,16 +123,16 @@ class Samples:
             self._ends.append(self._ends[-1] + len(numbers))
         self._columns = [buffer.columns(numbers) for buffer, numbers in self.parts]
         self.weights = self._weights() if self.mixes else None
-        for place, mix in enumerate(self.mixes):
+        for number, mix in enumerate(self.mixes):
             if mix.chooser is not None:
-                mix.chooser.attach(self, place)
+                mix.chooser.attach(self, number)
         check_sum([mix.curve for mix in self.mixes])
         modes = sorted({mix.mode for mix in self.mixes})
         if len(modes) > 1:
             raise ValueError(f"mode: the callbacks that replay want {modes}; give all of them the same")
 
     def _weights(self) -> array[int] | None:
-        # Shares are of tokens where both sides have tokens, else of samples.
+        # Shares are of tokens if new and replayed samples have tokens, else of samples.
         loss = [columns["loss_tokens"] for columns in self._columns]
         if any(len(part) == 0 or min(part) < 0 or max(part) == 0 for part in loss) or len(self.new) == 0:
             return None
@@ -153,19 +153,19 @@ class Samples:
         """The buffer and the record's number of a replayed sample; None for a new one.
 
         Args:
-            index: of the sample.
-            others: whether one that was removed is replaced (:class:`NewThenReplayed`).
+            index: index of the sample.
+            others: True: a record that was removed is replaced by another (:class:`NewThenReplayed`).
         """
         if index < len(self.new):
             return None
-        place = bisect_right(self._ends, index) - 1
-        buffer, numbers = self.parts[place]
-        number = next(there(buffer.store, numbers, index - self._ends[place], others), None)
+        source = bisect_right(self._ends, index) - 1
+        buffer, numbers = self.parts[source]
+        number = next(existing(buffer.store, numbers, index - self._ends[source], others), None)
         return None if number is None else (buffer, number)
 
     @property
     def starts(self) -> list[int]:
-        """For each mix the index of its first sample."""
+        """The index of each mix's first sample."""
         return self._ends[:-1]
 
     def source_of(self, index: int) -> int:
@@ -174,11 +174,11 @@ class Samples:
 
     @property
     def chooses(self) -> bool:
-        """Returns True if a mix chooses at the last moment."""
+        """Returns True if a mix has a chooser, which decides just before a batch is fetched."""
         return any(mix.chooser is not None for mix in self.mixes)
 
     def chosen(self, row: Any) -> Any:
-        """A planned row, with others in the place of replayed samples where a mix chooses at the last moment."""
+        """A planned row in which the choosers of mixes may have replaced replayed samples by others."""
         if isinstance(row, tuple):
             return tuple(self._chosen(index, packed=True) for index in row)
         return self._chosen(row, packed=False)
@@ -193,7 +193,7 @@ class Samples:
 
     @property
     def mode(self) -> MixMode:
-        """Of all mixes."""
+        """The common mode of all mixes."""
         return self.mixes[0].mode if self.mixes else "replace"
 
     @property
@@ -216,7 +216,7 @@ class Samples:
         return hasattr(self.new, "loss_tokens") or self.weights is not None
 
     def weight(self, index: int) -> int:
-        """Loss-bearing tokens of a sample; 1 where shares are of samples."""
+        """Loss-bearing tokens of a sample; 1 if shares are of samples."""
         return 1 if self.weights is None else self.weights[index]
 
     def mean_weight(self, indices: Sequence[int]) -> float:
@@ -226,23 +226,23 @@ class Samples:
         return max(sum(self.weights[i] for i in indices) / max(len(indices), 1), 1e-9)
 
     def tokens(self, index: int) -> int:
-        """Loss-bearing tokens of a sample, wherever they can be counted."""
+        """Loss-bearing tokens of a sample, also if shares are of samples; needs :attr:`counts_tokens`."""
         if self.weights is not None:
             return self.weights[index]
         if index < len(self.new):
             result: int = self.new.loss_tokens(index)
             return result
-        place = bisect_right(self._ends, index) - 1
-        return max(self._columns[place]["loss_tokens"][index - self._ends[place]], 0)
+        source = bisect_right(self._ends, index) - 1
+        return max(self._columns[source]["loss_tokens"][index - self._ends[source]], 0)
 
     @cached_property
     def lengths_of_new(self) -> list[int]:
-        """Tokens of the new samples, of a data set with ``length``."""
+        """Tokens of each new sample; needs a data set with ``length``."""
         return [self.new.length(i) for i in range(len(self.new))]
 
     @cached_property
     def lengths(self) -> array[int] | None:
-        """Tokens of all samples; None without the data set's ``length``, or if a replayed sample has no tokens."""
+        """Tokens of each sample; None if the data set has no ``length``, or if a replayed sample has no tokens."""
         if not hasattr(self.new, "length"):
             return None
         lengths = array("i", self.lengths_of_new)
@@ -253,16 +253,16 @@ class Samples:
         return lengths
 
     def sources(self, epoch: int, balance_tokens: bool = False) -> list[Source]:
-        """Replayed samples, behind the new ones in index, as each mix draws them.
+        """The sources of replayed samples, one for each mix; their indices follow those of the new samples.
 
         Args:
-            epoch: of this task.
-            balance_tokens: every stretch of the draws has nearly as many tokens in proportion to those that bear loss,
-                instead of nearly as many that bear loss.
+            epoch: number of the epoch in this task.
+            balance_tokens: False: any consecutive draws have nearly the mean number of loss-bearing tokens. True: they
+                have nearly the mean ratio of all tokens to loss-bearing tokens.
         """
         found = []
-        for place, mix in enumerate(self.mixes):
-            groups = self._groups(place)
+        for number, mix in enumerate(self.mixes):
+            groups = self._groups(number)
             balance: Callable[[int], float] = self.weight
             if balance_tokens and self.lengths is not None:
                 lengths = self.lengths
@@ -278,8 +278,8 @@ class Samples:
             found.append(Source(draw, 1.0 / rate, mix.curve))
         return found
 
-    def _groups(self, place: int) -> list[Group]:
-        """Returns the sources that are drawn from, each with its share of the weight."""
-        mix, start = self.mixes[place], self._ends[place]
-        tasks = self._columns[place]["task"]
+    def _groups(self, number: int) -> list[Group]:
+        """Returns the groups that a mix draws from, each with its share of the weight."""
+        mix, start = self.mixes[number], self._ends[number]
+        tasks = self._columns[number]["task"]
         return groups_of(mix.draw, mix.buffer, tasks, start, lambda members: self.mean_weight(members) * len(members))

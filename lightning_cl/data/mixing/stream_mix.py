@@ -1,4 +1,4 @@
-"""A stream of new samples with replayed ones between them, and where in it one stands."""
+"""A stream of new samples with replayed samples between them, and the position in it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lightning_cl.data.mixing.replayed import Mix, loss_tokens
 
 
 class Item(NamedTuple):
-    """A sample on its way into a batch, and what it is."""
+    """A sample that will go into a batch, and its origin."""
 
     sample: Any
     part: Part
 
 
 class StreamMix:
-    """The samples of one pass over a stream, and replayed ones between them, by error diffusion.
+    """The samples of one pass over a stream, with replayed samples between them by error diffusion.
 
     A replayed sample comes next whenever that brings the running share of the loss-bearing tokens nearer to its goal.
-    It is drawn at that moment, from the buffer as it is: one that fills while it trains is replayed as it fills. What
-    is drawn depends on how many were drawn before and on the seed alone; so where one stands is a few numbers.
+    It is drawn at that moment from the current content of the buffer, which may still grow during the task. The draw
+    depends only on the seed and on the number of earlier draws, so a few numbers describe the position.
 
     Args:
-        samples: begins a pass over the stream; gets the number of the epoch.
-        mixes: what is replayed.
-        batches: of the whole task; for shares that change over it.
+        samples: a function that begins a pass over the stream; it gets the number of the epoch.
+        mixes: the buffers to replay from, with their shares.
+        batches: number of batches in the whole task; needed if a share changes over the task.
     """
 
     def __init__(
@@ -42,42 +42,42 @@ class StreamMix:
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
-        """Goes to the beginning of a pass."""
+        """Moves to the beginning of a pass."""
         self.epoch, self._taken = epoch, 0
         self._owed = [0.0] * len(self.mixes)
         self._drawn = [0] * len(self.mixes)
-        self._slots = [0] * len(self.mixes)  # in the buffer, when the sample that is waited for was drawn
-        # Where tasks have shares: what each of them is behind its own.
-        self._behind: list[dict[str, float]] = [{} for _ in self.mixes]
+        self._slots = [0] * len(self.mixes)  # slots of the buffer when the sample that is due next was drawn
+        # If tasks have shares: the weight that each task lacks to reach its share.
+        self._lacking: list[dict[str, float]] = [{} for _ in self.mixes]
 
-    def place(self) -> dict[str, Any]:
-        """Returns the position of the mix."""
-        behind = [dict(tasks) for tasks in self._behind]
+    def position(self) -> dict[str, Any]:
+        """Returns the position in the pass, for a checkpoint."""
+        lacking = [dict(tasks) for tasks in self._lacking]
         return {
             "taken": self._taken,
             "owed": list(self._owed),
             "drawn": list(self._drawn),
             "slots": list(self._slots),
-            "behind": behind,
+            "behind": lacking,
         }
 
-    def go_to(self, epoch: int, place: dict[str, Any]) -> None:
-        """Goes on from a :meth:`place`."""
+    def go_to(self, epoch: int, position: dict[str, Any]) -> None:
+        """Resumes from a :meth:`position`."""
         self.begin(epoch)
-        self._taken = place["taken"]
-        # A mix that was added since begins with nothing.
+        self._taken = position["taken"]
+        # A mix that was added since then begins with zeros.
         for number, parts in enumerate(
-            zip(place["owed"], place["drawn"], place["slots"], place["behind"], strict=True)
+            zip(position["owed"], position["drawn"], position["slots"], position["behind"], strict=True)
         ):
             if number < len(self.mixes):
                 self._owed[number], self._drawn[number], self._slots[number] = parts[:3]
-                self._behind[number] = dict(parts[3])
+                self._lacking[number] = dict(parts[3])
 
     def items(self, batches_done: Callable[[], int]) -> Iterator[Item]:
-        """The samples from here on.
+        """The samples from the present position on.
 
         Args:
-            batches_done: how many batches of the task were given out so far.
+            batches_done: a function that gives the number of the task's batches given out so far.
         """
         stream = islice(self._samples(self.epoch), self._taken, None)
         while True:
@@ -93,9 +93,9 @@ class StreamMix:
             yield Item(sample, Part(False, _length(sample)))
 
     def surplus(self, block: Sequence[Item], batches_done: int) -> list[float]:
-        """Returns the surplus of each buffer in a block over its share, in weight."""
+        """Returns for each buffer the weight of its samples in a block minus its share of the block's weight."""
         shares: dict[int, float] = {}
-        for mix in self.mixes:  # two may replay one buffer
+        for mix in self.mixes:  # two mixes may replay the same buffer
             share = mix.curve.at(self._progress(batches_done))
             shares[id(mix.buffer)] = shares.get(id(mix.buffer), 0.0) + share
         weights, total = dict.fromkeys(shares, 0), 0
@@ -113,50 +113,51 @@ class StreamMix:
         progress = self._progress(batches_done)
         curves = [mix.curve for mix in self.mixes]
         weight = loss_tokens(sample)
-        for place, odds in enumerate(odds_at(curves, progress)):
-            if len(self.mixes[place].buffer) > 0:  # an empty one owes nothing
-                self._owed[place] += odds * (1 if weight is None else weight)
+        for number, odds in enumerate(odds_at(curves, progress)):
+            if len(self.mixes[number].buffer) > 0:  # an empty buffer owes nothing
+                self._owed[number] += odds * (1 if weight is None else weight)
 
     def _due(self) -> Item | None:
-        for place, mix in enumerate(self.mixes):
-            if self._owed[place] <= 0 or len(mix.buffer) == 0:
+        for i, mix in enumerate(self.mixes):
+            if self._owed[i] <= 0 or len(mix.buffer) == 0:
                 continue
             shares = shares_of_tasks(mix)
-            behind = self._behind[place]
-            # The larger share first among equals, which all are at the beginning.
-            task = max(shares, key=lambda name: (behind.get(name, 0.0), shares[name]), default=None)
-            # One draw until it is paid: drawn anew while the buffer fills, short samples would be due first.
-            self._slots[place] = self._slots[place] or mix.buffer.slots
-            number = mix.buffer.pick(seed_of(mix.seed, self.epoch, self._drawn[place]), task, self._slots[place])
+            lacking = self._lacking[i]
+            # Among equals, as all are at the beginning, the task with the larger share comes first.
+            task = max(shares, key=lambda name: (lacking.get(name, 0.0), shares[name]), default=None)
+            # The drawn sample stays the same until it is due. New draws from a growing buffer would favour short
+            # samples, since these are due earlier.
+            self._slots[i] = self._slots[i] or mix.buffer.slots
+            number = mix.buffer.pick(seed_of(mix.seed, self.epoch, self._drawn[i]), task, self._slots[i])
             if number is None:
-                self._slots[place] = 0
+                self._slots[i] = 0
                 continue
             info = mix.buffer.info(number)
             weight = max(info.loss_tokens, 1) if info.loss_tokens >= 0 else 1
-            if self._owed[place] >= weight / 2:
-                self._drawn[place] += 1
-                self._slots[place] = 0
-                self._owed[place] -= weight
+            if self._owed[i] >= weight / 2:
+                self._drawn[i] += 1
+                self._slots[i] = 0
+                self._owed[i] -= weight
                 counted = 1 if mix.draw == "proportional" else weight
                 for name, share in shares.items():
-                    behind[name] = behind.get(name, 0.0) + counted * (share - (name == task))
+                    lacking[name] = lacking.get(name, 0.0) + counted * (share - (name == task))
                 return Item(mix.buffer.get(number), Part(True, info.length or None, mix.buffer, number))
         return None
 
     def remember(self, item: Item) -> dict[str, Any]:
-        """An item for a checkpoint: one on disk as its number, so that it can still be removed."""
+        """An item for a checkpoint; a sample on disk is saved as its number, so that it can still be removed."""
         if not item.part.replayed:
             return {"sample": item.sample, "part": None}
-        place = next(i for i, mix in enumerate(self.mixes) if mix.buffer is item.part.owner)
-        on_disk = not isinstance(self.mixes[place].buffer.store, MemoryStore)
-        return {"sample": None if on_disk else item.sample, "part": [place, item.part.number]}
+        source = next(i for i, mix in enumerate(self.mixes) if mix.buffer is item.part.owner)
+        on_disk = not isinstance(self.mixes[source].buffer.store, MemoryStore)
+        return {"sample": None if on_disk else item.sample, "part": [source, item.part.number]}
 
     def recall(self, state: dict[str, Any]) -> Item | None:
-        """The item of :meth:`remember`; None if it was removed since."""
+        """The item that :meth:`remember` saved; None if its sample was removed since."""
         if state["part"] is None:
             return Item(state["sample"], Part(False, _length(state["sample"])))
-        place, number = state["part"]
-        buffer = self.mixes[place].buffer
+        source, number = state["part"]
+        buffer = self.mixes[source].buffer
         try:
             sample = buffer.get(number) if state["sample"] is None else state["sample"]
         except RemovedError:
@@ -165,7 +166,7 @@ class StreamMix:
 
 
 def shares_of_tasks(mix: Mix) -> dict[str, float]:
-    """Returns each task's share of the replayed weight (``proportional``: samples); empty for equal draws."""
+    """Returns each task's share of the replayed weight (``proportional``: of samples); empty if all are drawn alike."""
     if mix.draw == "uniform":
         return {}
     buffer = mix.buffer

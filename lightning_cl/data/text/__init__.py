@@ -1,1 +1,1 @@
-"""The way from files to records to tokens."""
+"""The steps from files to records, and from records to tokens."""

@@ -1,4 +1,4 @@
-"""Ends of answers: where a model that was trained on conversations stops writing."""
+"""Ends of answers: the tokens at which a model that was trained on conversations stops writing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_cl.data.text.tokenizer import end_tokens
 
 
 def ends_of_answers(tokenizer: Any) -> list[int]:
-    """The tokens that end what a model says: the end token, and those that end a turn in the chat template.
+    """The tokens that end an answer of a model: the end token, and those that end a turn in the chat template.
 
-    A base model's tokenizer often has another end token than the template. Where the template writes no end, the next
-    role's token is one: the user's, or a tool's.
+    A base model's tokenizer often has another end token than the template. If the template writes no end, the token of
+    the next role, a user or a tool, ends the answer.
     """
     ends = set(end_tokens(tokenizer))
     if has_template(tokenizer):
@@ -28,13 +28,13 @@ def ends_of_answers(tokenizer: Any) -> list[int]:
 def around(
     tokenizer: Any, words: str, before: Sequence[dict[str, str]], role: str, after: Sequence[dict[str, str]] = ()
 ) -> tuple[str, str]:
-    """Returns the text that a template writes before and after somebody's words; nothing where it writes none.
+    """Returns the text that a template writes before and after a message's words; empty texts if it refuses them.
 
     Args:
-        tokenizer: has a chat template.
-        words: what is said, a mark.
+        tokenizer: a tokenizer with a chat template.
+        words: the content of the message, used as a marker.
         before: the messages before it.
-        role: who says it.
+        role: the role of the message.
         after: the messages after it.
     """
     said = [*before, {"role": role, "content": words}, *after]
@@ -42,12 +42,12 @@ def around(
         text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=role == "user")
     except Exception:  # a template is a program: it can raise anything
         return "", ""
-    front, _, behind = text.partition(words)
-    return front, behind.strip()
+    text_before, _, text_after = text.partition(words)
+    return text_before, text_after.strip()
 
 
 def special_token(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The special token that a text begins with, if it does."""
+    """The special token that a text begins with, in a tuple; an empty tuple if it begins with none."""
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     found = max((token for token in special if token.strip() and text.startswith(token)), key=len, default=None)
     return () if found is None else (tokenizer.convert_tokens_to_ids(found),)

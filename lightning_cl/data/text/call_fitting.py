@@ -1,4 +1,4 @@
-"""Tool calls as a chat template wants them, however a record gives them."""
+"""Tool calls in the form that a chat template needs, whatever form a record has."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_cl.data.text.tool_calls import prints_python, tells, with_json, w
 
 
 class CallFitting:
-    """Gives a conversation the arguments and the empty words that a template can write.
+    """Gives a conversation's arguments and empty contents the form that a template can write.
 
-    Most templates write arguments that are an object as JSON, or look inside. One that prints what it gets wants the
-    JSON text: from an object it would print Python. A call without words has no content in one export, an empty one in
-    another: a template may refuse one of them, or leave the calls out.
+    Most templates take arguments as an object, which they write as JSON or read fields of. Some print arguments as they
+    are; these need the JSON text, since an object would be printed as Python. A call without words has no content in
+    some exports, and an empty content in others. A template may refuse one of the two, or leave the calls out.
 
     Args:
-        render: renders a conversation; None where the template refuses it.
+        render: renders a conversation; returns None if the template refuses it.
     """
 
     def __init__(self, render: Callable[[Chat], str | None]) -> None:
@@ -25,10 +25,12 @@ class CallFitting:
         self._wants_json: dict[str, bool] = {}  # by template
 
     def __call__(self, chat: Chat, template: str) -> Chat:
-        """The conversation as the template wants it; one that it refuses in any form comes back for its reason.
+        """Returns the conversation in the form that the template needs.
+
+        If the template refuses all forms, one of them is returned, so that rendering it raises the template's error.
 
         Raises:
-            ValueError: for arguments that are no JSON.
+            ValueError: for arguments that are not valid JSON.
         """
         silent = [
             i for i, message in enumerate(chat.messages) if message.get("tool_calls") and not message.get("content")
@@ -60,7 +62,8 @@ class CallFitting:
         else:
             wants_json = prints_python(objects.messages, text)
         chosen = texts if wants_json else objects
-        if tells(objects.messages) and self._shows_calls(chosen):  # else another conversation decides
+        # The form is remembered only if this conversation shows which one the template needs.
+        if tells(objects.messages) and self._shows_calls(chosen):
             self._wants_json[template] = wants_json
         return chosen
 

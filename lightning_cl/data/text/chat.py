@@ -1,4 +1,4 @@
-"""Conversations as tokens: the tokenizer's chat template, and which of its tokens are the assistant's."""
+"""Conversations as tokens: applies the tokenizer's chat template, and marks the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Spans(NamedTuple):
     """The learnt parts of a rendered conversation."""
 
     learnt: list[Span]
-    """Where they start and end, in characters."""
+    """Start and end of each part, in characters."""
     open_end: bool
-    """Whether nothing ends the last turn, so that the end token is appended and learnt."""
+    """True if nothing ends the last turn; then the end token is appended and learnt."""
     endless: bool
-    """Returns True if a turn is learnt without an end."""
+    """True if a turn is learnt without an end."""
 
 
 class Tokens(NamedTuple):
-    """Token ids, and which of them are to be learnt."""
+    """Token ids, and a mask of those that are to be learnt."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
@@ -48,25 +48,26 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[Tokens | None]:
-    """Conversations as tokens, exactly as ``tokenizer.apply_chat_template`` writes them, with their loss masks.
+    """Encodes conversations exactly as ``tokenizer.apply_chat_template`` writes them, with their loss masks.
 
-    Loss is on the assistant's turns with their end-of-turn token, from ``Chat.first`` on and without ``Chat.muted``: on
-    all that follows the prompt of ``add_generation_prompt=True``. Without loss are the headers of turns that this
-    prompt has, and white space after the end of a turn. Where a template writes no end, what ends an answer is the next
-    turn's role, which is learnt; after the last turn the end token is appended. Templates with ``{% generation %}`` say
-    themselves what is the assistant's. For others the turns are found in the rendered text (:func:`assistant_spans`).
+    Loss is on the assistant's turns from ``Chat.first`` on, except those in ``Chat.muted``. A turn is all that follows
+    the prompt of ``add_generation_prompt=True``, with its end-of-turn token. The header of a turn that is in this
+    prompt has no loss, and neither has white space after the end of a turn. If a template writes no end, the role of
+    the next turn ends an answer and is learnt; after the last turn, the end token is appended. Templates with
+    ``{% generation %}`` mark the assistant's tokens themselves. For other templates, the turns are found in the
+    rendered text (:func:`assistant_spans`).
 
     Args:
         chats: the conversations.
-        tokenizer: a ``transformers`` tokenizer; a fast one, where the template has no ``{% generation %}``.
-        tally: counts the conversations that the template refuses, and what it leaves out of others.
+        tokenizer: a ``transformers`` tokenizer; a fast one if the template has no ``{% generation %}``.
+        tally: counts the conversations that the template refuses, and the parts that it leaves out of others.
 
     Returns:
         for each conversation its tokens; None if it was refused.
 
     Raises:
-        ValueError: if there is no template, or it is no valid Jinja; if the tokenizer is a slow one, or the template
-            refuses a conversation.
+        ValueError: if there is no template, if it is not valid Jinja or refuses a conversation, or if the tokenizer is
+            a slow one.
     """
     if not has_template(tokenizer):
         raise ValueError(
@@ -93,7 +94,7 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[To
                 rendered.append((len(results), text, spans))
                 results.append(None)
             tally.leave_out(missing)
-        except TemplateSyntaxError as error:  # no record's fault
+        except TemplateSyntaxError as error:  # the fault is not in a record
             raise ValueError(
                 f"chat_template: the tokenizer's chat template is not valid Jinja, line {error.lineno}: {error.message}"
             ) from error
@@ -109,7 +110,7 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[To
             " template with {% generation %} … {% endgeneration %} around what the assistant says"
         )
     if rendered:
-        # The same call that apply_chat_template makes: the template writes the start token, if there is one.
+        # apply_chat_template makes the same call. The template writes the start token, if there is one.
         encoded = tokenizer(
             [text for _, text, _ in rendered],
             add_special_tokens=False,
@@ -128,13 +129,15 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any, tally: Tally) -> list[To
 
 
 def assistant_spans(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
-    """The rendered conversation, and where in it the assistant's turns are, as ``(start, end)`` in characters.
+    """The rendered conversation, and ``(start, end)`` of the assistant's turns in it, in characters.
 
-    A turn starts where the generation prompt of the messages before it ends, and ends where the messages up to it end.
-    Where a template knows no generation prompt, the messages are the prompt, and a header is the model's to write.
-    That needs renderings that are prefixes of the whole. Templates that treat earlier turns in another way than the
-    last (thinking that is dropped), or that refuse parts of a conversation, fail that; then the turn's content is
-    replaced by a marker: what stands before and after the marker stands around the turn.
+    A turn starts where the generation prompt of the messages before it ends, and it ends where the messages up to it
+    end. If a template has no generation prompt, the messages before a turn are the prompt, and the model has to write
+    the header.
+
+    This needs renderings that are prefixes of the whole. It fails for templates that write earlier turns differently
+    from the last (for example without thinking), or that refuse parts of a conversation. Then the turn's content is
+    replaced by a marker, and the text before and after the marker gives start and end of the turn.
 
     Raises:
         ValueError: if a turn cannot be found in either way.
@@ -154,7 +157,7 @@ class _Encoder:
         self._ends: dict[tuple[str, bool], bool] = {}  # by template, and for the last turn or an earlier one
 
     def fitted(self, chat: Chat) -> Chat:
-        """The conversation with its tool calls as the template wants them (:class:`CallFitting`)."""
+        """The conversation with its tool calls in the form that the template needs (:class:`CallFitting`)."""
         return self._calls(chat, self._template(chat)) if has_calls(chat.messages) else chat
 
     def render(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
@@ -171,7 +174,7 @@ class _Encoder:
         ids, mask_of_all = self._marked(chat, chat.messages)
         mask = mask_of_all.copy()
         if any(message["role"] == "assistant" for message in chat.messages[: chat.first]):
-            # The runs of marked tokens in the prompt alone are the first ones in the whole.
+            # The runs of marked tokens in the prompt alone are the first runs in the whole conversation.
             mask &= _run_starts(mask).cumsum() > self._runs(chat, chat.first)
         for turn in sorted(chat.muted):
             runs = _run_starts(mask_of_all).cumsum()
@@ -195,7 +198,7 @@ class _Encoder:
         return Tokens(np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool))
 
     def has_bare_answer(self, chat: Chat, tokens: Tokens) -> bool:
-        """Tells if a learnt run ends with the words of an answer: a model that learns no end writes on for ever."""
+        """Tells if a learnt run ends with the words of an answer; a model that learns no end never stops writing."""
         starts, ends = _run_starts(tokens.mask), _run_starts(tokens.mask[::-1])[::-1]
         words = [(message.get("content") or "").rstrip() for message in chat.messages if message["role"] == "assistant"]
         last = tuple(text for text in words if text)
@@ -206,7 +209,7 @@ class _Encoder:
         return False
 
     def spans(self, chat: Chat, text: str) -> Spans:
-        """Finds what is learnt of a rendered conversation: the assistant's turns, each with what ends it."""
+        """Finds the learnt parts of a rendered conversation: the assistant's turns, each with its end."""
         learnt, open_end, endless = [], False, False
         for turn, message in enumerate(chat.messages):
             if message["role"] != "assistant" or turn < chat.first or turn in chat.muted:
@@ -214,7 +217,7 @@ class _Encoder:
             start, end = self._by_prefix(chat, text, turn) or self._by_marker(chat, text, turn)
             if not self._is_ended(chat, turn, text[start:end]):
                 if text[start:end] != text[start:end].rstrip():
-                    endless = True  # white space alone: a model that writes paragraphs cannot stop by it
+                    endless = True  # white space is no end for a model that writes paragraphs
                 elif turn + 1 < len(chat.messages):
                     header = self._end_by_next(chat, text, turn, end)
                     endless |= header == 0
@@ -231,12 +234,12 @@ class _Encoder:
         said, words = said.rstrip(), (message.get("content") or "").rpartition("</think>")[2].strip()
         if not said.endswith(self.special) and (not words or said.endswith(words)):
             return False
-        # The token after a call or a thinking may belong to it, and the turn have no end (GLM): a short turn tells.
+        # The token after a call or a thinking may belong to that, and not end the turn (GLM). A short turn tells it.
         is_plain = words == (message.get("content") or "").strip() and not message.get("tool_calls")
         return is_plain or self._has_ends(chat, turn)
 
     def _has_ends(self, chat: Chat, turn: int) -> bool:
-        """Tells if the template ends a turn of one word, the last one or one before the user's."""
+        """Tells if the template writes an end after a turn of one word, as the last turn or before the user's."""
         is_last = turn + 1 == len(chat.messages)
         key = (self._template(chat), is_last)
         if key not in self._ends:
@@ -254,9 +257,9 @@ class _Encoder:
         return self._ends[key]
 
     def _end_by_next(self, chat: Chat, text: str, turn: int, end: int) -> int:
-        """The length of what ends a turn where the template writes no end: the beginning of the next turn's header.
+        """The length of the beginning of the next turn's header, which ends a turn if the template writes no end.
 
-        A model of this kind (GLM) stops by naming who speaks next.
+        A model of this kind (GLM) stops by writing the role of the next speaker.
         """
         marker = "MARKER"
         while marker in text:
@@ -287,15 +290,15 @@ class _Encoder:
         marked[turn] = {**marked[turn], "content": marker}
         before, found, after = (self._try(chat, marked) or "").partition(marker)
         if not text.endswith(after):
-            after = after.lstrip()  # white space between words and tool calls, where there are no words
+            after = after.lstrip()  # without words, there is no white space between words and tool calls
         prompt = self._prompt(chat, text, turn)
         start = len(text) + 1
         if prompt is not None and text.startswith(prompt):
-            start = len(prompt)  # what the prompt does not give has to be learnt, as an empty thinking before the words
+            start = len(prompt)  # all that the prompt lacks is learnt, such as an empty thinking before the words
         elif text.startswith(asked := before[: self._prompt_end(chat, marked, turn, marker, before)]):
             start = len(asked)
         elif prompt is not None:
-            # The prompt opens a thinking that the turn continues with in another way: what both have is the header.
+            # The prompt begins a thinking that the turn writes differently. Their common beginning is the header.
             start = next((i for i, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), start)
         end = len(text) - len(after) + self._ending(chat, marked[: turn + 1], marker, after)
         if not found or not text.endswith(after) or start > end:
@@ -308,8 +311,8 @@ class _Encoder:
     def _prompt_end(self, chat: Chat, marked: Sequence[dict[str, Any]], turn: int, marker: str, before: str) -> int:
         """Finds the end of the generation prompt in `before`, the text before the words of a turn.
 
-        The messages before it are written in another way where they are a conversation of their own. But what follows
-        the words of the last of them, marked too, is the same.
+        The earlier messages may be written differently when they are a conversation of their own. But the text after
+        the words of the last of them, which get a marker too, is the same.
         """
         if turn == 0:
             return len(before)
@@ -325,7 +328,7 @@ class _Encoder:
         return len(before) - len(own) if fits else len(before)
 
     def _ending(self, chat: Chat, marked: Sequence[dict[str, Any]], marker: str, after: str) -> int:
-        """Measures the text after the marker that ends its turn: all that follows where the conversation ends there."""
+        """Measures the text between the marker and the end of its turn, in a conversation that ends with this turn."""
         _, found, alone = (self._try(chat, marked) or "").partition(marker)
         for rest in (alone, alone.lstrip()):
             end = self._turn_end(rest)
@@ -335,10 +338,10 @@ class _Encoder:
         return after.index(token) + len(token)
 
     def _prompt(self, chat: Chat, text: str, turn: int) -> str | None:
-        """The messages before a turn with the generation prompt, if the template knows one.
+        """The messages before a turn, rendered with the generation prompt if the template has one.
 
-        None if there is no prompt here (some templates prompt after a user's turn only: the header would be taken for
-        the assistant's words), or if the text does not start with those messages.
+        The result is None if the text does not start with those messages. It is also None if the template has a prompt
+        but not here: some have it after a user's turn only. The header would then count as the assistant's words.
         """
         if turn == 0:
             return None
@@ -352,18 +355,18 @@ class _Encoder:
         return "add_generation_prompt" in self._template(chat)
 
     def _turn_end(self, text: str) -> int:
-        """Finds the end of a turn's text: white space after an end-of-turn token belongs to the next turn."""
+        """Finds the end of a turn's text; white space after an end-of-turn token belongs to the next turn."""
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self.special) else len(text)
 
     def try_render(self, chat: Chat) -> str | None:
-        """The whole conversation rendered; None where the template refuses it."""
+        """Renders the whole conversation; returns None if the template refuses it."""
         return self._try(chat, chat.messages)
 
     def _try(self, chat: Chat, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str | None:
         try:
             return self.render(chat, messages, prompt)
-        except Exception:  # some templates take whole conversations only
+        except Exception:  # some templates accept whole conversations only
             return None
 
     def _template(self, chat: Chat) -> str:

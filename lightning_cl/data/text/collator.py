@@ -1,4 +1,4 @@
-"""The step from token samples, or blocks of them, to a batch."""
+"""The step from token samples, or blocks of samples, to a batch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 class TokenCollator:
-    """Joins token samples to a batch in Hugging Face's terms, padded on the right.
+    """Joins token samples to a batch with Hugging Face's keys, padded on the right.
 
-    From samples: ``{"input_ids", "attention_mask", "labels"}``, each int64 ``[batch, longest]``; labels are −100 where
-    there is no loss. They come from the loss mask and never from ``ids != pad``: many models pad with their end token.
+    Samples give ``{"input_ids", "attention_mask", "labels"}``, each int64 ``[batch, longest]``; labels are −100 where
+    there is no loss. They come from the loss mask and never from ``ids != pad``, since many models pad with their end
+    token.
 
-    From blocks (lists of samples that share a row): ``{"input_ids", "position_ids", "labels"}``, each int64
-    ``[batch, longest block]``, and ``"use_cache": False``. Positions start at 0 again at each document, and at the
-    padding. A document's first token has no loss: it would be predicted from the document before.
+    Blocks (lists of samples that share a row) give ``{"input_ids", "position_ids", "labels"}``, each int64
+    ``[batch, longest block]``, and ``"use_cache": False``. Position numbers restart at 0 at each document, and at the
+    padding. A document's first token has no loss, since it would be predicted from the document before.
 
-    There is no attention mask, and the cache is off, for a reason. Hugging Face's models keep documents apart by
-    ``position_ids`` alone, and only if ``attention_mask`` is None and ``use_cache`` is False (measured with
-    transformers 5.23: Llama, Qwen, Mistral, Gemma, Phi, OLMo, GPT-2, GPT-NeoX and others then agree with documents one
-    by one to rounding; with the cache, which is their default, or with a mask of ones, each document attends to those
-    before it, silently). So a module that does ``self.model(**batch)`` is right. OPT, BLOOM and Falcon, and models with
-    convolutions or states (Mamba, Jamba, Falcon-H1, LFM2, Qwen3-Next; measured without their special kernels), leak in
-    any case: they cannot be trained on packed batches. With flash attention documents are kept apart in batches of one
-    block only.
+    Blocks have no attention mask, and the cache is off. Hugging Face's models separate documents by ``position_ids``
+    alone, and only if ``attention_mask`` is None and ``use_cache`` is False. With the cache (their default) or a mask
+    of ones, each document silently attends to those before it. So ``self.model(**batch)`` is right. Measured with
+    transformers 5.23, Llama, Qwen, Mistral, Gemma, Phi, OLMo, GPT-2, GPT-NeoX and others then give the same results as
+    for single documents, up to rounding. OPT, BLOOM and Falcon do not separate documents, and neither do models with
+    convolutions or states (Mamba, Jamba, Falcon-H1, LFM2, Qwen3-Next; measured without their special kernels). These
+    cannot be trained on packed batches. With flash attention, documents are separate only in batches of one block.
 
     Args:
         pad_id: the token to pad with.

@@ -1,4 +1,4 @@
-"""Containers: records from a file, a list or a table, one at a time, each with its place."""
+"""Containers: records from a file, a list or a table, one at a time, each with its position."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_cl.data.text.formats import has_known_format
 from lightning_cl.data.text.layout import Layout
 
 NO_LAYOUT = Layout()
-"""Our own names, and records that are the whole of a file."""
+"""A layout without renamed columns, for files whose whole content is records."""
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUFFIXES = (".txt", *RECORD_SUFFIXES)
 DELIMITERS = (",", ";", "\t", "|")
-_ROWS = 256  # rows of a table that are held at a time
+_ROWS = 256  # rows of a table that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Record:
 
     Args:
         content: a dictionary or a string.
-        where: its place, for messages, as in ``task 'chat', train='data/chat.jsonl', line 3``.
-        problem: why it could not be read; `content` then means nothing.
-        header: of a file that is a document: a line to put in front.
+        where: its position, for messages, as in ``task 'chat', train='data/chat.jsonl', line 3``.
+        problem: the reason why it could not be read; `content` then means nothing.
+        header: a line to put before the content, if a whole file is the document.
     """
 
     content: Any
@@ -65,7 +65,7 @@ def read_file(path: Path, where: str, layout: Layout = NO_LAYOUT) -> Iterator[Re
 
 
 def read_text(path: Path, where: str) -> str:
-    """A file's text: a byte order mark is left out, each line end becomes a line feed.
+    """A file's text without a byte order mark, with line feeds as line ends.
 
     Raises:
         ValueError: if it is neither UTF-8 nor UTF-16.
@@ -101,28 +101,28 @@ def read_table(dataset: Any, where: str, layout: Layout = NO_LAYOUT) -> Iterator
 def _jsonl(path: Path, where: str) -> Iterator[Record]:
     with open_bytes(path, where) as file:
         if encoding_of(file) == "utf-16":
-            # Split at a line feed alone: U+2028 and its like are legal inside JSON strings.
+            # Lines end at a line feed only, since U+2028 and similar characters may be inside JSON strings.
             lines = read_text(path, where).split("\n")
             yield from (
                 _json_line(line, f"{where}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
             )
             return
         for number, line in enumerate(file, 1):
-            place = f"{where}, line {number}"
+            position = f"{where}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                yield Record(None, place, f"{not_text(error)} (bytes are counted from the line's start)")
+                yield Record(None, position, f"{not_text(error)} (bytes are counted from the line's start)")
                 continue
             if text.strip():
-                yield _json_line(text, place)
+                yield _json_line(text, position)
 
 
-def _json_line(text: str, place: str) -> Record:
+def _json_line(text: str, position: str) -> Record:
     try:
-        return Record(json.loads(text), place)
+        return Record(json.loads(text), position)
     except (ValueError, RecursionError) as error:
-        return Record(None, place, not_json(error))
+        return Record(None, position, not_json(error))
 
 
 def _json(path: Path, where: str, layout: Layout) -> Iterator[Record]:
@@ -139,7 +139,7 @@ def _json(path: Path, where: str, layout: Layout) -> Iterator[Record]:
 
 
 def _records_under(content: Any, where: str, field: str | None) -> list[Any]:
-    """The list of records in a JSON file: the whole of it, or what stands under a key."""
+    """The list of records in a JSON file: the whole content, or the value of a key."""
     for key in field.split(".") if field else ():
         if not isinstance(content, dict) or key not in content:
             keys = list(content) if isinstance(content, dict) else f"a {type(content).__name__}"
@@ -153,7 +153,7 @@ def _records_under(content: Any, where: str, field: str | None) -> list[Any]:
 
 
 def _csv(path: Path, where: str, layout: Layout) -> Iterator[Record]:
-    # Python's limit of 128 KiB a field is below the length of many documents.
+    # Many documents are longer than Python's limit of 128 KiB for a field.
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
     with open_text(path, where, newline="") as file:
         first = file.readline()
@@ -164,12 +164,12 @@ def _csv(path: Path, where: str, layout: Layout) -> Iterator[Record]:
         lines: Iterator[str] = iter(file)
         if said:
             next(lines)
-        # strict: an open quotation mark would swallow the rest of the file without a word.
+        # With strict=False, a quotation mark without a second one would silently include the rest of the file.
         yield from _csv_rows(csv.reader(lines, strict=True, delimiter=delimiter), where, layout, int(bool(said)))
 
 
 def delimiter_of(header: str, layout: Layout = NO_LAYOUT) -> str:
-    """Finds the delimiter of a table: the one that makes its header a known one."""
+    """Finds the delimiter of a table: the first one for which its header has a known format; else a comma."""
     for delimiter in DELIMITERS:
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
         if has_known_format(layout.meanings(names).values()):
@@ -180,23 +180,23 @@ def delimiter_of(header: str, layout: Layout = NO_LAYOUT) -> str:
 def _csv_rows(reader: Any, where: str, layout: Layout, before: int) -> Iterator[Record]:
     header: list[str] | None = None
     while True:
-        place = f"{where}, line {reader.line_num + 1 + before}"
+        position = f"{where}, line {reader.line_num + 1 + before}"
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield Record(None, place, f"not valid CSV ({error})")
+            yield Record(None, position, f"not valid CSV ({error})")
             continue
         if not row:
             continue
         if header is None:
             header = [name.strip() for name in row]
-            layout.check(header, place)
+            layout.check(header, position)
         elif len(row) > len(header):
-            yield Record(None, place, f"{len(row)} fields under a header of {len(header)} columns")
+            yield Record(None, position, f"{len(row)} fields under a header of {len(header)} columns")
         else:
-            yield Record(dict(zip(header, row, strict=False)), place)
+            yield Record(dict(zip(header, row, strict=False)), position)
 
 
 def _parquet(path: Path, where: str, layout: Layout) -> Iterator[Record]:
@@ -220,7 +220,7 @@ def _parquet(path: Path, where: str, layout: Layout) -> Iterator[Record]:
 
 
 def _wanted(columns: list[str], layout: Layout) -> list[str]:
-    """Names the columns that mean something, so that images are not decoded; all, where none does."""
+    """Returns the columns that have a meaning, so that images are not decoded; all columns if none has one."""
     meanings = layout.meanings(columns)
     return [column for column in columns if column in meanings] or columns
 
@@ -230,9 +230,10 @@ def _row_without_gaps(row: dict[str, Any], features: Any) -> dict[str, Any]:
 
 
 def _without_gaps(value: Any, feature: Any) -> Any:
-    """Removes what only fills a table's schema: what a struct does not have is None there.
+    """Removes the None values by which a table fills fields that a struct does not have.
 
-    It would be written into schemas of tools. A column of JSON (``datasets.Json``, or text) keeps every null.
+    Otherwise they would be written into schemas of tools. A column of JSON (``datasets.Json``, or text) keeps every
+    null.
     """
     if type(feature).__name__ == "Json":
         return value
@@ -257,14 +258,14 @@ def not_json(error: Exception) -> str:
     return f"not readable as JSON ({str(error).partition(';')[0]})"  # a number of thousands of digits
 
 
-_BEGINNING = 1_000_000  # bytes of a file that are looked at
+_BEGINNING = 1_000_000  # bytes of a file that are read to find its kind
 
 
 def holds_records(path: Path) -> bool:
     """Returns True if a file with the suffix of a file of records begins with a record of a known format.
 
-    A source tree has configurations and tables that are nothing to learn. A ``.jsonl`` file whose first line is broken
-    counts as records.
+    Folders of source code also have such files, as configurations and tables, that are not training data. A ``.jsonl``
+    file whose first line is malformed counts as records.
     """
     suffix = suffix_of(path)
     if suffix == ".parquet":

@@ -25,9 +25,9 @@ class TokenDataset(Dataset[Any]):
 
     Attributes:
         ids: the tokens of all samples, int32 ``[tokens]``.
-        loss_mask: which of them are learnt, bool ``[tokens]``.
-        ends: where each sample ends in them, int64 ``[samples]``.
-        tally: how many samples and records were left out, dropped or cut off on the way here.
+        loss_mask: True for each token that is learnt, bool ``[tokens]``.
+        ends: the end of each sample in `ids`, int64 ``[samples]``.
+        tally: counts of the samples and records that were left out, dropped or cut off.
     """
 
     def __init__(self, blocks: Sequence[Sequence[int]] = ()) -> None:
@@ -38,15 +38,15 @@ class TokenDataset(Dataset[Any]):
 
     @classmethod
     def from_samples(cls, samples: Iterable[tuple[Tensor, Tensor]], tally: Tally | None = None) -> TokenDataset:
-        """From the samples of :func:`~lightning_cl.data.text.tokens.encode`.
+        """A data set from the samples of :func:`~lightning_cl.data.text.tokens.encode`.
 
         Args:
-            samples: ids and loss mask of each.
-            tally: what was left out; read after the last sample.
+            samples: ids and loss mask of each sample.
+            tally: counts of what was left out; read after the last sample.
         """
         ids, mask, ends = bytearray(), bytearray(), array("q")
         for sample_ids, sample_mask in samples:
-            # Into flat buffers at once: a million small tensors would take far more memory than their tokens.
+            # They go into flat buffers, since a million small tensors would take far more RAM than their tokens.
             ids += sample_ids.to(torch.int32).numpy().tobytes()
             mask += sample_mask.to(torch.bool).numpy().tobytes()
             ends.append(len(mask))
@@ -62,13 +62,13 @@ class TokenDataset(Dataset[Any]):
 
     @classmethod
     def from_tensors(cls, ids: Tensor, loss_mask: Tensor, ends: Tensor, tally: Tally | None = None) -> TokenDataset:
-        """From the three tensors that :attr:`tensors` gives.
+        """A data set from the three tensors that :attr:`tensors` gives.
 
         Args:
             ids: int32 ``[tokens]``.
             loss_mask: bool ``[tokens]``.
-            ends: int64 ``[samples]``, increasing, the last one the number of tokens.
-            tally: what was left out.
+            ends: int64 ``[samples]``, increasing; the last one is the number of tokens.
+            tally: counts of what was left out.
 
         Raises:
             ValueError: if they do not fit each other.
@@ -88,7 +88,7 @@ class TokenDataset(Dataset[Any]):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """``ids``, ``loss_mask`` and ``ends``: all that there is to store."""
+        """All that has to be stored: ``ids``, ``loss_mask`` and ``ends``."""
         return {"ids": self.ids, "loss_mask": self.loss_mask, "ends": self.ends}
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class TokenDataset(Dataset[Any]):
         return int(torch.diff(self.ends, prepend=self.ends.new_zeros(1)).max()) if len(self) else 0
 
     def loss_tokens(self, index: int) -> int:
-        """Tokens of a sample that bear loss: those of the mask without the first, which nothing predicts."""
+        """Tokens of a sample that bear loss. The first token never counts, since nothing predicts it."""
         self._bounds(index)
         result: int = self._loss[index]
         return result
@@ -118,9 +118,9 @@ class TokenDataset(Dataset[Any]):
         self.ids, self.loss_mask, self.ends = ids, loss_mask, ends
         self.tally = replace(tally, reasons=list(tally.reasons), left_out=dict(tally.left_out))
         starts = torch.cat([ends.new_zeros(1), ends[:-1]]) if len(ends) else ends
-        # Sums up to each place, with one in front: a sample's is the difference, from its second token to its end.
+        # Cumulative sums with a 0 in front. A sample's sum, from its second token to its end, is a difference of two.
         sums = torch.cat([ends.new_zeros(1), loss_mask.cumsum(0)])
-        # Arrays of machine integers: an index costs a tenth of a tensor's.
+        # Reading an item of an array takes a tenth of the time that it takes from a tensor.
         self._ends = array("q", ends.tolist())
         self._loss = array("q", (sums[ends] - sums[starts + 1]).tolist())
 

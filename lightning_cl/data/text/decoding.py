@@ -1,4 +1,4 @@
-"""Files as text: compressed or not, in UTF-8 or UTF-16, with an error that names what else it may be."""
+"""Reading files as text, compressed or not, in UTF-8 or UTF-16; errors name the likely other encoding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def suffix_of(path: Path) -> str:
-    """A file's suffix in lower case; of a compressed file the one before ``.gz``."""
+    """A file's suffix in lower case; for a compressed file, the suffix before ``.gz``."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix == GZIP else suffix
 
@@ -29,10 +29,10 @@ def stem_of(path: Path) -> str:
 
 @contextmanager
 def open_bytes(path: Path, where: str) -> Iterator[BinaryIO]:
-    """Opens a file, unpacked if it is compressed.
+    """Opens a file, and decompresses it if its suffix is ``.gz``.
 
     Raises:
-        ValueError: while it is read, if its compressed data is damaged.
+        ValueError: during reading, if its compressed data is damaged.
     """
     try:
         if path.suffix.lower() == GZIP:
@@ -62,7 +62,7 @@ def open_text(path: Path, where: str, newline: str | None = None) -> Iterator[Te
         newline: as for :func:`open`.
 
     Raises:
-        ValueError: while it is read, if it is neither UTF-8 nor UTF-16, or damaged.
+        ValueError: during reading, if the file is neither UTF-8 nor UTF-16, or is damaged.
     """
     try:
         with open_bytes(path, where) as file, io.TextIOWrapper(file, encoding_of(file), newline=newline) as text:
@@ -72,7 +72,7 @@ def open_text(path: Path, where: str, newline: str | None = None) -> Iterator[Te
 
 
 def not_text(error: UnicodeDecodeError) -> str:
-    """Describes bytes that are not UTF-8, and what they may be."""
+    """Describes a decoding error, and the likely other encoding."""
     data = bytes(error.object)
     where = f"not UTF-8 text at byte {error.start}" if error.encoding.startswith("utf-8") else "not valid UTF-16 text"
     if b"\0" in data[:1000]:

@@ -1,4 +1,4 @@
-"""Record formats: what a record of somebody's data means, as a document that can be tokenised."""
+"""Record formats: turns a record of a user's data into a document that can be tokenised."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _REQUIRED = (
     ("text",),
 )
 COLUMNS = frozenset({"tools", "system", "history", "input", "context"}.union(*_REQUIRED))
-"""Every key that means something."""
+"""Every key that has a meaning."""
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-"""What nobody can learn from here: it is counted and not passed over in silence."""
+"""Keys of data that cannot be learnt here; they are counted and reported."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Text:
     """Plain text: each token is learnt.
 
     Args:
-        text: what it says.
-        header: a first line that tells where the text is from; it is learnt too, and no part of what the text says.
+        text: the text itself.
+        header: a first line that tells where the text is from. It is learnt too, but does not count as its words.
     """
 
     text: str
@@ -51,12 +51,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt, and what is learnt after it.
+    """A prompt, and the text that is learnt after it.
 
     Args:
-        prompt: what stands before it.
-        completion: what is learnt.
-        system: a text that stands in front of the prompt, and is a turn of its own in a chat template.
+        prompt: the text before the completion, not learnt.
+        completion: the text that is learnt.
+        system: a text before the prompt; in a chat template it is a turn of its own.
         where: the record's position in its source, for messages.
     """
 
@@ -67,7 +67,7 @@ class Completion:
 
     @property
     def asked(self) -> str:
-        """All that stands before the completion."""
+        """All text before the completion."""
         return f"{self.system}\n\n{self.prompt}" if self.system else self.prompt
 
     @property
@@ -76,7 +76,7 @@ class Completion:
         return self.asked + self.completion
 
     def as_chat(self) -> Chat:
-        """The prompt is the user's turn, the completion the assistant's."""
+        """A conversation: the prompt is the user's turn, the completion the assistant's."""
         system = ({"role": "system", "content": self.system},) if self.system else ()
         turns = ({"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion})
         return Chat((*system, *turns), where=self.where)
@@ -86,14 +86,14 @@ class Completion:
 class Instruction:
     """An instruction with an optional input (alpaca; Dolly calls it context).
 
-    A chat where there is a template for it, else a completion.
+    It becomes a conversation if the tokenizer has a chat template, else a completion.
 
     Args:
-        instruction: what is asked.
-        input: what it is asked about; may be empty.
-        output: what is learnt.
+        instruction: the question or the request.
+        input: the text that the instruction is about; may be empty.
+        output: the answer, which is learnt.
         where: the record's position in its source, for messages.
-        system: a text that stands in front of everything.
+        system: a text before everything else.
         history: earlier pairs of instruction and answer; they are a part of the prompt.
     """
 
@@ -110,7 +110,7 @@ class Instruction:
         return self.as_completion().plain
 
     def as_chat(self) -> Chat:
-        """The input follows the instruction after a blank line; the output is the assistant's turn."""
+        """A conversation: the user's turn is instruction, blank line and input; the output is the assistant's turn."""
         asked = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
         turns = [{"role": "system", "content": self.system}] if self.system else []
         for question, answer in (*self.history, (asked, self.output)):
@@ -118,7 +118,7 @@ class Instruction:
         return Chat(tuple(turns), first=len(turns) - 1 if self.history else 0, where=self.where)
 
     def as_completion(self) -> Completion:
-        """With plain headings."""
+        """A completion whose prompt has plain headings."""
         given = f"### Input:\n{self.input}\n\n" if self.input else ""
         earlier = "".join(f"### Instruction:\n{q}\n\n### Response:\n{a}\n\n" for q, a in self.history)
         prompt = f"{earlier}### Instruction:\n{self.instruction}\n\n{given}### Response:\n"
@@ -144,7 +144,7 @@ class Chat:
     muted: frozenset[int] = frozenset()
 
     def last_alone(self) -> Chat:
-        """The same with loss on the assistant's last turn alone."""
+        """The same conversation with loss on the assistant's last turn alone."""
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=0)
         return replace(self, first=max(self.first, last))
 
@@ -165,11 +165,11 @@ def has_known_format(keys: Collection[str]) -> bool:
 
 
 def as_document(content: Any, where: str = "", tally: Tally | None = None) -> Document:
-    """A record as a document. A string is plain text; dictionaries are told apart by their keys.
+    """Turns a record into a document. A string is plain text; the keys of a dictionary decide its format.
 
-    Keys without a value (None, NaN) are as if absent. Where the keys of several formats are there, the one that says
-    more wins: conversations before prompts, prompts before plain text; the keys of the other formats are counted. Keys
-    that no format has are ignored.
+    Keys without a value (None, NaN) are ignored. If a record has the keys of several formats, conversations come before
+    prompts, and prompts before plain text; the keys of the other formats are counted as unused. Keys that no format has
+    are ignored.
 
     Args:
         content: a string or a dictionary.
@@ -177,7 +177,7 @@ def as_document(content: Any, where: str = "", tally: Tally | None = None) -> Do
         tally: counts the known keys that the document has no use for.
 
     Raises:
-        ValueError: if the record is malformed, with the reason.
+        ValueError: if the record is malformed; the message gives the reason.
     """
     if isinstance(content, str):
         return Text(check_string(content, "the text"))
@@ -197,10 +197,10 @@ def as_document(content: Any, where: str = "", tally: Tally | None = None) -> Do
 
 
 def check_answer(document: Document) -> None:
-    """Finds an answer that is empty: an empty text, an empty cell of a table and a null are the same fault.
+    """Checks that the answer is not empty; an empty text, an empty cell of a table and a null are the same fault.
 
     Raises:
-        ValueError: if a prompt or an instruction has no answer. Only an end token would be learnt.
+        ValueError: if a prompt or an instruction has no answer, since only an end token would be learnt.
     """
     answer = document.completion if isinstance(document, Completion) else getattr(document, "output", "-")
     if not answer.strip():
@@ -208,7 +208,7 @@ def check_answer(document: Document) -> None:
 
 
 def _by_keys(record: dict[str, Any], where: str) -> tuple[Document | None, set[str]]:
-    """The document that a record is, and the keys that it was made of."""
+    """The document that a record describes, and the keys that it was made from."""
     for key in ("messages", "conversations"):
         if key in record:
             chat, has_system = _chat(record, key, where)
@@ -259,7 +259,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _chat(record: dict[str, Any], key: str, where: str) -> tuple[Chat, bool]:
-    """A conversation, and whether the record's system text is in it."""
+    """A conversation, and True if the record's system text is in it."""
     messages = conversation(record[key], key)
     system = _system(record)
     if system and messages[0]["role"] not in ("system", "developer"):
@@ -275,7 +275,7 @@ def _completion(record: dict[str, Any], key: str, where: str) -> Document:
     system = _system(record)
     if not _is_list(prompt) and not _is_list(completion):
         return Completion(check_string(prompt, "'prompt'"), check_string(completion, repr(key)), system, where)
-    # A string next to a list of messages is what the user says, or the assistant.
+    # If one of the two is a list of messages and the other a string, the string is the user's or assistant's message.
     asked, answered = _turns(prompt, "prompt", "user"), _turns(completion, key, "assistant")
     _check_assistant(answered, key)
     if system and asked[0]["role"] not in ("system", "developer"):
@@ -305,7 +305,7 @@ def _check_assistant(messages: list[dict[str, Any]], key: str) -> None:
 def _tools(record: dict[str, Any]) -> tuple[Any, ...] | None:
     tools = record.get("tools")
     if isinstance(tools, str):
-        # Tables have one type a column: many data sets keep schemas as JSON.
+        # A column of a table has one type only, so many data sets keep schemas as JSON text.
         tools = parse_list(tools, "'tools'") if tools.strip() else None
     if tools is None or (hasattr(tools, "__len__") and len(tools) == 0):
         return None

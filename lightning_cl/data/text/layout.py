@@ -1,4 +1,4 @@
-"""Names of somebody's columns: which of them is the prompt, which the answer, and under which key the records are."""
+"""Names in a user's data: finds the columns for prompt, answer and so on, and the key that the records are under."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Layout:
     """Layout of a task's records in their files.
 
     Args:
-        columns: for a name of our formats the name in the data, as ``{"prompt": "Question", "completion": "Answer"}``.
-        field: the key under which a ``.json`` file has its list of records; dots for keys in keys.
+        columns: known name to name in the data, as ``{"prompt": "Question", "completion": "Answer"}``.
+        field: the key under which a ``.json`` file has its list of records; dots separate nested keys.
 
     Raises:
         ValueError: if `columns` has a name that no format knows.
@@ -35,9 +35,9 @@ class Layout:
         return cls(tuple((columns or {}).items()), field)
 
     def meanings(self, names: Collection[Any]) -> dict[Any, str]:
-        """For each name in the data what it means; the ones that mean nothing are left out.
+        """The known name for each name in the data; names without a meaning are left out.
 
-        A name that is written in another case means the same, if no other has it.
+        Upper and lower case make no difference, unless another name has the exact spelling.
         """
         found = {given: meaning for meaning, given in self.columns if given in names}
         taken = set(found.values())
@@ -50,21 +50,21 @@ class Layout:
         return found
 
     def named(self, record: dict[Any, Any]) -> dict[Any, Any]:
-        """A record with our names; what means nothing keeps its own."""
+        """A record with the known names; keys without a meaning keep their own."""
         if not self.columns and all(name in COLUMNS or str(name).lower() not in COLUMNS for name in record):
             return record
         meanings = self.meanings(record)
-        # An own column of the same name as one that is given by hand is not what was asked for.
+        # If `columns` names another column for a meaning, a column that has the known name itself is left out.
         asked = {meaning for meaning, given in self.columns if given in record}
         return {
             meanings.get(name, name): value for name, value in record.items() if name in meanings or name not in asked
         }
 
     def check(self, names: Collection[Any], where: str, what: str = "columns") -> None:
-        """Finds columns that are not there, or that say nothing.
+        """Checks that the given columns exist, and that the columns make a known format.
 
         Raises:
-            ValueError: with the names that there are, and those that would be right.
+            ValueError: if not; the message gives the existing names, and those that would be right.
         """
         missing = [given for _, given in self.columns if given not in names]
         if missing:
@@ -76,7 +76,7 @@ class Layout:
             )
 
     def renamed(self, source: Any) -> Any:
-        """A ``datasets`` table with our names; anything else as it is, to be renamed record by record."""
+        """A ``datasets`` table with the known names; other sources unchanged, since their records are renamed later."""
         if not hasattr(source, "rename_columns") or isinstance(source, (str, list, tuple)):
             return source
         names = source.column_names

@@ -1,4 +1,4 @@
-"""Messages of a conversation: checked, and in the one shape that chat templates take."""
+"""Messages of a conversation: checks them, and gives them the one form that chat templates take."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SPEAKERS = {
 
 
 def check_string(value: Any, name: str) -> str:
-    """`value`, if it is text.
+    """Returns `value` if it is text.
 
     Raises:
-        ValueError: if it is something else, or half a surrogate pair (JSON can hold one, UTF-8 and tokenizers cannot).
+        ValueError: if it is something else, or has half a surrogate pair (valid in JSON, but not for tokenizers).
     """
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a string, got a {type(value).__name__}")
@@ -38,7 +38,7 @@ def check_string(value: Any, name: str) -> str:
 
 
 def check_texts(value: Any, name: str) -> Any:
-    """`value`, if all strings in it are text, however deep in lists and dictionaries.
+    """Returns `value` if all strings in it are text, however deep in lists and dictionaries.
 
     Raises:
         ValueError: if one has half a surrogate pair.
@@ -67,11 +67,11 @@ def conversation(messages: Any, key: str) -> list[dict[str, Any]]:
     """Messages as ``apply_chat_template`` takes them, from ``{role, content}`` or ShareGPT's ``{from, value}``.
 
     Args:
-        messages: a list of messages, or one written as JSON (in a table).
-        key: where they were found, for messages.
+        messages: a list of messages, or such a list as JSON text, as in a table.
+        key: the field that they come from, for error messages.
 
     Raises:
-        ValueError: if they are malformed, with the reason.
+        ValueError: if they are malformed; the message gives the reason.
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = parse_list(messages, key)
@@ -96,7 +96,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     message = unified_call(message)
     if "tool_calls" in message:
         calls = _calls(message.pop("tool_calls"), f"{name}['tool_calls']")
-        message |= {"tool_calls": calls} if calls else {}  # an empty list is a call to some templates
+        message |= {"tool_calls": calls} if calls else {}  # some templates treat an empty list as a call
     role = message.get("role")
     if role is None:
         raise ValueError(f"{name} has no 'role'; its keys are {sorted(map(str, message))}")
@@ -124,7 +124,7 @@ def _shared(message: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _lists(value: Any) -> Any:
-    """Lists in place of arrays, however deep: pandas reads lists as arrays."""
+    """Turns arrays into lists, however deep, since pandas reads lists as arrays."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
@@ -132,10 +132,10 @@ def _lists(value: Any) -> Any:
 
 
 def _calls(calls: Any, name: str) -> list[Any]:
-    """Calls of tools, also where a table has them as JSON.
+    """Returns the calls of tools as a list, also if a table has them as JSON.
 
     Raises:
-        ValueError: if one of them has no name. A template would write nothing, or something else.
+        ValueError: if one of them has no name, since a template could not write it.
     """
     if isinstance(calls, str):
         calls = parse_list(calls, name) if calls.strip() else []
@@ -154,7 +154,7 @@ def without_switches(messages: list[dict[str, Any]], key: str) -> tuple[list[dic
 
     Args:
         messages: as :func:`conversation` gives them.
-        key: their field, for messages.
+        key: their field, for error messages.
 
     Returns:
         The messages without switches, and the indices of the assistant's turns that bear no loss.
@@ -181,7 +181,7 @@ def without_switches(messages: list[dict[str, Any]], key: str) -> tuple[list[dic
 def _content(content: Any, name: str) -> str:
     if not isinstance(content, (list, tuple)):
         return check_string(content, f"{name}['content']")
-    # Parts, as for models that also see: text parts together are the text, and other parts cannot be learnt here.
+    # Data for models with images has the content in parts. Text parts are joined; other parts cannot be learnt here.
     for part in content:
         if not (isinstance(part, dict) and part.get("type") == "text"):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -190,11 +190,11 @@ def _content(content: Any, name: str) -> str:
 
 
 def parse_list(text: str, key: str) -> Any:
-    """A list in a field of a table that has strings only: as JSON, or as Python writes it.
+    """Reads a list from text in a table's field, which is JSON or Python code.
 
     Args:
-        text: the field.
-        key: its column, for messages.
+        text: the field's text.
+        key: its column, for error messages.
 
     Raises:
         ValueError: if it is neither.
@@ -203,9 +203,9 @@ def parse_list(text: str, key: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         try:
-            return ast.literal_eval(text)  # what pandas writes into a CSV file
+            return ast.literal_eval(text)  # pandas writes Python code into a CSV file
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            # numpy writes lists without commas: Dataset.to_csv does so.
+            # Dataset.to_csv writes lists as numpy does, without commas.
             array = "}\n" in text or "} {" in text
             hint = (
                 "; there is no comma between its items, as where datasets' Dataset.to_csv wrote it: write the data by"

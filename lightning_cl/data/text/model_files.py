@@ -1,4 +1,4 @@
-"""Files of pretrained models: which of them is damaged, and checksums for folders that this package writes itself."""
+"""Files of pretrained models: finds damaged files, and writes checksums for folders that this package makes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _CHUNK = 1 << 22  # bytes that are read at once
 
 
 def find_damaged_file(source: str, error: Exception) -> str | None:
-    """Finds the file because of which a model or tokenizer could not be read.
+    """Finds the damaged file that made the reading of a model or tokenizer fail.
 
     Args:
-        source: a folder or a ``.gguf`` file; a name on the hub has no files to look at.
-        error: what its reader said.
+        source: a folder or a ``.gguf`` file; a name on the hub has no files to check.
+        error: the error that was raised when it was read.
 
     Returns:
-        the file and what is wrong with it, in words; None if each of them can be read.
+        the file and its fault, in words; None if no file is damaged.
     """
     path = Path(source)
     if source.endswith(".gguf"):
@@ -48,7 +48,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes size and CRC-32 of every file of a folder into it."""
+    """Writes a file with the size and CRC-32 of every file of a folder into that folder."""
     sums = {file.name: [file.stat().st_size, _crc(file)] for file in sorted(folder.iterdir()) if file.is_file()}
     (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
@@ -57,7 +57,7 @@ def damaged_in(folder: Path) -> str | None:
     """Compares the files of a folder with what :func:`write_checksums` wrote.
 
     Returns:
-        the first file that is not as it was, in words; None if all are.
+        the first file that is missing or changed, in words; None if all are unchanged.
     """
     path = folder / _CHECKSUMS
     if not path.is_file():

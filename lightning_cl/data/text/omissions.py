@@ -1,4 +1,4 @@
-"""The parts of a conversation that a chat template leaves out, found by rendering it with and without."""
+"""The parts of a conversation that a chat template leaves out, found by rendering it with and without them."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _FIELDS = {
     "thinking": "reasoning (thinking)",
 }
 _SILENT = {"role", "content", "tool_calls", "tool_call_id", "id"}
-"""Fields that no template has to show: they say which call an answer belongs to."""
+"""Fields that need not be in the text: a template may leave ids out, and content and calls are checked apart."""
 
 Render = Callable[[Chat], str | None]
 
 
 class LeftOutError(ValueError):
-    """A chat template leaves out what a conversation is there to teach."""
+    """A chat template leaves out the part of a conversation that is to be learnt."""
 
 
 def check_left_out(chat: Chat, text: str, render: Render) -> set[str]:
-    """Names what the template leaves out of a conversation.
+    """Names the parts of a conversation that the template leaves out.
 
     Args:
         chat: the conversation.
-        text: the whole of it, rendered.
-        render: renders a changed conversation; None where the template refuses it.
+        text: the whole conversation, rendered.
+        render: renders a changed conversation; returns None if the template refuses it.
 
     Raises:
-        LeftOutError: if that is all that the assistant says, or a call of a tool: the turn would be learnt without it.
+        LeftOutError: if all that the assistant says is left out, or a tool call or answer in a turn that is learnt.
     """
     found = list(omissions(chat, text, render))
     silent = {turn for turn, what in found if what == ANSWERS}
     spoken = {i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and (m.get("content") or "").strip()}
     if spoken and spoken <= silent:
-        # Templates for content in parts (of models that also see) leave strings out.
+        # Some templates of models with images write content in parts only, and leave strings out.
         raise LeftOutError("nothing of what the assistant says is in the text that the chat template writes")
     for turn, what in found:
         if what in (CALLS, ANSWERS) and turn is not None and turn >= chat.first and turn not in chat.muted:
@@ -61,16 +61,16 @@ def check_left_out(chat: Chat, text: str, render: Render) -> set[str]:
 
 
 def omissions(chat: Chat, text: str, render: Render) -> Iterator[tuple[int | None, str]]:
-    """Finds what a conversation has and its rendered text has not.
+    """Finds the parts of a conversation that are missing in its rendered text.
 
     Args:
         chat: the conversation.
-        text: the whole of it, rendered.
-        render: renders a changed conversation; None where the template refuses it. It is called only for what does not
-            stand in the text as it is.
+        text: the whole conversation, rendered.
+        render: renders a changed conversation; returns None if the template refuses it. It is not called for a content
+            that is in the text literally.
 
     Yields:
-        the index of a message (None for the conversation's tools), and what of it was left out.
+        the index of a message (None for the conversation's tools), and the name of the missing part.
     """
 
     def is_the_same(changed: Chat) -> bool:
@@ -85,7 +85,7 @@ def omissions(chat: Chat, text: str, render: Render) -> Iterator[tuple[int | Non
         content = message.get("content")
         if isinstance(content, str) and content.strip():
             shown = content.rpartition("</think>")[2] if message["role"] == "assistant" else content
-            # A template may write it in another way; then the text changes with it.
+            # A template may write the content in another form. Then a changed content changes the text.
             marked = with_message(index, message | {"content": content + "MARKER"})
             if shown.strip() and shown.strip() not in text and is_the_same(marked):
                 yield index, _TEXTS.get(message["role"], f"texts of {message['role']}")
@@ -109,7 +109,7 @@ def _calls(
     calls: Sequence[Any] = message.get("tool_calls") or ()
     for number, call in enumerate(calls):
         others = [*calls[:number], *calls[number + 1 :]]
-        # Without `tool_calls` at all, where none is left: an empty list can be an error in a template.
+        # If no call is left, the key is removed, since an empty list can be an error in a template.
         without = {key: value for key, value in message.items() if key != "tool_calls"}
         if is_the_same(with_message(index, without | ({"tool_calls": others} if others else {}))):
             yield index, CALLS

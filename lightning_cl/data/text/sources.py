@@ -1,4 +1,4 @@
-"""Sources: what a task's data is, where its splits are, and whether it changed."""
+"""Sources of a task's data: finds their kind and their splits, and computes a hash that shows changes."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Location:
         kind: ``sample``, ``file``, ``splits`` (a folder with a file for each split), ``records`` (several files of
             records), ``documents`` (one document a file), ``hub``, ``nothing`` (a folder or glob without anything
             usable) or ``missing``.
-        base: what the names of `files` are relative to.
-        files: in order.
-        splits: sources by role, of a folder of splits.
-        beside: files that may hold records and are not read as such, since the others are of another kind.
+        base: the folder that the names of `files` are relative to.
+        files: the files to read, in order.
+        splits: sources by role, for a folder of splits.
+        other_records: files that may have records but are not read as records, since other files decide the kind.
         unread: files of data that are not read at all.
     """
 
@@ -54,12 +54,12 @@ class Location:
     base: Path = Path()
     files: tuple[Path, ...] = ()
     splits: tuple[tuple[str, str], ...] = ()
-    beside: tuple[Path, ...] = ()
+    other_records: tuple[Path, ...] = ()
     unread: tuple[Path, ...] = ()
 
 
 def locate(source: str | Path) -> Location:
-    """Finds what a path or a name stands for; looks at names only, and not on the hub.
+    """Finds the meaning of a path or a name; looks at names of files only, and not on the hub.
 
     Raises:
         ValueError: if a folder has two files for one split.
@@ -76,7 +76,7 @@ def locate(source: str | Path) -> Location:
         records = tuple(file for file in files if is_record_file(file))
         if len(records) == len(files):
             return Location("records" if files else "nothing", base, records)
-        return Location("documents", base, tuple(files), beside=records)
+        return Location("documents", base, tuple(files), other_records=records)
     known = suffix_of(path) in DOCUMENT_SUFFIXES.union(SUFFIXES)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not known:
         return Location("hub")
@@ -96,13 +96,13 @@ def _kind_of_folder(path: Path) -> Location:
     of_splits = {file for source in splits.values() for file in _files_of(source)}
     own = [file for file in documents if not _is_side_file(file) and file not in of_splits]
     if "train" in splits or (splits and not own):
-        beside = [file for file in records if not _is_side_file(file) and file not in of_splits]
-        return Location("splits", path, splits=tuple(splits.items()), beside=tuple(beside))
+        others = [file for file in records if not _is_side_file(file) and file not in of_splits]
+        return Location("splits", path, splits=tuple(splits.items()), other_records=tuple(others))
     direct = [file for file in records if file.parent == path]
     if own or (documents and not direct):
-        return Location("documents", path, tuple(documents), beside=tuple(records))
+        return Location("documents", path, tuple(documents), other_records=tuple(records))
     below = [file for file in records if file.parent != path]
-    return Location("records" if direct else "nothing", path, tuple(direct), beside=tuple(below))
+    return Location("records" if direct else "nothing", path, tuple(direct), other_records=tuple(below))
 
 
 def _files_of(source: str) -> list[Path]:
@@ -117,7 +117,7 @@ def load_hub(name: str) -> Any:
     """A data set of the hub, by ``owner/name`` or ``owner/name:config``, with all of its splits.
 
     Raises:
-        FileNotFoundError: if it cannot be loaded; the message says where it was looked for.
+        FileNotFoundError: if it cannot be loaded; the message names the folder that was searched.
     """
     import datasets
 
@@ -133,7 +133,7 @@ def load_hub(name: str) -> Any:
 
 
 def splits_of(source: Any) -> dict[str, Any] | None:
-    """A source with splits as ``{role: source}``; None if it has none. A hub name is loaded."""
+    """The splits of a source as ``{role: source}``; None if it has no splits. A hub name is loaded."""
     if isinstance(source, (str, Path)):
         location = locate(source)
         if location.kind == "splits":
@@ -151,11 +151,11 @@ def resolve_splits(source: Any) -> dict[str, Any]:
     and test data too; anything else is the training data alone.
 
     Returns:
-        ``{"train", "val", "test"}``; None where there is nothing.
+        ``{"train", "val", "test"}``; a value is None if there is no data for the role.
 
     Raises:
         FileNotFoundError: if a name is not on the hub.
-        ValueError: if there are splits, and none to train on.
+        ValueError: if there are splits, but none to train on.
     """
     splits = splits_of(source)
     if splits is not None and "train" not in splits:
@@ -165,13 +165,13 @@ def resolve_splits(source: Any) -> dict[str, Any]:
 
 
 def is_dataset_dict(source: Any) -> bool:
-    """Returns True if it is a ``datasets.DatasetDict`` (asked without importing ``datasets``)."""
+    """Returns True for a ``datasets.DatasetDict``, without importing ``datasets``."""
     # A plain dictionary of tables may be the arguments of a Task.
     return isinstance(source, dict) and hasattr(source, "column_names") and bool(source)
 
 
 def is_table(source: Any) -> bool:
-    """True if it is a ``datasets.Dataset``, an ``IterableDataset``, or the like, with columns of a known format."""
+    """Returns True for a ``datasets.Dataset``, ``IterableDataset`` or similar table with columns of a known format."""
     if isinstance(source, dict) or not hasattr(source, "column_names") or not hasattr(source, "__iter__"):
         return False
     # A stream may learn its columns only from its first record.
@@ -179,22 +179,22 @@ def is_table(source: Any) -> bool:
 
 
 def is_stream(source: Any) -> bool:
-    """Returns True if a source is a table without a length: read as it comes, perhaps endless, perhaps only once."""
+    """Returns True for a table without a length; it may be endless, or readable only once."""
     return is_table(source) and not hasattr(source, "__len__")
 
 
 def content_key(source: Any, path_header: bool = False, role: str = "train") -> str | None:
-    """A hash of what a source holds, so that what was computed from it can be kept.
+    """A hash of a source's content, as a key for results that are computed from it.
 
-    Files count with their bytes and relative names, lists as JSON, a ``datasets.Dataset`` with its own fingerprint.
+    It includes the bytes and relative names of files, the JSON text of lists, and a ``datasets.Dataset``'s fingerprint.
 
     Args:
         source: as for :func:`~lightning_cl.data.text.records.read_documents`.
-        path_header: the same.
-        role: which split counts, where `source` has several.
+        path_header: as there.
+        role: the split to hash, if `source` has several.
 
     Returns:
-        a sha256 in hexadecimal digits; None where nobody can say: streams, and lists that are not JSON.
+        a sha256 in hexadecimal digits; None for streams, and for lists that JSON cannot write.
     """
     splits = splits_of(source)
     if splits is not None:
@@ -203,7 +203,7 @@ def content_key(source: Any, path_header: bool = False, role: str = "train") -> 
     for part in _content(source, path_header):
         if part is None:
             return None
-        # With its length in front: no two lists of parts give the same bytes.
+        # The length in front makes the bytes of different lists of parts different.
         digest.update(f"{len(part)}:".encode())
         digest.update(part)
     return digest.hexdigest()
@@ -240,9 +240,9 @@ def documents_of(location: Location, path_header: bool) -> Iterator[tuple[Path, 
     """The documents of a location of kind ``documents``: path, header and text; binary files are left out.
 
     Args:
-        location: where.
-        path_header: the header is ``# file: <path>``, relative to the folder or to the fixed part of the glob; else
-            there is none.
+        location: the folder or glob.
+        path_header: True: the header is ``# file: <path>``, relative to the folder or to the fixed part of the glob.
+            False: the header is empty.
     """
     for file in location.files:
         text = source_text(file)
@@ -254,8 +254,8 @@ def as_tasks(tasks: Any) -> list[Task]:
     """A list of tasks from ``{name: data}``, ``{name: {arguments of Task}}``, or a list of tasks.
 
     Raises:
-        ValueError: if there are none, two of one name, or none to train on.
-        TypeError: if it is something else, or an argument of a task has an unknown name.
+        ValueError: if there is no task, no task to train on, or two tasks have the same name.
+        TypeError: if `tasks` is something else, or an argument of a task has an unknown name.
     """
     if isinstance(tasks, dict):
         listed = [_as_task(name, data) for name, data in tasks.items()]
@@ -297,23 +297,25 @@ def _as_task(name: str | None, data: Any) -> Task:
 
 
 def _is_source(item: Any) -> bool:
-    """Tells if something is a data set of its own, and no record of one."""
+    """Tells if an item of a tuple is a data set, and not a record."""
     if isinstance(item, (str, Path)):
         return locate(item).kind != "missing" and len(str(item)) < 1000
     return not isinstance(item, (dict, int, float)) and (hasattr(item, "__len__") or hasattr(item, "__iter__"))
 
 
 def is_data(source: Any) -> bool:
-    """Returns True if a task's data, where it is no text, gives samples or batches."""
+    """Returns True if a task's data, if it is not text, gives samples or batches."""
     if isinstance(source, (list, tuple)):
         return bool(source) and not isinstance(source[0], (int, float))
-    if isinstance(source, (str, Path, dict, set)) or hasattr(source, "iloc"):  # pandas: rows are not its items
+    if isinstance(source, (str, Path, dict, set)) or hasattr(
+        source, "iloc"
+    ):  # items of a pandas table are not its rows
         return False
     return isinstance(source, L.LightningDataModule) or hasattr(source, "__iter__") or hasattr(source, "__getitem__")
 
 
 def describe_source(source: Any) -> str:
-    """Describes what somebody gave as data, for messages."""
+    """Describes what a user gave as data, for messages."""
     if isinstance(source, (list, tuple)) and not source:
         return "an empty list"
     if hasattr(source, "iloc"):

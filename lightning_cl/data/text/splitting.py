@@ -20,13 +20,13 @@ AnyDocument = TypeVar("AnyDocument", bound="Document | str")
 def split_documents(
     documents: Sequence[AnyDocument], fraction: float, seed: int
 ) -> tuple[list[AnyDocument], list[AnyDocument]]:
-    """Holds out whole documents with about `fraction` of all characters; a single text gives its end.
+    """Holds out whole documents with about `fraction` of all characters; of a single text, its end is held out.
 
-    A document that is longer than a hundred of the usual (median) length counts as a hundred: else one book among short
-    notes would have all of the notes held out.
+    To compute `fraction` of all characters, a document counts as at most a hundred times the median length. Otherwise
+    one book among short notes would have all of the notes held out.
 
-    The choice depends on seed and texts alone. Copies of a document stay on one side, since what is measured on a text
-    that is trained on is memory: documents that say the same (:func:`said`).
+    The choice depends on seed and texts alone. Copies of a document, as :func:`said` finds them, are all trained on or
+    all held out. A loss on a text that was also trained on would not measure generalisation.
 
     Args:
         documents: plain strings, or documents of any format.
@@ -34,7 +34,7 @@ def split_documents(
         seed: seed of the choice.
 
     Returns:
-        the documents to train on, and those held out (none, if there is only one and it is no plain text).
+        the documents to train on, and those held out (none if there is only one and it is not plain text).
     """
     groups: dict[str, list[int]] = {}
     for i, document in enumerate(documents):
@@ -68,11 +68,11 @@ def split_documents(
 
 
 def said(document: Document | str) -> str:
-    """Returns the words of a document, whatever its form: the same for all copies of it.
+    """Returns the words of a document, which are the same for all its copies in any form.
 
-    It is without the path in front, and without white space at the ends. Instructions, completions and conversations
-    are who said what in turn: also how many turns are only a prompt, schemas of tools and other keys of a message are
-    left out.
+    They are without the path in front and without white space at the ends. For instructions, completions and
+    conversations, they are the roles and contents of the turns. Other keys of a message, schemas of tools, and the
+    number of turns that are only a prompt are left out.
     """
     if isinstance(document, (str, Text)):
         return (document if isinstance(document, str) else document.text).strip()
@@ -82,15 +82,15 @@ def said(document: Document | str) -> str:
 
 def _turn(message: dict[str, Any]) -> list[Any]:
     turn = [message["role"], message.get("content", "").strip()]
-    # A call's own name for itself differs from copy to copy.
-    with suppress(ValueError):  # arguments that are no JSON are found when they are tokenised
+    # The id of a call is left out, since it differs from copy to copy.
+    with suppress(ValueError):  # invalid JSON in arguments raises an error when they are tokenised
         message = with_objects([message])[0]
     calls = calls_of(message)
     return [*turn, calls] if calls else turn
 
 
 def _split_one(documents: Sequence[AnyDocument], fraction: float) -> tuple[list[AnyDocument], list[AnyDocument]]:
-    """The front of the only text (as often as it is there), and its end."""
+    """Returns the beginning of the only text, once for each copy, and its end."""
     document = documents[0]
     if not isinstance(document, (str, Text)):
         return list(documents), []

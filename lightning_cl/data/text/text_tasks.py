@@ -1,4 +1,4 @@
-"""Tasks whose data is text: their splits, tokenised once and kept, or as a stream."""
+"""Tasks whose data is text: their splits, tokenised once and kept, or read as a stream."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class TextSettings:
 
     Args:
         max_length: the most tokens in a sample.
-        val_fraction: the share that is held out where there is no validation data.
+        val_fraction: the share that is held out if there is no validation data.
         seed: seed of that choice.
         on_bad_record: ``error`` or ``skip``.
-        path_header: whether a file's document starts with its path.
-        template: whether prompts with completions are written in the tokenizer's chat template.
-        last_turn: whether only the last turn of the assistant bears loss.
+        path_header: True: a file's document starts with its path.
+        template: True: prompts with completions are written in the tokenizer's chat template.
+        last_turn: True: only the last turn of the assistant bears loss.
         layout: names of the data's own columns.
     """
 
@@ -59,12 +59,12 @@ class TokenStream:
     Args:
         source: a table without length.
         task: the task's name, for messages.
-        role: for messages.
+        role: the role of this data, for messages.
         tokenizer: a ``transformers`` tokenizer.
-        settings: how.
+        settings: the settings that decide about the samples.
 
     Attributes:
-        tally: what was left out in the pass that was begun last.
+        tally: counts of what was left out in the latest pass.
     """
 
     def __init__(self, source: Any, task: str, role: str, tokenizer: Any, settings: TextSettings) -> None:
@@ -72,19 +72,19 @@ class TokenStream:
         self._tokenizer, self._settings = tokenizer, settings
         self.tally = Tally(settings.on_bad_record)
         self._warned = False
-        self._told: set[str] = set()  # what is left out of records, once it was said
+        self._told: set[str] = set()  # left-out parts of records that were already warned about
 
     def __str__(self) -> str:
         return f"task {self._task!r}, {self._role}"
 
     def peek(self) -> tuple[dict[str, Any] | None, Tally]:
-        """The first sample of a pass of its own (None: there is none), and what was left out up to there."""
+        """Returns the first sample of a new pass (None if there is none), and counts of what was left out before it."""
         stream = TokenStream(self._source, self._task, self._role, self._tokenizer, self._settings)
         sample = next(stream(0), None)
         return sample, stream.tally
 
     def __call__(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """One pass; the stream is told the epoch, if it shuffles by it."""
+        """Makes one pass over the stream; passes the epoch's number to a stream that has ``set_epoch``."""
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
         tally = self.tally = Tally(self._settings.on_bad_record)
@@ -109,7 +109,7 @@ class TokenStream:
 
 
 def split_sources(task: Task) -> dict[str, Any]:
-    """A task's data by role; what its `train` supplies for validation and test fills the gaps."""
+    """A task's data by role; if `val` or `test` is not given, the splits of `train` supply it."""
     layout = Layout.of(task.columns, task.field)
     sources = {role: layout.renamed(getattr(task, role)) for role in ROLES}
     if not is_text_source(sources["train"]):
@@ -124,15 +124,15 @@ def prepare_texts(task: Task, sources: dict[str, Any], tokenizer: Any, settings:
 
     Args:
         task: the task.
-        sources: of :func:`split_sources`; those that are no text are left out.
+        sources: the result of :func:`split_sources`; sources that are not text are left out.
         tokenizer: a ``transformers`` tokenizer.
-        settings: how.
+        settings: the settings that decide about the samples.
 
     Returns:
-        by role; ``val`` is there, perhaps empty, wherever it was held out of ``train``.
+        the data sets by role. If ``val`` was held out of ``train``, it is among them, perhaps empty.
 
     Raises:
-        ValueError: for a malformed record (file and line), or where there is no token to predict.
+        ValueError: for a malformed record (the message names file and line), or if there is no token to predict.
     """
     texts = {role: source for role, source in sources.items() if is_text_source(source)}
     streams = {role: source for role, source in texts.items() if is_stream(source)}
@@ -165,7 +165,7 @@ def _train_and_held_out(task: Task, source: Any, tokenizer: Any, settings: TextS
 
     def make(role: str) -> TokenDataset:
         documents = part(role)
-        # What was skipped while reading counts once, for the training part.
+        # Records that were skipped during reading count once, for the training part.
         own = tally if role == "train" else Tally(settings.on_bad_record)
         return TokenDataset.from_samples(settings.encoded(documents, tokenizer, own), own)
 
@@ -207,7 +207,9 @@ def _key(source: Any, role: str, tokenizer: Any, settings: TextSettings) -> dict
 def _check(task: Task, role: str, data: TokenDataset, max_length: int, may_be_empty: bool) -> None:
     tally = data.tally
     if len(data) == 0 and not may_be_empty:
-        why = f"; in {tally.too_long} samples it is behind max_length={max_length}: give more" if tally.too_long else ""
+        why = (
+            f"; in {tally.too_long} samples it comes after max_length={max_length}: give more" if tally.too_long else ""
+        )
         raise ValueError(f"task {task.name!r}, {role}: there is no token to predict in it{why}")
     if tally.bad:
         reasons = "".join(f"\n  {reason}" for reason in tally.reasons)
@@ -221,7 +223,7 @@ def left_out(texts: Mapping[str, Any]) -> dict[str, int]:
     """Returns the counts of dropped and cut-off samples and of malformed records, as ``train_dropped`` and so on.
 
     Args:
-        texts: a task's data by role: token data sets, and streams (as far as they were read in their last pass).
+        texts: a task's data by role. Token data sets count fully, streams as far as their latest pass has come.
     """
     counts: dict[str, int] = {}
     for role, data in texts.items():
@@ -236,11 +238,11 @@ def left_out(texts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def warn_left_out(task: str, texts: Mapping[str, Any], max_length: int) -> None:
-    """Says in one warning what of a task's samples was dropped and cut off, and what to do.
+    """Warns of the task's samples that were dropped or cut off, with advice, and of the parts of records not used.
 
     Args:
-        task: its name.
-        texts: its data by role; streams are not read yet.
+        task: the task's name.
+        texts: the task's data by role; streams are skipped, since they are not read yet.
         max_length: the most tokens in a sample.
     """
     whole = {role: data for role, data in texts.items() if isinstance(data, TokenDataset)}
@@ -256,11 +258,11 @@ def warn_left_out(task: str, texts: Mapping[str, Any], max_length: int) -> None:
 
 
 def warn_odd_split(task: str, train: TokenDataset, fraction: float, batch_size: int) -> None:
-    """Says that a validation split left next to nothing to train on, or is far from what was asked for.
+    """Warns if a validation split leaves very little to train on, or differs much from the share asked for.
 
     Args:
-        task: its name.
-        train: what is left to train on.
+        task: the task's name.
+        train: the samples that are left to train on.
         fraction: the share of the records that was asked for.
         batch_size: samples in a batch.
     """
@@ -278,11 +280,11 @@ def warn_odd_split(task: str, train: TokenDataset, fraction: float, batch_size: 
 
 
 def warn_validated_on_training_data(task: str, val: TokenDataset, max_length: int) -> None:
-    """Says that nothing is left of what was held out, and why.
+    """Warns that validation uses the training data since nothing usable was held out, and gives the reason.
 
     Args:
-        task: its name.
-        val: what was held out, empty.
+        task: the task's name.
+        val: the held-out samples; there are none.
         max_length: the most tokens in a sample.
     """
     if val.tally.dropped:

@@ -1,4 +1,4 @@
-"""Tokenised data on disk: tokenising happens once, and again when anything that decides about it has changed."""
+"""Tokenised data on disk. Data is tokenised once, and again after a change of anything that its tokens depend on."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_cl.data.text.record_counts import Tally
 from lightning_cl.files import cache_folder, remove_old, replace_file
 
 FORMAT = 2
-"""Of the files; part of their names, so that old ones are not read by a version that tokenises otherwise."""
+"""Version of the file format. It is part of the key, so a version that tokenises differently ignores old files."""
 
 
 def cached(key: dict[str, Any] | None, make: Callable[[], TokenDataset]) -> TokenDataset:
-    """A tokenised data set from the cache, or made and put there.
+    """Reads a tokenised data set from the cache; if it is not there, makes it and writes it there.
 
-    A file holds ``ids`` (int32), ``loss_mask`` (bool) and ``ends`` (int64) in safetensors' format, which is
-    mapped into memory, and a checksum over all of it; nothing is in a file that was not written to its end.
+    A file has ``ids`` (int32), ``loss_mask`` (bool) and ``ends`` (int64) in safetensors' format, and a checksum over
+    all of it. Its tensors are mapped into RAM. A file that was not written to its end is never read.
 
     Args:
-        key: everything that decides about the result, as JSON can write it: content of the files, tokenizer, template,
-            length, mask rule, split. None: not cached.
-        make: tokenises.
+        key: everything that the result depends on, in a form that JSON can write: content of the files, tokenizer,
+            template, length, mask rule, split. None: nothing is cached.
+        make: a function that tokenises the data.
     """
     if key is None:
         return make()
@@ -51,7 +51,7 @@ def _read(path: Path, key: str) -> TokenDataset | None:
             return None
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
-            if meta.get("key") != key:  # its name is that key's
+            if meta.get("key") != key:  # although its name is made from the key
                 raise ValueError("it says that it is of other data")
             tensors = {name: file.get_tensor(name) for name in ("ids", "loss_mask", "ends")}
         if checksum_of(tensors.items(), key, meta["tally"]) != meta["checksum"]:
@@ -66,7 +66,7 @@ def _write(path: Path, data: TokenDataset, key: str) -> None:
     metadata = {"key": key, "tally": json.dumps(asdict(data.tally))}
     metadata["checksum"] = checksum_of(data.tensors.items(), metadata["key"], metadata["tally"])
     try:
-        remove_old(path.parent, ".*.safetensors")  # of killed writers
+        remove_old(path.parent, ".*.safetensors")  # temporary files of killed processes
         replace_file(path, lambda temporary: save_file(data.tensors, temporary, metadata=metadata))
-    except (OSError, SafetensorError) as error:  # a full disk is the second
+    except (OSError, SafetensorError) as error:  # a full disk raises SafetensorError
         rank_zero_warn(f"{path}: tokenised data cannot be kept there ({error}); it is made anew in each run")

@@ -19,12 +19,12 @@ from lightning_cl.files import cache_folder, replace_file
 class TrainedBPE:
     """A byte-level BPE vocabulary of fixed size, trained once and cached.
 
-    It is trained on the first task alone: nothing about the future is needed, and data that arrives later finds the
-    same vocabulary. Byte level means that any text can be written in it.
+    It is trained on the first task alone, so that it needs no data of later tasks, and does not change when they come.
+    Any text can be written in it, since it has all bytes.
 
     Args:
         vocab_size: number of tokens, ``<|endoftext|>`` included.
-        cache_dir: where trained vocabularies are kept; default ``$LIGHTNING_CL_CACHE`` or ``~/.cache/lightning_cl``.
+        cache_dir: folder for trained vocabularies; default ``$LIGHTNING_CL_CACHE`` or ``~/.cache/lightning_cl``.
 
     Raises:
         ValueError: if the vocabulary is too small for the 256 bytes and the end token.
@@ -39,7 +39,7 @@ class TrainedBPE:
         self.cache_dir = cache_dir
 
     def train(self, texts: Sequence[str]) -> Any:
-        """Trains, or loads from the cache, and returns a ``transformers`` tokenizer."""
+        """Trains the vocabulary or loads it from the cache; returns a ``transformers`` tokenizer."""
         from transformers import PreTrainedTokenizerFast
 
         folder = Path(self.cache_dir) if self.cache_dir else cache_folder()
@@ -75,7 +75,7 @@ def load_tokenizer(name: str) -> Any:
     """A tokenizer from the hub, a folder, a ``.gguf`` file, or ``sample:NAME``.
 
     Raises:
-        ValueError: if there is none under that name, or a file of it is damaged; the message says what was tried.
+        ValueError: if there is no tokenizer of that name, or a file of it is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -85,7 +85,7 @@ def load_tokenizer(name: str) -> Any:
             file = Path(path)
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of any kind, from the reader of a damaged file
+    except Exception as error:  # a damaged file can raise any error
         damaged = None if "pip install" in str(error) else find_damaged_file(path, error)
         if damaged is not None:
             raise ValueError(f"tokenizer={name!r}: {damaged}") from error
@@ -97,7 +97,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def read_template(chat_template: str | Path) -> str:
-    """A chat template: Jinja text, or the path of a file with it.
+    """Returns a chat template that is given as Jinja text, or as the path of a file with it.
 
     Raises:
         ValueError: if it is neither.
@@ -114,7 +114,7 @@ def read_template(chat_template: str | Path) -> str:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does to text: vocabulary, merges, and special tokens."""
+    """A hash of everything that decides a tokenizer's output: vocabulary, merges, and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         settings = json.loads(backend.to_str())
@@ -135,9 +135,9 @@ def plain_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """Tokens that the tokenizer itself puts in front of a text: a model has seen them there, and no others.
+    """Returns the tokens that the tokenizer itself puts before a text, as its model has seen them in training.
 
-    Having a start token is not enough: SmolLM2 names one and never puts it in front of plain text.
+    A tokenizer can have a start token and not use it: SmolLM2's never puts it before plain text.
     """
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
@@ -150,7 +150,7 @@ def end_tokens(tokenizer: Any) -> list[int]:
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The token that a tokenizer pads with; its end token where it has none."""
+    """The token that a tokenizer pads with; its end token if it has no padding token."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

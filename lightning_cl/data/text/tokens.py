@@ -1,4 +1,4 @@
-"""Tokens: how documents become samples."""
+"""The step from documents to samples of tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_cl.data.text.splitting import split_documents as split_documents
 from lightning_cl.data.text.tokenizer import end_tokens, plain_ids, start_tokens
 
 Sample: TypeAlias = tuple[Tensor, Tensor]
-"""Token ids, int32 ``[length]``, and which of them are learnt, bool ``[length]``."""
+"""Token ids, int32 ``[length]``, and for each True if it is learnt, bool ``[length]``."""
 
 _BATCH = 256  # documents that are tokenised together
-_CHARACTERS = 1_000_000  # and about how much text at most
+_CHARACTERS = 1_000_000  # characters after which fewer documents are tokenised together
 
 
 def encode(
@@ -32,25 +32,26 @@ def encode(
     template: bool = False,
     last_turn: bool = False,
 ) -> Iterator[Sample]:
-    """Documents as samples of at most `max_length` tokens, one at a time, in order; reads a few hundred ahead.
+    """Encodes documents as samples of at most `max_length` tokens, in order; reads a few hundred documents ahead.
 
-    Text is cut into blocks, and nothing is lost (:func:`tokenize`). Completions and conversations are one sample each,
-    cut off on the right; those that then have no token to predict are dropped and counted. In a completion the prompt
-    bears no loss, and the end token does (:func:`~lightning_cl.data.text.completions.encode_completions`); in a
-    conversation the assistant's turns do (:func:`~lightning_cl.data.text.chat.encode_chats`). Instructions are
-    conversations where the tokenizer has a chat template, and completions where it has none; prompts with completions
-    are conversations with `template`.
+    Text is cut into blocks, and nothing is lost (:func:`tokenize`). A completion or a conversation is one sample, cut
+    off on the right. If it then has no token to predict, it is dropped and counted.
+
+    In a completion, the completion and the end token bear loss, and the prompt does not
+    (:func:`~lightning_cl.data.text.completions.encode_completions`). In a conversation, the assistant's turns bear loss
+    (:func:`~lightning_cl.data.text.chat.encode_chats`). Instructions become conversations if the tokenizer has a chat
+    template, else completions. Prompts with completions become conversations only with `template`.
 
     Args:
-        documents: may be endless.
+        documents: the documents; there may be endlessly many.
         tokenizer: a ``transformers`` tokenizer.
         max_length: the most tokens in a sample.
-        tally: counts what is dropped and cut off, and says what a conversation that the template refuses does.
+        tally: counts what is dropped and cut off, and decides if a refusal by the chat template is an error.
         template: write prompts with completions in the tokenizer's chat template.
-        last_turn: of a conversation only the assistant's last turn bears loss.
+        last_turn: put loss on the assistant's last turn of a conversation only.
 
     Raises:
-        ValueError: for a conversation without a chat template, or one that the template refuses.
+        ValueError: for a conversation if there is no chat template, or if the template refuses it.
     """
     tally = Tally() if tally is None else tally
     for batch in _batches(documents):
@@ -59,10 +60,10 @@ def encode(
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Documents as blocks of at most `max_length` tokens; no block crosses documents, nothing is cut off.
+    """Cuts documents into blocks of at most `max_length` tokens; a block has tokens of one document, and none is lost.
 
-    Each document gets the start token once, in front, if the tokenizer itself puts one there, and the end token at its
-    end; not a second time where the text brings them, as one that was rendered by a chat template does.
+    Each document begins with the start token if the tokenizer itself puts one there, and it ends with the end token.
+    Neither is added twice: a text that was rendered by a chat template may have them already.
     """
     return [block for blocks in _blocks(texts, tokenizer, max_length) for block in blocks]
 
@@ -81,8 +82,8 @@ def _blocks(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[
 def _cut(ids: list[int], max_length: int) -> list[list[int]]:
     blocks = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
     if len(blocks) > 1 and len(blocks[-1]) == 1:
-        # Nothing would predict a token that is alone: it gets the one before it (which is in both where blocks are of
-        # two tokens).
+        # Nothing would predict a token that is alone, so it gets the token before it. In blocks of two tokens, that
+        # token is then in both.
         tail = ids[-max_length - 1 :]
         blocks[-2:] = [tail[: max(max_length - 1, 2)], tail[-2:]]
     return blocks
@@ -103,7 +104,7 @@ def _batches(documents: Iterable[Document | str]) -> Iterator[list[Document]]:
 
 
 def _shaped(document: Document, tokenizer: Any, tally: Tally, template: bool, last_turn: bool) -> Document:
-    """A text, a completion or a conversation, as the settings and the tokenizer want it."""
+    """Turns a document into a text, a completion or a conversation, by the settings and the tokenizer."""
     if isinstance(document, Instruction):
         document = document.as_chat() if has_template(tokenizer) else document.as_completion()
     elif isinstance(document, Completion):
@@ -116,13 +117,13 @@ def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, ta
     texts: dict[int, str] = {}
     completions: dict[int, Completion] = {}
     chats: dict[int, Chat] = {}
-    for place, document in enumerate(batch):
+    for index, document in enumerate(batch):
         if isinstance(document, Text):
-            texts[place] = document.plain
+            texts[index] = document.plain
         elif isinstance(document, Completion):
-            completions[place] = document
+            completions[index] = document
         elif isinstance(document, Chat):
-            chats[place] = document
+            chats[index] = document
     blocks: dict[int, list[list[int]]] = {}
     whole: dict[int, Tokens | None] = {}
     if texts:
@@ -131,13 +132,13 @@ def _encode_batch(batch: Sequence[Document], tokenizer: Any, max_length: int, ta
         whole.update(zip(completions, encode_completions([*completions.values()], tokenizer), strict=True))
     if chats:
         whole.update(zip(chats, encode_chats([*chats.values()], tokenizer, tally), strict=True))
-    for place in range(len(batch)):
-        for block in blocks.get(place, ()):
+    for index in range(len(batch)):
+        for block in blocks.get(index, ()):
             if len(block) > 1:
                 yield torch.tensor(block, dtype=torch.int32), torch.ones(len(block), dtype=torch.bool)
             else:
                 tally.dropped += 1
-        tokens = whole.get(place)
+        tokens = whole.get(index)
         if tokens is None:
             continue
         ids, mask = tokens.ids[:max_length], tokens.mask[:max_length]

@@ -13,17 +13,17 @@ _TOOLS = ("tool", "function")
 
 
 def without_answers(chat: Chat, turn: int, span: Span, text: str, render: Render, special: Sequence[str]) -> list[Span]:
-    """Takes what tools answered out of the turn that called them (Gemma 4 writes calls and answers as one turn).
+    """Removes the answers of tools from the span of the turn that called them (Gemma 4 writes both as one turn).
 
-    The first character of an answer is found with another answer in its place, and all that belongs to it with the
-    answers left away.
+    Two changed conversations are rendered. One has another text as the answer, and shows the answer's first character.
+    The other is without the answers, and shows everything that the template writes for them.
 
     Args:
         chat: the conversation.
         turn: index of the assistant's message.
-        span: where it stands in `text`, in characters.
-        text: the whole of the conversation, rendered.
-        render: renders a changed conversation; None where the template refuses it.
+        span: the message's start and end in `text`, in characters.
+        text: the whole conversation, rendered.
+        render: renders a changed conversation; returns None if the template refuses it.
         special: tokens that are never cut in the middle.
 
     Returns:
@@ -37,23 +37,23 @@ def without_answers(chat: Chat, turn: int, span: Span, text: str, render: Render
         return [span]
     first, _ = _position(chat, turn + 1, text, render)
     if first > end:
-        return [span]  # a turn of its own, as nearly always
+        return [span]  # the answer is a turn of its own, as in nearly all templates
     alone = render(replace(chat, messages=(*chat.messages[: turn + 1], *chat.messages[after:]))) or ""
     begin = min(first, _common(text, alone))
     for token in special:
         found = text.rfind(token, max(0, begin - len(token) + 1), begin + len(token) - 1)
         begin = found if 0 <= found < begin < found + len(token) else begin
-    behind = len(text) - min(_common(text[::-1], alone[::-1]), max(0, len(alone) - begin))
+    stop = len(text) - min(_common(text[::-1], alone[::-1]), max(0, len(alone) - begin))
     words = (chat.messages[turn].get("content") or "").strip()
-    if words:  # written after the answers, and perhaps in another way without them
+    if words:  # these follow the answers, and a template may write them differently without answers
         _, last = _position(chat, after - 1, text, render)
         said = text.find(words, last, end)
-        behind = behind if said == -1 else min(behind, said)
-    return [(a, b) for a, b in ((start, min(begin, end)), (max(behind, begin), end)) if a < b]
+        stop = stop if said == -1 else min(stop, said)
+    return [(a, b) for a, b in ((start, min(begin, end)), (max(stop, begin), end)) if a < b]
 
 
 def _position(chat: Chat, index: int, text: str, render: Render) -> Span:
-    """The place of a message's content, found with a mark that begins and ends in another way than it."""
+    """Finds start and end of a message's content with a marker whose first and last characters differ from it."""
     content = str(chat.messages[index].get("content")).strip()
     mark = "".join(next(c for c in "MZ" if c != other) for other in (content[:1], content[-1:]))
     marked = (*chat.messages[:index], chat.messages[index] | {"content": mark}, *chat.messages[index + 1 :])
@@ -62,6 +62,6 @@ def _position(chat: Chat, index: int, text: str, render: Render) -> Span:
 
 
 def _common(one: str, other: str) -> int:
-    """The length of what both begin with."""
+    """The length of the common beginning of two texts."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

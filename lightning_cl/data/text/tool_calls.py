@@ -1,4 +1,4 @@
-"""Tool calls of messages: one shape for all exports, and their arguments as a chat template wants them."""
+"""Tool calls of messages: one form for all exports, and arguments in the form that a chat template needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Message = dict[str, Any]
 
 
 def unified_call(message: Message) -> Message:
-    """A message whose single ``function_call``, as older exports have it, is its only tool call."""
+    """Turns a message's ``function_call``, as older exports have it, into a list of one tool call."""
     call = message.get("function_call")
     if not isinstance(call, dict):
         return message
@@ -19,7 +19,7 @@ def unified_call(message: Message) -> Message:
 
 
 def written_calls(text: str) -> list[Message]:
-    """Tool calls that ShareGPT's speaker ``function_call`` writes as JSON: one, or a list; none if it is other text."""
+    """Reads the tool calls that ShareGPT's speaker ``function_call`` writes as JSON; other text gives none."""
     try:
         calls = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -39,15 +39,15 @@ def calls_of(message: Message) -> list[Message]:
 
 
 def has_calls(messages: Sequence[Message]) -> bool:
-    """Tells if a message of them calls a tool."""
+    """Tells if one of the messages calls a tool."""
     return any(message.get("tool_calls") for message in messages)
 
 
 def parsed_arguments(arguments: Any, name: str) -> Any:
-    """Arguments as an object, also where they are given as its JSON text (OpenAI's own export).
+    """Returns the arguments of a call as an object; OpenAI's export has them as JSON text.
 
     Raises:
-        ValueError: for a text that is no JSON.
+        ValueError: for a text that is not valid JSON.
     """
     if not isinstance(arguments, str):
         return arguments
@@ -62,16 +62,16 @@ def parsed_arguments(arguments: Any, name: str) -> Any:
 
 
 def with_objects(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Messages whose calls have their arguments as objects.
+    """Returns messages whose calls have their arguments as objects.
 
     Raises:
-        ValueError: for arguments that are no JSON.
+        ValueError: for arguments that are not valid JSON.
     """
     return tuple(_with_arguments(message, i, parsed_arguments) for i, message in enumerate(messages))
 
 
 def with_json(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Messages whose calls have their arguments as JSON text, written as Jinja's ``tojson`` writes it here."""
+    """Returns messages whose calls have their arguments as JSON text, in the form of ``tojson`` in chat templates."""
     return tuple(
         _with_arguments(message, i, lambda value, name: json.dumps(parsed_arguments(value, name), ensure_ascii=False))
         for i, message in enumerate(messages)
@@ -79,17 +79,17 @@ def with_json(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def prints_python(messages: Sequence[Message], text: str) -> bool:
-    """Tells if a template printed arguments as Python writes a dictionary: it wants them as JSON text.
+    """Tells if a template printed arguments as Python writes a dictionary; then it needs them as JSON text.
 
     Args:
-        messages: with arguments as objects.
-        text: what the template made of them.
+        messages: messages with arguments as objects.
+        text: the messages as the template rendered them.
     """
     return any(str(arguments) in text for arguments in _telling_arguments(messages))
 
 
 def tells(messages: Sequence[Message]) -> bool:
-    """Tells if Python and JSON write an argument of these messages in different ways."""
+    """Tells if Python and JSON write an argument of these messages differently."""
     return any(True for _ in _telling_arguments(messages))
 
 
@@ -97,7 +97,7 @@ def _telling_arguments(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
     for message in messages:
         for call in calls_of(message):
             arguments = call.get("arguments")
-            if isinstance(arguments, dict) and arguments:  # its keys are strings: Python's quotes are others
+            if isinstance(arguments, dict) and arguments:  # its keys are strings, which Python writes with other quotes
                 yield arguments
 
 
