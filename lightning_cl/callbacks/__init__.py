@@ -3,6 +3,7 @@
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
 from lightning_cl.callbacks.architecture.migu import MIGU
+from lightning_cl.callbacks.architecture.orthogonal_lora import OrthogonalLoRA
 from lightning_cl.callbacks.architecture.packnet import PackNet
 from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
@@ -49,6 +50,7 @@ __all__ = [
     "LwF",
     "MemoryCallback",
     "Merge",
+    "OrthogonalLoRA",
     "PackNet",
     "ProgressiveAdapters",
     "PromptSamples",

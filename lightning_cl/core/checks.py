@@ -10,7 +10,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.core.questions import Questions, answers
 from lightning_cl.core.run_state import named as named
+from lightning_cl.data import TaskDataModule
+from lightning_cl.data.batch_source import is_indexed
 from lightning_cl.lightning_internals import starts_processes_of_its_own
+from lightning_cl.random_state import untouched_random_state
 
 FORMAT = 3
 """Format version of the ``lightning_cl`` entry in a checkpoint."""
@@ -19,6 +22,24 @@ FORMAT = 3
 def methods_of(trainer: L.Trainer) -> list[Questions]:
     """Returns the continual-learning callbacks of a Trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, Questions)]  # type: ignore[attr-defined]
+
+
+def check_loaders(data: TaskDataModule, methods: list[Questions]) -> None:
+    """Checks the training loader of every task of a sequence, by itself and with each method.
+
+    Raises:
+        MisconfigurationException: if a loader gives no batch, or a method cannot work with it.
+    """
+    with untouched_random_state():
+        for task in data.trained_tasks:
+            loader = data.train_loader(task)
+            if is_indexed(loader) and len(loader) == 0:
+                raise MisconfigurationException(
+                    f"task {task.name!r}: its training loader gives no batch (is the data empty, or smaller than a"
+                    " batch with drop_last=True?)"
+                )
+            for method in methods:
+                method.check_loader(loader, task.name)
 
 
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from lightning_cl.core.begun_batch import BegunBatch
 from lightning_cl.core.best_weights import load_best
-from lightning_cl.core.checks import FORMAT, check_state, check_trainer, methods_of, named
-from lightning_cl.core.deployment import deployed
+from lightning_cl.core.checks import FORMAT, check_loaders, check_state, check_trainer, methods_of, named
+from lightning_cl.core.deployment import View
 from lightning_cl.core.loops import (
     count_from,
     forget_restart,
@@ -60,7 +60,7 @@ class TaskCoordinator(Callback):
         self.load_best = False
         self.loads = False  # the coming fit of a sequence begins with a checkpoint
         self._structure = Structure()
-        self._view: AbstractContextManager[None] | None = None  # in which the model is asked now
+        self._view = View()
         self._steps_at_fit = 0
         self._seconds_before = 0.0
         self._clock: float | None = None
@@ -115,16 +115,7 @@ class TaskCoordinator(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.run.data is not None and not self._checked:
             self._checked = True
-            with untouched_random_state():
-                for task in self.run.data.trained_tasks:
-                    loader = self.run.data.train_loader(task)
-                    if is_indexed(loader) and len(loader) == 0:
-                        raise MisconfigurationException(
-                            f"task {task.name!r}: its training loader gives no batch (is the data empty, or smaller"
-                            " than a batch with drop_last=True?)"
-                        )
-                    for method in self.methods(trainer):
-                        method.check_loader(loader, task.name)
+            check_loaders(self.run.data, self.methods(trainer))
         if stage == "fit":
             if not self.run.driven:
                 self.run.names, self.at_boundary = [], False
@@ -393,12 +384,12 @@ class TaskCoordinator(Callback):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._remove_handles()
-        self._leave_view()
+        self._view.leave()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove_handles()
-        self._leave_view()
+        self._view.leave()
         self._structure.detach()
 
     # ------------------------------------------------------------------ the model is asked
@@ -406,39 +397,27 @@ class TaskCoordinator(Callback):
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:  # in a fit, the current task is validated as it is trained
-            self._enter_view(trainer, pl_module)
+            self._view.enter(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
+        self._view.leave()
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._enter_view(trainer, pl_module)
+        self._view.enter(trainer, pl_module)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
+        self._view.leave()
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._enter_view(trainer, pl_module)
+        self._view.enter(trainer, pl_module)
 
     @override
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
-
-    def _enter_view(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave_view()
-        data = getattr(trainer, "datamodule", None)
-        task = data.shown.name if isinstance(data, TaskDataModule) and data.shown is not None else None
-        self._view = deployed(trainer, pl_module, task)
-        self._view.__enter__()
-
-    def _leave_view(self) -> None:
-        view, self._view = self._view, None
-        if view is not None:
-            view.__exit__(None, None, None)
+        self._view.leave()
 
     def _remove_handles(self) -> None:
         for handle in self._handles:

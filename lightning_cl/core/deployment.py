@@ -8,6 +8,7 @@ import lightning as L
 
 from lightning_cl.core.checks import methods_of
 from lightning_cl.core.questions import answers
+from lightning_cl.data import TaskDataModule
 
 
 def deployed(trainer: L.Trainer, pl_module: L.LightningModule, task: str | None = None) -> AbstractContextManager[None]:
@@ -22,3 +23,24 @@ def deployed(trainer: L.Trainer, pl_module: L.LightningModule, task: str | None 
     """
     deciding = [method for method in methods_of(trainer) if answers(method, "deployed")]
     return deciding[0].deployed(trainer, pl_module, task) if deciding else nullcontext()
+
+
+class View:
+    """The view in which a Trainer asks a model, from the start of an evaluation or a prediction to its end."""
+
+    def __init__(self) -> None:
+        self._open: AbstractContextManager[None] | None = None
+
+    def enter(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The model is about to be asked about the task whose loaders the data module gives out."""
+        self.leave()
+        data = getattr(trainer, "datamodule", None)
+        task = data.shown.name if isinstance(data, TaskDataModule) and data.shown is not None else None
+        self._open = deployed(trainer, pl_module, task)
+        self._open.__enter__()
+
+    def leave(self) -> None:
+        """The model is not asked any more, or asking it has failed."""
+        view, self._open = self._open, None
+        if view is not None:
+            view.__exit__(None, None, None)

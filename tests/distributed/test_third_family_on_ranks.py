@@ -1,0 +1,33 @@
+"""Merging and architecture on two processes: the ranks agree to the bit, and both are one process up to rounding."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "run_third_family.py"
+
+
+def run(out, ranks, kind):
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = [sys.executable, str(SCRIPT), str(out), str(ranks), kind]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("kind", ["interpolate", "merge", "inputs", "pack", "adapters"])
+def test_two_ranks_are_one_process(tmp_path, kind):
+    (one,), (first, second) = run(tmp_path / "one", 1, kind), run(tmp_path / "two", 2, kind)
+    for what, values in one.items():
+        assert values.keys() == first[what].keys() == second[what].keys()
+        for name, value in values.items():
+            assert torch.equal(first[what][name], second[what][name]), (what, name)
+            torch.testing.assert_close(
+                first[what][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
