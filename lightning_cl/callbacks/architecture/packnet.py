@@ -44,6 +44,8 @@ class PackNet(ContinualCallback):
     be had back. Asked about none of the trained tasks, it answers with all of them, which later tasks do change. So it
     needs to be told the task, and the room is used up: with a quarter, 10 % is left after 8 tasks.
 
+    ``with method.deployed(trainer, module, "chat"): module.save_pretrained(folder)`` saves the model of one task.
+
     Only the entries of `targets` are trained, all else is frozen. The gradients and the optimizer are those of all
     entries; what may not move is put back after each step, since momentum and weight decay move it too. What the
     optimizer knows is kept from phase 1 to phase 2.
