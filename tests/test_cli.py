@@ -152,6 +152,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
     base, config = config_of("--config", QUICKSTART), config_of("--config", QUICKSTART, "--config", path)
     added = {
         "agem": ["AGEM"],
+        "progressive_network": ["ProgressiveNetwork"],
         "progressive_adapters": ["ProgressiveAdapters"],
         "block_expansion": ["BlockExpansion"],
         "der": ["DER"],

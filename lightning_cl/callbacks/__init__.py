@@ -6,6 +6,7 @@ from lightning_cl.callbacks.architecture.migu import MIGU
 from lightning_cl.callbacks.architecture.orthogonal_lora import OrthogonalLoRA
 from lightning_cl.callbacks.architecture.packnet import PackNet
 from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
+from lightning_cl.callbacks.architecture.progressive_network import ProgressiveNetwork
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
@@ -53,6 +54,7 @@ __all__ = [
     "OrthogonalLoRA",
     "PackNet",
     "ProgressiveAdapters",
+    "ProgressiveNetwork",
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",

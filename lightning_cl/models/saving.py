@@ -17,6 +17,7 @@ from lightning_cl.models.adapter_factors import mean_factors
 from lightning_cl.models.adapter_gates import is_gated
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import adapter_of, is_untrained
+from lightning_cl.models.decoder_columns import has_columns
 from lightning_cl.models.loading import load_pretrained, quiet_peft
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -26,8 +27,14 @@ def save_whole(model: Any, folder: str | Path) -> None:
     """All weights, as ``AutoModelForCausalLM.from_pretrained`` loads them.
 
     Raises:
+        ValueError: if the model has columns of a progressive network.
         RuntimeError: if what was written is not what is in memory.
     """
+    if has_columns(model):
+        raise ValueError(
+            "save_pretrained: the model has a column of blocks for each task (ProgressiveNetwork), which no class of"
+            " transformers can load and no merge can bring together; keep the run's checkpoint"
+        )
     model.save_pretrained(folder)
     again = load_pretrained(str(folder), dtype=str(model.dtype).removeprefix("torch."))
     _compare(model.state_dict(), again.state_dict(), folder)

@@ -63,7 +63,7 @@ def test_hard_leaves_no_overlap_after_any_step(tmp_path, batches):
         return [(unit(downs[n]) @ unit(newest[n]).T).abs().max().item() for downs in earlier for n in newest]
 
     steps = EachStep(overlap)
-    module, (method, *_) = run(tmp_path, OrthogonalLoRA(hard=True), more=[steps], **batches)
+    _, (method, *_) = run(tmp_path, OrthogonalLoRA(hard=True), more=[steps], **batches)
     assert max(max(seen, default=0) for seen in steps.seen) <= 1e-6
     assert method.report()["tasks"]["c"]["overlap"] <= 1e-6
 
