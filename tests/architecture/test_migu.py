@@ -132,6 +132,17 @@ def test_extra_passes_and_validation_do_not_count_and_hooks_go(tmp_path):
     assert not any(part._forward_hooks for part in one.modules())
 
 
+class Convolution(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Unflatten(1, (1, 8)), torch.nn.Conv1d(1, 3, 8), torch.nn.Flatten())
+
+
+def test_a_module_in_which_nothing_can_be_masked_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="no linear layer with trainable rows"):
+        fit(tmp_path, [MIGU()], module=Convolution())
+
+
 def test_resumed_anywhere_equals_never_stopped(tmp_path):
     def run(root, ckpt_path=None):
         L.seed_everything(3, verbose=False)

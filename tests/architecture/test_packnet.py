@@ -105,6 +105,13 @@ def test_the_view_of_a_task_is_what_it_ended_with(tmp_path):
         assert all(torch.equal(p, now[n]) for n, p in weights(module).items())
 
 
+def test_layers_can_be_chosen_by_name(tmp_path):
+    method = PackNet(targets=["net.4"])
+    before, module = weights(seeded()), fit(tmp_path, [method], tasks={"a": THREE["a"]})
+    assert [n for n, p in weights(module).items() if not torch.equal(p, before[n])] == ["net.4.weight"]
+    assert list(method.owner) == ["net.4.weight"]
+
+
 def test_one_task_that_owns_everything_is_plain_training_bit_for_bit(tmp_path):
     tasks = {"a": classification(1)}
     plain = fit(tmp_path / "plain", [], module=seeded(optimizer=adamw), tasks=tasks)
@@ -190,7 +197,7 @@ def test_what_does_not_go_together_is_said(tmp_path):
     module = seeded()
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
-    with pytest.raises(MisconfigurationException, match="no linear layer whose weight is trainable"):
+    with pytest.raises(MisconfigurationException, match="no linear layer whose weight trains"):
         fit(tmp_path, [PackNet()], module=module)
 
 

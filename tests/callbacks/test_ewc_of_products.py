@@ -5,13 +5,13 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from adapting import peft_model
+from adapting import base_model, peft_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regularized import Steps, assert_each, assert_same, fit, plain_fit, weights
 from toys import Classifier
 
-from lightning_cl import EWC, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl import EWC, CausalLM, Merge, TaskDataModule, TaskMatrix, fit_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -201,3 +201,34 @@ def test_what_it_cannot_do_is_said_before_training(tmp_path):
         fit(tmp_path, [EWC(1.0, space="product")], module=Adapted(use_dora=True), tasks={"a": Sequences(0)})
     with pytest.raises(MisconfigurationException, match="no LoRA adapter"):
         plain_fit(tmp_path, [EWC(1.0, space="product")], Classifier(), 1)
+
+
+def test_on_a_quantised_base(tmp_path):
+    """No gradient of a 4-bit weight can be asked for: against hooks on the adapted layers, one sequence at a time."""
+    pytest.importorskip("bitsandbytes")
+    base_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    module = CausalLM(tmp_path / "base", lora={"r": 4, "target_modules": TARGETS}, quantization="nf4")
+    method = EWC(1.0, estimator="empirical", normalize=False, space="product")
+    fit(tmp_path, [method, Merge()], module=module, tasks={"a": Sequences(0)}, batch_size=3, max_epochs=1)
+    found, data, seen = layers(module), Sequences(0), {}
+
+    def keep(name):
+        def hook(part, inputs, output):
+            output.retain_grad()
+            seen[name] = (inputs[0], output)
+
+        return hook
+
+    hooks = [part.register_forward_hook(keep(name)) for name, part in found.items()]
+    total, positions = {name: torch.zeros_like(method.products[name]) for name in found}, 0
+    module.eval()
+    for index in range(len(data)):
+        row = data[index]
+        logits, labels = module.lm(input_ids=row["input_ids"][None]).logits[0, :-1], row["labels"][1:]
+        torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="sum").backward()
+        positions += int((labels != -100).sum())
+        for name, (inputs, output) in seen.items():
+            total[name] += (output.grad[0].float().T @ inputs[0].float()) ** 2
+    for hook in hooks:
+        hook.remove()
+    assert_each(method.products, {name: value / positions for name, value in total.items()}, 0.02)

@@ -17,6 +17,7 @@ from toys import Classifier, classification, trainer  # noqa: E402
 
 from lightning_cl import (  # noqa: E402
     EWC,
+    MIGU,
     InfLoRA,
     InputFreeze,
     Interpolate,
@@ -38,6 +39,7 @@ STACKS = {
     "merge": lambda: [Merge("magmax"), WeightAverage(0.9)],
     "inputs": lambda: [InputFreeze(0.8, batches=4)],
     "pack": lambda: [PackNet(0.25)],
+    "rows": lambda: [MIGU(0.5)],
     "adapters": lambda: [TaskAdapters(seed=3)],
     "orthogonal": lambda: [OrthogonalLoRA(seed=3)],
     "inflora": lambda: [InfLoRA(0.8, batches=2, seed=3)],

@@ -21,7 +21,9 @@ def run(out, ranks, kind):
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("kind", ["interpolate", "merge", "inputs", "pack", "adapters", "orthogonal", "inflora"])
+@pytest.mark.parametrize(
+    "kind", ["interpolate", "merge", "inputs", "pack", "rows", "adapters", "orthogonal", "inflora"]
+)
 def test_two_ranks_are_one_process(tmp_path, kind):
     (one,), (first, second) = run(tmp_path / "one", 1, kind), run(tmp_path / "two", 2, kind)
     for what, values in one.items():

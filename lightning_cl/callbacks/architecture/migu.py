@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -66,6 +67,7 @@ class MIGU(ContinualCallback):
         self._counted: Tensor | None = None  # positions of the batch that are no padding
         self._hooks: list[RemovableHandle] = []
         self._parts: dict[str, list[Tensor]] = {}  # for each layer the parameters whose rows are its outputs
+        self._warned = False
         self._norms: dict[str, list[float]] = {}  # for each task the sums of ‖masked part‖² and ‖gradient‖²
 
     @override
@@ -117,6 +119,12 @@ class MIGU(ContinualCallback):
     ) -> None:
         # Before anybody edits: extra passes that make a reference gradient do not count.
         sums, self._sums = self._sums, {}
+        if self.is_active and not sums and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{type(self).__name__}: no linear layer with trainable rows was called in this step, so that nothing"
+                " is masked; a compiled module calls none, and a model without linear layers has none"
+            )
         if sums and trainer.world_size > 1:
             names, sizes = list(sums), [len(value) for value in sums.values()]
             together = trainer.strategy.reduce(torch.cat([sums[name] for name in names]), reduce_op="sum")

@@ -11,10 +11,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_choice, check_positive, check_share
+from lightning_cl.arguments import check_positive, check_share
+from lightning_cl.callbacks.architecture.linear_layers import check_targets, find_linear_layers
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.loops import expected_steps
 from lightning_cl.core.method import ContinualCallback
@@ -43,6 +44,8 @@ class PackNet(ContinualCallback):
     be had back. Asked about none of the trained tasks, it answers with all of them, which later tasks do change. So it
     needs to be told the task, and the room is used up: with a quarter, 10 % is left after 8 tasks.
 
+    ``with method.deployed(trainer, module, "chat"): module.save_pretrained(folder)`` saves the model of one task.
+
     Only the entries of `targets` are trained, all else is frozen. The gradients and the optimizer are those of all
     entries; what may not move is put back after each step, since momentum and weight decay move it too. What the
     optimizer knows is kept from phase 1 to phase 2.
@@ -53,8 +56,9 @@ class PackNet(ContinualCallback):
     Args:
         share: of the free entries of each tensor that a task gets. ``1 / (T − t + 1)`` would give T tasks equal parts.
         retrain: the last part of a task's steps, in which only its own entries are trained; 0 leaves phase 2 out.
-        targets: ``linear``: the weights of linear layers that share them with no embedding. ``all``: every parameter
-            that is trainable, biases, norms and embeddings too.
+        targets: ``linear``: the weights of all linear layers, but for the head of a language model and weights that two
+            layers share. A list: those of the layers with such names, as ``["q_proj", "v_proj"]``. ``all``: every
+            trainable parameter, also biases, norms, embeddings and the factors of an adapter.
 
     Attributes:
         base_weights: parameter name to its value before the first task.
@@ -87,14 +91,14 @@ class PackNet(ContinualCallback):
     )
 
     def __init__(
-        self, share: float = 0.25, retrain: float = 0.33, targets: Literal["linear", "all"] = "linear"
+        self, share: float = 0.25, retrain: float = 0.33, targets: Literal["linear", "all"] | list[str] = "linear"
     ) -> None:
         super().__init__()
         self.share = check_positive("share", share, "a share of the free entries above 0 and at most 1", most=1)
         self.retrain = check_share("retrain", retrain)
         if self.retrain == 1.0:
             raise ValueError("retrain=1.0: expected a share from 0 to below 1, as 0.33; phase 1 needs steps, too")
-        self.targets = check_choice("targets", targets, ("linear", "all"))
+        self.targets = targets if targets == "all" else check_targets(targets)
         self.base_weights: dict[str, Tensor] = {}
         self.owner: dict[str, Tensor] = {}
         self._numbers: dict[str, int] = {}  # of the tasks that have ended
@@ -123,21 +127,17 @@ class PackNet(ContinualCallback):
 
     @override
     def choose_trainable(self, pl_module: L.LightningModule, task: TaskPosition) -> None:
-        trainable = trainable_parameters(pl_module)
         integers = [name for name, p in all_parameters(pl_module).items() if not p.is_floating_point()]
         if integers:
             raise MisconfigurationException(
                 f"{type(self).__name__}: {integers[0]!r} is quantised; entries of 4 or 8 bits cannot be trained. Load"
                 " the model in 16 bits, or give each task an adapter (TaskAdapters)"
             )
-        chosen = trainable if self.targets == "all" else _linear_weights(pl_module, trainable)
-        if not chosen:
-            raise MisconfigurationException(
-                f"{type(self).__name__}(targets={self.targets!r}): {type(pl_module).__name__} has no linear layer whose"
-                " weight is trainable; expected one, or targets='all'"
-            )
-        for name, parameter in trainable.items():
-            parameter.requires_grad_(name in chosen)
+        if self.targets == "all":
+            return
+        chosen = {id(layer.weight) for layer in find_linear_layers(pl_module, self.targets).values()}
+        for parameter in trainable_parameters(pl_module).values():
+            parameter.requires_grad_(id(parameter) in chosen)
 
     # ------------------------------------------------------------------ a task
 
@@ -312,7 +312,7 @@ class PackNet(ContinualCallback):
         return {
             "share": self.share,
             "retrain": self.retrain,
-            "targets": self.targets,
+            "targets": self.targets if isinstance(self.targets, str) else list(self.targets),
             "owned": owned,
             "free": list(self._free),
             "without_phase_2": list(self._early),
@@ -328,15 +328,3 @@ class PackNet(ContinualCallback):
         if need != "learn":
             return None
         return f"a larger {type(self).__name__}(share=…), {self.share:g} now"
-
-
-def _linear_weights(module: nn.Module, trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of linear layers (of GPT-2's, too) that are not those of an embedding."""
-    linear, embedded = set[int](), set[int]()
-    for part in module.modules():
-        weight = getattr(part, "_parameters", {}).get("weight")
-        if isinstance(part, nn.Embedding):
-            embedded.add(id(weight))
-        elif isinstance(part, nn.Linear) or (type(part).__name__ == "Conv1D" and hasattr(part, "nf")):
-            linear.add(id(weight))
-    return {name: p for name, p in trainable.items() if id(p) in linear - embedded}

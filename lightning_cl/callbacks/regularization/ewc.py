@@ -38,10 +38,11 @@ class EWC(FisherImportance):
     a mean over the tokens that bear loss (over samples, if there are no tokens), without further terms. ``sample`` and
     ``exact`` do not use the loss, and assume that the logits go into a softmax.
 
-    With LoRA and ``space="product"`` the penalty is ``strength / 2 · Σ_ij F_ij (s B A − s B* A*)²_ij``, with the Fisher
-    of the whole weight that the adapter changes (:mod:`lightning_cl.functional.product_penalty`). The model depends on
-    the factors through their product alone; a penalty on ``A`` and ``B`` apart also holds back changes that change
-    nothing, and misses that each factor's importance depends on the other. What else is trained is held as always.
+    With LoRA and ``space="product"`` the penalty is ``strength / 2 · Σ_ij F_ij (s B A − s B* A*)²_ij``. Here ``F`` is
+    the Fisher of the whole weight that the adapter changes (:mod:`lightning_cl.functional.product_penalty`). The model
+    depends on the factors through their product alone. A penalty on ``A`` and ``B`` apart also holds back changes that
+    change nothing, and does not know that each factor's importance depends on the other. All other trainable parameters
+    are held as usual.
 
     Memory: 8 bytes per trainable parameter, for any number of tasks in both modes. During the measurement one more fp32
     tensor per parameter, and the logits of a whole batch (``batch_size=1`` helps where they are large). Compute per
@@ -75,12 +76,13 @@ class EWC(FisherImportance):
         state_dtype: type of the importance. ``bfloat16`` halves its memory, with a relative rounding error of 0.4 %.
         state_device: ``model``: importance and anchor are on the device of the parameters. ``cpu``: they are in
             RAM, and each step copies them to the parameters one tensor at a time.
-        space: ``parameters``, or ``product`` for LoRA, with ``mode="online"`` and ``apply="gradient"``. A product takes
-            4 bytes (``bfloat16``: 2) for each entry of the adapted weight, also of a quantised one, and 4 more while it
-            is measured: 28 GB for all linear layers of 8 billion parameters, 5 GB for their queries and values.
+        space: ``parameters``, or ``product`` for LoRA, with ``mode="online"`` and ``apply="gradient"``. The importance
+            of a product takes 4 bytes (``bfloat16``: 2) for each entry of the adapted weight, which may be quantised,
+            and 4 more during the measurement. Those 4 bytes are 28 GB for all linear layers of a Llama with 8 billion
+            parameters, and 2.7 GB for its query and value projections alone.
 
     Attributes:
-        products: for ``product``, the name of each adapted weight to its importance, ``[out, in]``.
+        products: with ``product``, the name of each adapted weight to its importance, ``[out, in]``.
 
     Raises:
         ValueError: if an argument is out of its range.
