@@ -222,6 +222,11 @@ class BlockExpansion(ContinualCallback):
                 f" {self._sizes['new_parameters']:,} parameters ({self._sizes['new_bytes'] / 1e6:,.1f} MB); the model"
                 f" runs {new / base:.0%} more blocks than its base"
             ]
+        if self.blocks_of:
+            sentences.append(
+                f"{type(self).__name__}: the model holds the blocks of {list(self.blocks_of)[-1]};"
+                " use_task(module, name) puts those of another task into it"
+            )
         return {"per_task": self.per_task, **self._sizes, "tasks": list(self.blocks_of), "sentences": sentences}
 
     @override
