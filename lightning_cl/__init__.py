@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         KFACEWC,
         L2SP,
         MAS,
+        MIGU,
         SI,
         BlockExpansion,
         DERpp,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
         KLToBase,
         LwF,
         Merge,
+        OrthogonalLoRA,
+        PackNet,
         ProgressiveAdapters,
         ProgressiveNetwork,
         PromptSamples,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
         TaskAdapters,
         TaskMatrix,
         TaskProgress,
+        WeightAverage,
     )
     from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
@@ -66,9 +70,12 @@ _HOME = {
     "L2SP": "callbacks",
     "LwF": "callbacks",
     "MAS": "callbacks",
+    "MIGU": "callbacks",
     "MeanWhenLearnt": "metrics",
     "Merge": "callbacks",
     "ProgressiveAdapters": "callbacks",
+    "OrthogonalLoRA": "callbacks",
+    "PackNet": "callbacks",
     "ProgressiveNetwork": "callbacks",
     "PromptSamples": "callbacks",
     "RWalk": "callbacks",
@@ -83,6 +90,7 @@ _HOME = {
     "TaskProgress": "callbacks",
     "TrainedBPE": "data",
     "WarmupDecay": "models",
+    "WeightAverage": "callbacks",
     "fit_tasks": "sequence",
 }
 
@@ -93,6 +101,7 @@ __all__ = [
     "KFACEWC",
     "L2SP",
     "MAS",
+    "MIGU",
     "SI",
     "AverageAccuracy",
     "BackwardTransfer",
@@ -110,6 +119,8 @@ __all__ = [
     "LwF",
     "MeanWhenLearnt",
     "Merge",
+    "OrthogonalLoRA",
+    "PackNet",
     "ProgressiveAdapters",
     "ProgressiveNetwork",
     "PromptSamples",
@@ -124,6 +135,7 @@ __all__ = [
     "TaskProgress",
     "TrainedBPE",
     "WarmupDecay",
+    "WeightAverage",
     "fit_tasks",
 ]
 

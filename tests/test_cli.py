@@ -169,6 +169,9 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "lwf": ["LwF"],
         "lwf_replay": ["Replay", "LwF"],
         "mas": ["MAS"],
+        "merge": ["Merge"],
+        "migu": ["MIGU"],
+        "packnet": ["PackNet"],
         "rwalk": ["RWalk"],
         "si": ["SI"],
         "task_adapters": ["TaskAdapters"],
@@ -176,6 +179,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],
         "probes": ["KLToBase"],
+        "weight_average": ["WeightAverage"],
     }
     assert classes(config) == [*classes(base), *added[path.stem]]
 

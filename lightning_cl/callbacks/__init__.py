@@ -2,12 +2,16 @@
 
 from lightning_cl.callbacks.architecture.block_expansion import BlockExpansion
 from lightning_cl.callbacks.architecture.input_freeze import InputFreeze
+from lightning_cl.callbacks.architecture.migu import MIGU
+from lightning_cl.callbacks.architecture.orthogonal_lora import OrthogonalLoRA
+from lightning_cl.callbacks.architecture.packnet import PackNet
 from lightning_cl.callbacks.architecture.progressive_adapters import ProgressiveAdapters
 from lightning_cl.callbacks.architecture.progressive_network import ProgressiveNetwork
 from lightning_cl.callbacks.architecture.subspace_freeze import SubspaceFreeze
 from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
+from lightning_cl.callbacks.merging.weight_average import WeightAverage
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
@@ -35,6 +39,7 @@ __all__ = [
     "KFACEWC",
     "L2SP",
     "MAS",
+    "MIGU",
     "SI",
     "BlockExpansion",
     "ContinualCallback",
@@ -46,6 +51,8 @@ __all__ = [
     "LwF",
     "MemoryCallback",
     "Merge",
+    "OrthogonalLoRA",
+    "PackNet",
     "ProgressiveAdapters",
     "ProgressiveNetwork",
     "PromptSamples",
@@ -57,4 +64,5 @@ __all__ = [
     "TaskAdapters",
     "TaskMatrix",
     "TaskProgress",
+    "WeightAverage",
 ]

@@ -8,6 +8,7 @@ unfreeze). These here do not, but for :func:`train_adapter`, which is there for 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -162,6 +163,42 @@ def remove_adapter(module: nn.Module, task: str) -> None:
     _delete(model, name)
 
 
+def fold_adapters(module: nn.Module, tasks: Sequence[str], name: str = "default") -> None:
+    """Replaces the adapters of several tasks by one whose ``ΔW`` is the sum of theirs, exactly; it is frozen.
+
+    Its rank is the sum of their ranks. It can be saved, served and merged as any LoRA adapter.
+
+    Args:
+        module: contains a ``PeftModel``.
+        tasks: their names, at least one.
+        name: of the new adapter in peft.
+
+    Raises:
+        ValueError: if one of them has no adapter, or is more than its products (DoRA, copies of whole layers).
+    """
+    model = find_peft_model(module)
+    sources = [adapter_of(module, task) for task in tasks]
+    parts = {factors.path: factors for factors in mean_factors(model, sources)}
+    ranks = {path.removeprefix("base_model.model."): len(part.first) for path, part in parts.items()}
+    config = copy.deepcopy(model.peft_config[sources[0]])
+    # The scale is in the factors already: lora_alpha / r is 1 in each layer.
+    config.use_rslora, config.r = False, max(ranks.values())
+    config.lora_alpha = config.r
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != config.r}
+    config.rank_pattern, config.alpha_pattern = others, dict(others)
+    with _as_it_was(model), untouched_random_state(), quiet_peft(), torch.no_grad():
+        model.add_adapter(name, config)
+        for factors in adapter_factors(model, name):
+            factors.first.copy_(parts[factors.path].first)
+            factors.second.copy_(parts[factors.path].second * len(sources))
+    _switch(model, [name], enabled=True)
+    for source in sources:
+        _delete(model, source)
+    for path, parameter in module.named_parameters():
+        if name in path.split("."):
+            parameter.requires_grad_(False)
+
+
 def _delete(model: Any, adapter: str) -> None:
     with _as_it_was(model):
         model.delete_adapter(adapter)
@@ -283,6 +320,20 @@ def use_adapter(module: nn.Module, task: str | None) -> None:
     model = find_peft_model(module)
     names = list(model.active_adapters) if task is None else [adapter_of(module, task)]
     _switch(model, names, enabled=task is not None)
+
+
+def use_adapters(module: nn.Module, tasks: Sequence[str]) -> None:
+    """Lets a module compute with the sum of several tasks' adapters from now on; nothing becomes trainable or frozen.
+
+    Args:
+        module: contains a ``PeftModel``.
+        tasks: their names, at least one.
+
+    Raises:
+        ValueError: if one of them has no adapter.
+    """
+    model = find_peft_model(module)
+    _switch(model, [adapter_of(module, task) for task in tasks], enabled=True)
 
 
 @contextmanager

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import lightning as L
 import pytest
 import torch
 from adapting import SomebodysAdapter, move, peft_model
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from stand_in import save_stand_in
 from toys import Classifier, classification, trainer
 
-from lightning_cl import PromptSamples, Task, TaskAdapters, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl import CausalLM, PromptSamples, Task, TaskAdapters, TaskDataModule, TaskMatrix, fit_tasks
 from lightning_cl.callbacks.architecture.adapter_router import AdapterRouter, RoutedRows, prompts_in
 from lightning_cl.data.text.collator import TokenCollator
 from lightning_cl.data.text.prompts import PromptDataset
 from lightning_cl.models.adapters import allocate_adapter, using_adapter
 from lightning_cl.passes.generation import continue_tokens
 from lightning_cl.sequence.evaluate import evaluate_tasks
+from lightning_cl.sequence.predict import predict_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -301,3 +305,46 @@ def test_questions_are_asked_of_the_deployed_model(tmp_path, monkeypatch):
         L.seed_everything(1, verbose=False)
         fit_tasks(trainer(tmp_path, callbacks, max_steps=1), module_of(), data)
     assert [off for _, off in seen] == [True, True, False, False]
+
+
+# ---------------------------------------------------------------------- texts, from end to end
+
+
+def texts(words, count, start=0):
+    """Prompts and completions out of a few words."""
+    said = [" ".join(words[(i * 5 + j * j + i) % len(words)] for j in range(12)) for i in range(start, start + count)]
+    return [{"prompt": text, "completion": " " + text[:20]} for text in said]
+
+
+def test_texts_of_unknown_tasks_are_predicted_by_the_adapters_of_known_ones(tmp_path, monkeypatch):
+    """`CausalLM`, trained on packed batches; in a fresh process nobody knows the names of the tasks."""
+    monkeypatch.setenv("LIGHTNING_CL_CACHE", str(tmp_path / "cache"))
+    base = save_stand_in(tmp_path / "base")
+    sources = {"animals": ["fox", "dog", "owls", "hens"], "places": ["barn", "river", "near", "over"]}
+
+    def parts(names):
+        return [
+            Task(name, train=texts(words, 24), val=texts(words, 4, 24))
+            for name, words in zip(names, sources.values(), strict=True)
+        ]
+
+    def lm():
+        adamw = lambda p: torch.optim.AdamW(p, lr=2e-2)  # noqa: E731
+        return CausalLM(base, adamw, schedule=None, lora={"r": 4}, max_new_tokens=4)
+
+    def predicted(names, root, settings):
+        run = trainer(tmp_path, [TaskAdapters(**settings)])
+        data = TaskDataModule(parts(names), base, max_length=128, batch_size=4)
+        (tmp_path / root).mkdir()
+        file = predict_tasks(run, lm(), data, next(tmp_path.rglob("tasks/1-*.ckpt")), folder=tmp_path / root)
+        return [json.loads(line)["generated"] for line in file.read_text().splitlines()]
+
+    method = TaskAdapters(router="embedding")
+    data = TaskDataModule(parts(sources), base, max_length=128, batch_size=2, packing=True)
+    fit_tasks(trainer(tmp_path, [method], max_epochs=4, enable_checkpointing=True), lm(), data)
+    assert method.routed[2] == {name: {name: 1.0} for name in sources}
+    known = predicted(sources, "known", {"router": "embedding"})
+    assert predicted(["one", "other"], "unknown", {"router": "embedding"}) == known
+    latest = predicted(["one", "other"], "latest", {})
+    assert latest[4:] == known[4:]
+    assert latest[:4] != known[:4]

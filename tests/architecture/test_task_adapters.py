@@ -277,8 +277,9 @@ def test_a_module_with_the_adapters_of_another_run(tmp_path):
 
 def test_a_part_outside_of_the_adapters_is_frozen_with_a_warning(tmp_path):
     module = SomebodysAdapter()
-    module.head = torch.nn.Linear(2, 2)
-    with pytest.warns(UserWarning, match=r"'head.weight' \(and 1 more\) is outside of the adapters"):
+    module.head, module.norm = torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, affine=False)
+    frozen, counting = r"'head.weight' \(and 1 more\) is outside of the adapters", "'norm' keeps running statistics"
+    with pytest.warns(UserWarning, match=frozen), pytest.warns(UserWarning, match=counting):
         run(tmp_path, module, NAMES[:1])
     assert not module.head.weight.requires_grad
 

@@ -32,7 +32,7 @@ from lightning_cl import (  # noqa: E402
 NUMBERS = {name: classification(i, 40) for i, name in enumerate("abc")}
 TEXTS = {name: Sentences(i + 1) for i, name in enumerate("ab")}
 STACKS = {
-    "interpolate": lambda: [Interpolate(0.5, during=0.5), EWC(0.1, samples=16, apply="proximal"), SubspaceFreeze(0.3)],
+    "interpolate": lambda: [Interpolate(0.5, during=0.5), EWC(0.1, samples=16, apply="proximal"), SubspaceFreeze(0.5)],
     "merge": lambda: [Merge("magmax"), WeightAverage(0.9)],
     "inputs": lambda: [InputFreeze(0.8, batches=4)],
     "pack": lambda: [PackNet(0.25)],

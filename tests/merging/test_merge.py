@@ -118,9 +118,7 @@ def methods(method, tasks):
     return [*kept, Merge(method, density=0.4, tasks=tasks), TaskMatrix(), saver]
 
 
-@pytest.mark.parametrize(
-    ("method", "tasks"), [("mean", "sequential"), ("dare", "sequential"), ("magmax", "independent")]
-)
+@pytest.mark.parametrize(("method", "tasks"), [("dare", "sequential"), ("magmax", "independent")])
 def test_resumed_anywhere_equals_never_stopped(tmp_path, method, tasks):
     def run(root, names="ab", ckpt_path=None):
         L.seed_everything(3, verbose=False)

@@ -29,6 +29,8 @@ Prompt = Sequence[int]
 FITTED_ON = 768
 """Training prompts of a task that the router is fitted on, at most."""
 
+_SHOWN = 128  # validation prompts of a task that the report is about, at most
+_BASE = "none (the base)"
 _TOGETHER = 8  # prompts of one pass
 
 
@@ -139,6 +141,19 @@ class AdapterRouter:
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in cut], device=device)
         return ids, mask
 
+    def shares(self, module: L.LightningModule, loader: Any, known: Sequence[str]) -> dict[str, float]:
+        """Returns for each adapter the share of a loader's prompts that get it; of several loaders, the first."""
+        prompts: list[list[int]] = []
+        if isinstance(loader, (dict, list, tuple)):
+            loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
+        for batch in loader if loader is not None else ():
+            if not has_tokens(batch) or len(prompts) >= _SHOWN:
+                break
+            prompts += [prompt for row in prompts_in(batch) for prompt in row]
+        prompts = prompts[:_SHOWN]
+        chosen = self.route(module, prompts, known, None)
+        return {name or _BASE: chosen.count(name) / len(prompts) for name in [*known, None] if name in chosen}
+
     def state(self) -> dict[str, Any]:
         """What it was fitted on, for a checkpoint."""
         lda = None if self._lda is None else {"width": self._lda.width, **self._lda.state()}
@@ -155,6 +170,21 @@ class AdapterRouter:
         """Returns the bytes of its state."""
         tensors = self._lda.state().values() if self._lda is not None else ()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def sentences(routed: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence for each task on where the router sends its prompts.
+
+    Args:
+        routed: for each task its :meth:`AdapterRouter.shares`.
+    """
+    told = []
+    for name, shares in routed.items():
+        others = [f", {share:.0%} {other}" for other, share in shares.items() if other != name and share >= 0.005]
+        own = f"the router gives {shares.get(name, 0.0):.0%} of its validation prompts their own adapter"
+        if shares:
+            told.append(f"{name}: {own}{''.join(others)}")
+    return told
 
 
 def _embeddings(module: L.LightningModule) -> Tensor:

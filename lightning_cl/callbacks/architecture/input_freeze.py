@@ -14,20 +14,20 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer, check_positive
+from lightning_cl.callbacks.architecture.input_bases import InputBases, samples_for
 from lightning_cl.callbacks.architecture.linear_layers import (
     LINEAR,
     LinearLayer,
     find_linear_layers,
     find_lora_layers,
 )
-from lightning_cl.callbacks.architecture.projected import Others, ProjectedWeights, on_one_rank_each
+from lightning_cl.callbacks.architecture.projected import Others, ProjectedWeights
 from lightning_cl.core.placement import tensor_bytes
 from lightning_cl.core.questions import EndCost, Need
 from lightning_cl.data.text.text_tasks import TokenStream
-from lightning_cl.functional.input_space import grow_basis, project_inputs_, protected_outputs
+from lightning_cl.functional.input_space import project_inputs_, protected_outputs
 from lightning_cl.functional.subspace import protected_square
 from lightning_cl.passes.general_data import check_general_data, general_samples
-from lightning_cl.passes.input_moments import find_shared_inputs, input_moments
 from lightning_cl.passes.task_samples import TaskSamples
 from lightning_cl.tasks import TaskPosition
 
@@ -69,7 +69,7 @@ class InputFreeze(ProjectedWeights):
             whose inputs are a hundred times longer; without this they are all that is protected.
 
     Attributes:
-        bases: layer to its basis ``M``, for the first of the layers that read the same input.
+        inputs: the bases ``M``, and which layers read the same input.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: if an argument is out of its range, or the data is not there.
@@ -102,12 +102,16 @@ class InputFreeze(ProjectedWeights):
         if not isinstance(normalize, bool):
             raise ValueError(f"normalize={normalize!r}: expected True or False")
         self.general, self.normalize = general, normalize
-        self.bases: dict[str, Tensor] = {}
+        self.inputs = InputBases(normalize)
         self._outputs: dict[str, Tensor] = {}  # of this task's start, for the protected directions
-        self._leaders: dict[str, str] = {}  # layer to the first one that reads the same input
         self._knows_general = False
         self._read: Any = None  # the general data's samples, until they are measured
         self._layers: dict[str, LinearLayer] = {}
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """The first of the layers that read the same input, to its basis."""
+        return self.inputs.bases
 
     # ------------------------------------------------------------------ layers
 
@@ -149,7 +153,7 @@ class InputFreeze(ProjectedWeights):
         self._outputs = {}
         self._place_bases()
         for path, layer in self._layers.items():
-            basis = self._basis_of(path)
+            basis = self.inputs.of(path)
             if basis is not None and basis.shape[1]:
                 self._outputs[path] = protected_outputs(layer.matrix, basis)
         self.note(
@@ -179,18 +183,10 @@ class InputFreeze(ProjectedWeights):
         return self._samples(trainer, loader, 0, "general data")
 
     def _samples(self, trainer: L.Trainer, loader: Any, seed: int, what: str) -> TaskSamples:
-        size = getattr(loader, "batch_size", None)
-        count = 1 if trainer.fast_dev_run else self.batches * (size if isinstance(size, int) else 8)  # type: ignore[attr-defined]
-        return TaskSamples(trainer, count, seed, f"{type(self).__name__}: inputs of {what}", loader=loader)
-
-    def _basis_of(self, path: str) -> Tensor | None:
-        return self.bases.get(self._leaders.get(path, path))
+        return samples_for(trainer, loader, self.batches, seed, type(self).__name__, what)
 
     def _place_bases(self) -> None:
-        for path, layer in self._layers.items():
-            leader = self._leaders.get(path, path)
-            if leader in self.bases:
-                self.bases[leader] = self.bases[leader].to(layer.weight.device)
+        self.inputs.place({path: layer.weight.device for path, layer in self._layers.items()})
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -213,13 +209,13 @@ class InputFreeze(ProjectedWeights):
 
     @override
     def project_(self, name: str, matrix: Tensor) -> None:
-        basis = self._basis_of(name)
+        basis = self.inputs.of(name)
         assert basis is not None
         project_inputs_(matrix, basis, self._outputs[name])
 
     @override
     def protected(self, name: str, step: Tensor) -> Tensor:
-        return protected_square(step, right=self._basis_of(name))
+        return protected_square(step, right=self.inputs.of(name))
 
     # ------------------------------------------------------------------ a task ends
 
@@ -231,30 +227,16 @@ class InputFreeze(ProjectedWeights):
         self._grow(trainer, pl_module, samples, str(self.task))
         self._outputs = {}
         self.history[self.task.name]["directions_after"] = sum(
-            basis.shape[1] for path in self._layers if (basis := self._basis_of(path)) is not None
+            basis.shape[1] for path in self._layers if (basis := self.inputs.of(path)) is not None
         )
 
     @torch.no_grad()
     def _grow(self, trainer: L.Trainer, pl_module: L.LightningModule, samples: TaskSamples, what: str) -> None:
         """Adds directions of what the layers read; on all ranks the same."""
         parts = {path: layer.part for path, layer in self._layers.items()}
-        new = {path: part for path, part in parts.items() if path not in self._leaders}
-        if new:
-            batch = samples.one()
-            shared = find_shared_inputs(trainer, pl_module, new, batch) if batch is not None else {}
-            self._leaders |= {path: shared.get(path, path) for path in new}
-        leading = {path: parts[path] for path in parts if self._leaders[path] == path}
-        widths = {path: self._layers[path].matrix.shape[1] for path in leading}
-        moments = input_moments(trainer, pl_module, leading, widths, samples, self.normalize)
-
-        def grow(path: str) -> Tensor:
-            basis = self.bases.get(path)
-            total = moments[path]
-            grown = grow_basis(total, self.threshold, None if basis is None else basis.to(total.device))
-            return grown.cpu()
-
-        label = f"{type(self).__name__}: directions of {what}"
-        self.bases |= on_one_rank_each(trainer, list(leading), grow, label)
+        widths = {path: layer.matrix.shape[1] for path, layer in self._layers.items()}
+        moments = self.inputs.measure(trainer, pl_module, parts, widths, samples)
+        self.inputs.grow(trainer, moments, self.threshold, f"{type(self).__name__}: directions of {what}")
 
     @override
     def end_cost(self, trainer: L.Trainer, loader: Any, task: TaskPosition) -> EndCost | None:
@@ -266,21 +248,20 @@ class InputFreeze(ProjectedWeights):
     @override
     def continual_state(self) -> dict[str, Any]:
         return super().continual_state() | {
-            "bases": {path: basis.cpu() for path, basis in self.bases.items()},
+            **self.inputs.state(),
             "outputs": {path: outputs.cpu() for path, outputs in self._outputs.items()},
-            "leaders": dict(self._leaders),
             "knows_general": self._knows_general,
         }
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
         super().load_continual_state(state)
-        self.bases, self._outputs = dict(state["bases"]), dict(state["outputs"])
-        self._leaders, self._knows_general = dict(state["leaders"]), state["knows_general"]
+        self.inputs.load(state)
+        self._outputs, self._knows_general = dict(state["outputs"]), state["knows_general"]
 
     @override
     def state_bytes(self) -> int:
-        return tensor_bytes(self.bases, self._outputs)
+        return self.inputs.bytes() + tensor_bytes(self._outputs)
 
     @override
     def report(self) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_integer
-from lightning_cl.callbacks.architecture.adapter_router import AdapterRouter, Kind, RoutedRows, has_tokens, prompts_in
+from lightning_cl.callbacks.architecture.adapter_router import AdapterRouter, Kind, RoutedRows, sentences
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need, Trait
 from lightning_cl.data.module import TaskDataModule
@@ -33,11 +34,9 @@ from lightning_cl.models.adapters import (
     using_adapter,
 )
 from lightning_cl.passes.passes import forward_context
-from lightning_cl.tasks import Task, TaskPosition
+from lightning_cl.tasks import TaskPosition
 
 _INITS, _TRAINS = ("fresh", "previous", "mean"), ("AB", "B")
-_ROUTED = 128  # validation prompts of a task, for the report
-_BASE = "none (the base)"
 
 
 class TaskAdapters(ContinualCallback):
@@ -66,9 +65,9 @@ class TaskAdapters(ContinualCallback):
     at its prompt. ``embedding`` needs no pass of the model: a prompt is the mean of its token embeddings, a task the
     mean of its prompts, with one covariance for all (linear discriminant analysis; at most 768 training prompts a task,
     when it ends); a prompt that is like none of them is answered by the base. ``likelihood`` takes the adapter under
-    which the prompt is most likely, which tells apart tasks that differ in their answers' style and not in their words,
-    and needs one pass over the prompt for each task. How many validation prompts of the tasks so far find their own
-    adapter is in the report.
+    which the prompt is most likely, after one pass over it for each task. It can tell tasks apart that share their
+    words, but it is weak where prompts bear no loss: their adapters have not learnt them. The report says how many
+    validation prompts of the tasks so far find their own adapter.
 
     Everything outside of the adapters is frozen, a head too: tasks that need a head of their own have it by
     ``modules_to_save`` of the LoRA configuration.
@@ -85,7 +84,7 @@ class TaskAdapters(ContinualCallback):
         router_tokens: tokens of a prompt that the router looks at, from its beginning.
         unseen: for a task of the run that is not trained yet, and without a router for any other task:
             ``latest``, the adapter of the last trained task, or ``base``, none.
-        train: ``AB`` trains both factors, ``B`` leaves the random one as it is (half of the trained parameters).
+        train: ``AB`` trains both factors, ``B`` leaves the random one as it is (about half of the trained parameters).
         seed: of the random factors, which depend on the task's name too; None: that of the run's random state.
 
     Attributes:
@@ -209,6 +208,12 @@ class TaskAdapters(ContinualCallback):
                     " all tasks share it, and it is frozen from now on; modules_to_save of the LoRA configuration gives"
                     " each task a copy of a layer"
                 )
+            counting = [n for n, m in pl_module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+            if counting:
+                rank_zero_warn(
+                    f"{type(self).__name__}: {counting[0]!r} keeps running statistics, which every task changes for all"
+                    " tasks: earlier ones do not stay as they are; give it momentum=0, or use norms without statistics"
+                )
         train_adapter(pl_module, task.name, self.train_factors)
 
     # ------------------------------------------------------------------ the model is asked
@@ -281,26 +286,13 @@ class TaskAdapters(ContinualCallback):
         device = next(pl_module.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         with forward_context(trainer):
-            found = {task.name: self._shares(pl_module, data, task) for task in data.trained_tasks[:trained]}
+            known = list_adapters(pl_module)
+            found = {
+                task.name: self._router.shares(pl_module, data.val_loader(task), known)
+                for task in data.trained_tasks[:trained]
+            }
         pl_module.to(device)
         self.routed[trained] = trainer.strategy.broadcast(found)
-
-    def _shares(self, pl_module: L.LightningModule, data: TaskDataModule, task: Task) -> dict[str, float]:
-        """For each adapter the share of a task's validation prompts that get it."""
-        assert self._router is not None
-        prompts: list[list[int]] = []
-        loader = data.val_loader(task)
-        if isinstance(loader, (dict, list, tuple)):  # several: the first
-            loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
-        for batch in loader if loader is not None else ():
-            if has_tokens(batch):
-                prompts += [prompt for row in prompts_in(batch) for prompt in row]
-            if len(prompts) >= _ROUTED or not has_tokens(batch):
-                break
-        prompts = prompts[:_ROUTED]
-        known = list_adapters(pl_module)
-        chosen = self._router.route(pl_module, prompts, known, None)
-        return {name or _BASE: chosen.count(name) / len(prompts) for name in [*known, None] if name in chosen}
 
     @override
     def on_sequence_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -354,11 +346,12 @@ class TaskAdapters(ContinualCallback):
 
     @override
     def report(self) -> dict[str, Any]:
+        routed = self.routed[max(self.routed)] if self.routed else {}
         return {
             "rank": self.rank,
             "init": self.init,
             "router": self.router,
-            "routed": self.routed[max(self.routed)] if self.routed else {},
+            "routed": routed,
             "unseen": self.unseen,
             "train": self.train_factors,
             "parameters": dict(self.parameters),
@@ -367,18 +360,8 @@ class TaskAdapters(ContinualCallback):
                 f"{type(self).__name__}, {name}: an adapter of {count:,} parameters, {self._bytes[name] / 1e6:.3g} MB"
                 for name, count in self.parameters.items()
             ]
-            + self._told_routes(),
+            + [f"{type(self).__name__}, {told}" for told in sentences(routed)],
         }
-
-    def _told_routes(self) -> list[str]:
-        table = self.routed[max(self.routed)] if self.routed else {}
-        told = []
-        for name, shares in table.items():
-            others = [f", {share:.0%} {other}" for other, share in shares.items() if other != name and share >= 0.005]
-            own = f"the router gives {shares.get(name, 0.0):.0%} of its validation prompts their own adapter"
-            if shares:
-                told.append(f"{type(self).__name__}, {name}: {own}{''.join(others)}")
-        return told
 
     @override
     def advice(self, need: Need) -> str | None:

@@ -228,6 +228,10 @@ class QuadraticPenalty(ContinualCallback):
             gap = parameter.detach().float() - anchor[name]
             yield name, gap, gap * importance[name]
 
+    def other_value(self, parameters: Mapping[str, Tensor]) -> float:
+        """``Σ importance · gap²`` of what :meth:`forces` gives no gap for."""
+        return 0.0
+
     # ------------------------------------------------------------------ for subclasses
 
     def without_non_finite(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -274,6 +278,7 @@ class QuadraticPenalty(ContinualCallback):
             float(whole((gap * force).sum(dtype=torch.float64)))
             for _, gap, force in self.forces(self._parameters(pl_module))
         )
+        value += self.other_value(self._parameters(pl_module))
         return self.factor * (0.5 * value + self.constant)
 
     def _kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -314,6 +319,7 @@ class QuadraticPenalty(ContinualCallback):
         for _, gap, force in self.forces(parameters):
             value += float(whole((gap * force).sum()))
             pull += float(whole(force.square().sum()))
+        value += self.other_value(parameters) if log else 0.0
         if log:
             self.log_scalar("penalty", self.factor * (0.5 * value + self.constant))
         gradient = _norm(p.grad for p in parameters.values() if p.grad is not None)
