@@ -38,6 +38,7 @@ from lightning_cl.core.loops import plan_limits
 from lightning_cl.data import TaskDataModule
 from lightning_cl.data.preview import printable, wants_colour
 from lightning_cl.lightning_internals import has_no_version_yet
+from lightning_cl.models.decoder_columns import has_columns
 from lightning_cl.sequence.evaluate import evaluate_tasks
 from lightning_cl.sequence.fit import fit_tasks, run_folder
 from lightning_cl.sequence.predict import predict_tasks
@@ -262,6 +263,8 @@ class ContinualCLI(LightningCLI):
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run and isinstance(model, models.CausalLM):  # type: ignore[attr-defined]
             if model.lora is not None and isinstance(model.source, dict):
                 return  # an adapter whose base exists nowhere else: the checkpoints have both
+            if has_columns(model):
+                return  # no single model: the checkpoints have the columns
             model.save_pretrained(folder / "model")
             what, loader = ("model", "transformers.AutoModelForCausalLM")
             if model.lora is not None:

@@ -128,6 +128,8 @@ class CausalLM(L.LightningModule):
         self._base_checksum: str | None = None
         self._base_config = ""
         self._base_structure: Structure | None = None  # the blocks when the names were taken; new ones move them
+        self._wants_base_out = False
+        self._loaded_as: torch.dtype | None = None
         self._as_loaded = False  # True until weights are trained, or come from a checkpoint
         self._scale = ""  # of the adapter that the model is built with
         self._head: SplitHead | None = None
@@ -150,8 +152,11 @@ class CausalLM(L.LightningModule):
                 built = self._build()
             self._as_loaded = True
             self.lm = built.train()  # from_pretrained gives a model in evaluation mode: without dropout
+            self._loaded_as = self.lm.dtype
             if self.lora is not None:
                 self._describe_weights(frozen_names(self))
+            elif self._wants_base_out:
+                self.leave_base_out()
             # An adapter's scale is no parameter: with another one it is another model. Tasks may add adapters later.
             config = next(iter(self.lm.peft_config.values())) if hasattr(self.lm, "peft_config") else None
             if config is not None:
@@ -189,7 +194,10 @@ class CausalLM(L.LightningModule):
 
         Compute: one pass over the weights.
         """
-        if not self._base and self.lora is None and self._as_loaded:
+        self._wants_base_out = True  # if there is no model yet, as soon as it is built
+        if self.lm is None or self._base or self.lora is not None:
+            return
+        if self._as_loaded and self.lm.dtype == self._loaded_as:
             self._describe_weights(frozenset(name for name, _ in self.named_parameters(remove_duplicate=False)))
 
     def _describe_weights(self, names: frozenset[str]) -> None:

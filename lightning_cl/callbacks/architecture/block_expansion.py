@@ -120,11 +120,16 @@ class BlockExpansion(ContinualCallback):
     # ------------------------------------------------------------------ structure
 
     @override
-    def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
-        model = find_language_model(pl_module)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Now: the checksum is of the weights as they are loaded, before a Trainer's precision changes them.
         leave_base_out = getattr(pl_module, "leave_base_out", None)
         if callable(leave_base_out):
             leave_base_out()
+
+    @override
+    def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
+        model = find_language_model(pl_module)
         if tasks:
             expand_blocks(model, self.blocks, 0, self.outputs)
         new = new_parameters(model)
@@ -222,6 +227,11 @@ class BlockExpansion(ContinualCallback):
                 f" {self._sizes['new_parameters']:,} parameters ({self._sizes['new_bytes'] / 1e6:,.1f} MB); the model"
                 f" runs {new / base:.0%} more blocks than its base"
             ]
+        if self.blocks_of:
+            sentences.append(
+                f"{type(self).__name__}: the model holds the blocks of {list(self.blocks_of)[-1]};"
+                " use_task(module, name) puts those of another task into it"
+            )
         return {"per_task": self.per_task, **self._sizes, "tasks": list(self.blocks_of), "sentences": sentences}
 
     @override

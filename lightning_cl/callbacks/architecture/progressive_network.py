@@ -104,11 +104,16 @@ class ProgressiveNetwork(ContinualCallback):
     # ------------------------------------------------------------------ structure
 
     @override
-    def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
-        model = find_language_model(pl_module)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Now: the checksum is of the weights as they are loaded, before a Trainer's precision changes them.
         leave_base_out = getattr(pl_module, "leave_base_out", None)
         if callable(leave_base_out):
             leave_base_out()
+
+    @override
+    def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
+        model = find_language_model(pl_module)
         if self._drawn_from is None:
             self._drawn_from = torch.initial_seed()
         there = columns_of(model)
