@@ -108,6 +108,6 @@ def _families() -> list[tuple[str, list[str]]]:
     for name in callbacks.__all__:
         family = getattr(callbacks, name).__module__.split(".")[2]
         # A base is in a file that does not have its name, and is of no use to a user by itself.
-        if family in ("regularization", "replay", "monitoring") and not name.endswith(("Callback", "Penalty")):
+        if family != "method" and not name.endswith(("Callback", "Penalty")):
             families.setdefault(family, []).append(name)
     return sorted(families.items(), reverse=True)
