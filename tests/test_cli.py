@@ -179,6 +179,10 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],
         "probes": ["KLToBase"],
+        "input_freeze": ["InputFreeze"],
+        "interpolate": ["Interpolate"],
+        "orthogonal_lora": ["OrthogonalLoRA"],
+        "subspace_freeze": ["SubspaceFreeze"],
         "weight_average": ["WeightAverage"],
     }
     assert classes(config) == [*classes(base), *added[path.stem]]
