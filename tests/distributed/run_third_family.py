@@ -18,12 +18,9 @@ from toys import Classifier, classification, trainer  # noqa: E402
 from lightning_cl import (  # noqa: E402
     EWC,
     MIGU,
-    InfLoRA,
     InputFreeze,
     Interpolate,
     Merge,
-    OrthogonalLoRA,
-    PackNet,
     SubspaceFreeze,
     TaskAdapters,
     TaskDataModule,
@@ -36,15 +33,10 @@ NUMBERS = {name: classification(i, 40) for i, name in enumerate("abc")}
 TEXTS = {name: Sentences(i + 1) for i, name in enumerate("ab")}
 STACKS = {
     "interpolate": lambda: [Interpolate(0.5, during=0.5), EWC(0.1, samples=16, apply="proximal"), SubspaceFreeze(0.5)],
-    "merge": lambda: [Merge("magmax"), WeightAverage(0.9)],
+    "merge": lambda: [Merge("magmax"), WeightAverage(0.9), MIGU(0.5)],
     "inputs": lambda: [InputFreeze(0.8, batches=4)],
-    "pack": lambda: [PackNet(0.25)],
-    "rows": lambda: [MIGU(0.5)],
     "adapters": lambda: [TaskAdapters(seed=3)],
-    "orthogonal": lambda: [OrthogonalLoRA(seed=3)],
-    "inflora": lambda: [InfLoRA(0.8, batches=2, seed=3)],
 }
-ADAPTED = ("adapters", "orthogonal", "inflora")
 
 
 def main(out: str, ranks: int, kind: str) -> None:
@@ -53,11 +45,11 @@ def main(out: str, ranks: int, kind: str) -> None:
     methods, matrix = STACKS[kind](), TaskMatrix()
     strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
     run = trainer(out, [*methods, matrix], max_epochs=2, **strategy)
-    module = SomebodysAdapter(dropout=0.0) if kind in ADAPTED else Classifier(lr=0.05)
-    data = TaskDataModule(TEXTS if kind in ADAPTED else NUMBERS, batch_size=(4 if kind in ADAPTED else 8) // ranks)
+    adapted = kind == "adapters"
+    module = SomebodysAdapter(dropout=0.0) if adapted else Classifier(lr=0.05)
+    data = TaskDataModule(TEXTS if adapted else NUMBERS, batch_size=(4 if adapted else 8) // ranks)
     fit_tasks(run, module, data)
-    found = {"weights": dict(module.state_dict()), "matrix": {"matrix": matrix.matrix}}
-    torch.save(found, f"{out}/rank{run.global_rank}.pt")
+    torch.save({**module.state_dict(), "matrix": matrix.matrix}, f"{out}/rank{run.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -21,15 +21,10 @@ def run(out, ranks, kind):
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize(
-    "kind", ["interpolate", "merge", "inputs", "pack", "rows", "adapters", "orthogonal", "inflora"]
-)
+@pytest.mark.parametrize("kind", ["interpolate", "merge", "inputs", "adapters"])
 def test_two_ranks_are_one_process(tmp_path, kind):
     (one,), (first, second) = run(tmp_path / "one", 1, kind), run(tmp_path / "two", 2, kind)
-    for what, values in one.items():
-        assert values.keys() == first[what].keys() == second[what].keys()
-        for name, value in values.items():
-            assert torch.equal(first[what][name], second[what][name]), (what, name)
-            torch.testing.assert_close(
-                first[what][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+    assert one.keys() == first.keys() == second.keys()
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
