@@ -80,7 +80,7 @@ class TaskLoader(TaskBatches):
         self.dataset = dataset
         self.batch_size = batch_size
         self.collate_fn = collate_fn or torch.utils.data.default_collate
-        self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
+        self.shuffle, self._seed, self.drop_last = shuffle, seed, drop_last
         self.order_sampler = sampler
         # A DistributedSampler gives each rank its own part already.
         self.rank, self.world_size = (0, 1) if isinstance(sampler, DistributedSampler) else (rank, world_size)
@@ -120,6 +120,16 @@ class TaskLoader(TaskBatches):
             TypeError: if the loader's batches cannot be planned by index; the message says why.
         """
         return cls(**taken_over(loader, for_training, placement))
+
+    @property
+    def seed(self) -> int:
+        """The seed of the order; another one plans the epochs anew."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed = seed
+        self._plan = self._plan_epochs()
 
     @property
     @override
@@ -248,7 +258,7 @@ class TaskLoader(TaskBatches):
             self._samples,
             self.batch_size * self.world_size,
             shuffle=self.shuffle,
-            seed=self.seed,
+            seed=self._seed,
             sampler=self.order_sampler,
             drop_last=self.drop_last,
             block_length=self.block_length,

@@ -60,7 +60,7 @@ class TaskDataModule(L.LightningDataModule):
     ``Dataset``, a ``DataLoader`` and a ``LightningDataModule`` are used as they are.
 
     Args:
-        tasks: the tasks in order, as ``{name: data}``, such as ``{mails: mails.jsonl, notes: notes.txt}``, or as a
+        tasks: what to learn, in order, as ``{name: data}``, such as ``{mails: mails.jsonl, notes: notes.txt}``, or as a
             list of ``Task``. In the dictionary, data is what ``Task.train`` takes, or a dictionary of ``Task``'s
             arguments.
         tokenizer: needed for tasks that are text. It is the name of a tokenizer on the hub, a folder, a ``.gguf`` file,

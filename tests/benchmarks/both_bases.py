@@ -59,7 +59,7 @@ class Arm(NamedTuple):
 
 
 def _adapters(**settings: Any) -> Arm:
-    return Arm(lambda general: [cl.TaskAdapters(**settings)], lora=True, lr=5e-3, knows_task=True)
+    return Arm(lambda general: [cl.TaskAdapters(unseen="base", **settings)], lora=True, lr=5e-3, knows_task=True)
 
 
 ARMS: dict[str, Arm] = {
