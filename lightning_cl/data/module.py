@@ -88,9 +88,8 @@ class TaskDataModule(L.LightningDataModule):
         last_turn: put loss on the assistant's last turn of a conversation only; by default all its turns bear loss.
 
     Attributes:
-        index: index of the current task among the trained tasks.
-        tasks: a list of ``Task``, whatever form they were given in.
-        tokenizer: the tokenizer itself, as soon as the data is set up.
+        index: index of the current task among the trained tasks. (``tasks`` becomes a list of ``Task``, and
+            ``tokenizer`` the tokenizer itself as soon as the data is set up.)
 
     Raises:
         ValueError: for arguments out of range, two tasks of one name, or no task to train on.
