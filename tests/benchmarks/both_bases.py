@@ -94,7 +94,6 @@ ARMS: dict[str, Arm] = {
     "WeightAverage(0.98)": Arm(lambda general: [cl.WeightAverage(0.98)]),
     "TaskAdapters": _adapters(),
     "TaskAdapters(init=previous)": _adapters(init="previous"),
-    "TaskAdapters, router": Arm(lambda general: [cl.TaskAdapters(router="embedding")], lora=True, lr=5e-3),
     "ProgressiveAdapters": Arm(lambda general: [cl.ProgressiveAdapters()], lora=True, lr=5e-3, knows_task=True),
     "ProgressiveNetwork": Arm(lambda general: [cl.ProgressiveNetwork()], knows_task=True),
     "OrthogonalLoRA(0.5)": Arm(lambda general: [cl.OrthogonalLoRA(0.5)], lora=True, lr=5e-3),
