@@ -130,8 +130,10 @@ class TaskCoordinator(Callback):
 
     def _tasks_to_build(self) -> int | None:
         """Counts the tasks that a fit needs parts for; None where a checkpoint's structure is built first."""
-        if self.loads:
-            return None
+        return None if self.loads else self._tasks_up_to_now()
+
+    def _tasks_up_to_now(self) -> int:
+        """Counts the tasks up to the current one."""
         done = max((method.tasks_done for method in self.run.methods), default=0)
         return (self.run.position.index if self.run.driven else done) + 1
 
@@ -450,7 +452,7 @@ class TaskCoordinator(Callback):
     def end_sequence(self) -> None:
         """``fit_tasks`` returns, or failed: a plain fit is a task by itself again."""
         self.run.driven, self.run.data, self.run.limits, self.run.checkpoint_path = False, None, None, None
-        self.lr = None
+        self.lr, self.loads = None, False
         self.load_best = False
 
     def begin_task(self, position: TaskPosition) -> None:
@@ -529,9 +531,8 @@ class TaskCoordinator(Callback):
                     " the module instead of resuming from it"
                 )
             self.load(trainer, checkpoint[CHECKPOINT_KEY])
-            done = max((method.tasks_done for method in self.run.methods), default=0)
-            count = (self.run.position.index if self.run.driven else done) + 1
-            self._structure.build(trainer, pl_module, self.run, names_of(self.run.names, count))
+            names = names_of(self.run.names, self._tasks_up_to_now())
+            self._structure.build(trainer, pl_module, self.run, names)
         elif CHECKPOINT_KEY in checkpoint:
             kept = checkpoint[CHECKPOINT_KEY]["methods"]
             for method, name in named(self.methods(trainer)):

@@ -102,6 +102,19 @@ def planned_steps(trainer: L.Trainer, task: Task, batches: int | None) -> int | 
     return expected_steps(trainer, epochs, steps, batches)
 
 
+def steps_of_current_task(trainer: L.Trainer, limits: Limits | None) -> int | None:
+    """Returns the optimizer steps of the task that is being trained; None if nobody can know.
+
+    Args:
+        trainer: inside a fit.
+        limits: bounds of the task; None: the Trainer's own.
+    """
+    epochs = limits.max_epochs if limits is not None else trainer.max_epochs
+    steps = limits.max_steps if limits is not None else trainer.max_steps
+    batches = trainer.num_training_batches
+    return expected_steps(trainer, epochs, steps, int(batches) if math.isfinite(batches) else None)
+
+
 def expected_steps(trainer: L.Trainer, epochs: int | None, steps: int, batches: int | None) -> int | None:
     """Returns the optimizer steps of a fit; None if they cannot be known.
 

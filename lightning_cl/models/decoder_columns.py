@@ -25,7 +25,7 @@ from lightning_cl.random_state import seed_of, untouched_random_state
 
 
 class _Columns:
-    """What the blocks of one model share: the columns' names, which one answers, and the streams of a forward pass."""
+    """State that the blocks of one model share: the columns' names, the active one, and a forward pass's streams."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

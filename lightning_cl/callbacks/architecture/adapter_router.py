@@ -155,7 +155,7 @@ class AdapterRouter:
         return {name or _BASE: chosen.count(name) / len(prompts) for name in [*known, None] if name in chosen}
 
     def state(self) -> dict[str, Any]:
-        """What it was fitted on, for a checkpoint."""
+        """Returns the statistics that it was fitted to, for a checkpoint."""
         lda = None if self._lda is None else {"width": self._lda.width, **self._lda.state()}
         return {"tasks": list(self.tasks), "lda": lda}
 

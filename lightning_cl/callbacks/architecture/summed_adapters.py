@@ -8,15 +8,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
+from lightning_cl.callbacks.architecture.adapter_checks import check_task_name, foreign_adapters
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Trait
 from lightning_cl.models.adapter_factors import check_products
-from lightning_cl.models.adapter_names import RESERVED
 from lightning_cl.models.adapters import (
     Train,
     adapter_bytes,
@@ -73,22 +72,13 @@ class SummedAdapters(ContinualCallback):
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        if task in RESERVED:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: task {task!r}: this name means something else where an adapter is named"
-                f" ({', '.join(RESERVED)} do); give the task another one"
-            )
+        check_task_name(type(self).__name__, task)
 
     @override
     def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
         if self._drawn_from is None:
             self._drawn_from = torch.initial_seed()
-        others = [task for task in list_adapters(pl_module) if task not in tasks]
-        if others and not self.run.loading:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the module has adapters of {others} already, which this run has not trained;"
-                " start with a new module, or resume with ckpt_path"
-            )
+        others = foreign_adapters(type(self).__name__, pl_module, tasks, self.run.loading)
         model = find_peft_model(pl_module)
         check_products(model, list(model.peft_config))
         for task in tasks:

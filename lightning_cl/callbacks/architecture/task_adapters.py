@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_integer
+from lightning_cl.callbacks.architecture.adapter_checks import check_task_name, foreign_adapters
 from lightning_cl.callbacks.architecture.adapter_router import AdapterRouter, Kind, RoutedRows, sentences
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need, Trait
 from lightning_cl.data.module import TaskDataModule
-from lightning_cl.models.adapter_names import RESERVED
 from lightning_cl.models.adapters import (
     Init,
     Train,
@@ -164,11 +164,7 @@ class TaskAdapters(ContinualCallback):
 
     @override
     def check_loader(self, loader: Any, task: str) -> None:
-        if task in RESERVED:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: task {task!r}: this name means something else where an adapter is named"
-                f" ({', '.join(RESERVED)} do); give the task another one"
-            )
+        check_task_name(type(self).__name__, task)
         if self._router is not None:
             self._router.check_loader(type(self).__name__, loader, task)
 
@@ -176,12 +172,7 @@ class TaskAdapters(ContinualCallback):
     def build(self, trainer: L.Trainer, pl_module: L.LightningModule, tasks: Sequence[str]) -> None:
         if self._drawn_from is None:
             self._drawn_from = torch.initial_seed()
-        others = [task for task in list_adapters(pl_module) if task not in tasks]
-        if others and not self.run.loading:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the module has adapters of {others} already, which this run has not trained;"
-                " start with a new module, or resume with ckpt_path"
-            )
+        others = foreign_adapters(type(self).__name__, pl_module, tasks, self.run.loading)
         dora = [config for config in find_peft_model(pl_module).peft_config.values() if config.use_dora]
         if self._router is not None and dora:
             raise MisconfigurationException(

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_cl.arguments import check_choice, check_positive, check_share
 from lightning_cl.callbacks.merging.low_rank_pairs import merge_pair, pairs_in
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.loops import expected_steps
+from lightning_cl.core.loops import steps_of_current_task
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import all_parameters, fit_to, full_cpu, tensor_bytes, trainable_parameters
 from lightning_cl.core.questions import Need
@@ -96,11 +96,7 @@ class Interpolate(ContinualCallback):
             self._moments = averaging_steps(self._steps_of_task(trainer), self.during)[:-1]  # the last is the end
 
     def _steps_of_task(self, trainer: L.Trainer) -> int:
-        limits = self.run.limits
-        epochs = limits.max_epochs if limits is not None else trainer.max_epochs
-        steps = limits.max_steps if limits is not None else trainer.max_steps
-        batches = trainer.num_training_batches
-        count = expected_steps(trainer, epochs, steps, None if batches == float("inf") else int(batches))
+        count = steps_of_current_task(trainer, self.run.limits)
         if count is None:
             raise MisconfigurationException(
                 f"{type(self).__name__}(during={self.during}): nobody knows how many steps {self.task} has; set"

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.loops import expected_steps
+from lightning_cl.core.loops import expected_steps, steps_of_current_task
 from lightning_cl.core.run_state import RunState
 from lightning_cl.random_state import untouched_random_state
 
@@ -91,9 +91,7 @@ class TaskProgress(TQDMProgressBar):
             self._base, self._begun, self._last = trainer.global_step, now, (now, False)
         self._index = position.index
         self._fit_begun, self._fit_step, self._tokens = now, trainer.global_step, 0.0
-        own = self.run.limits
-        epochs, steps = (own.max_epochs, own.max_steps) if own is not None else (trainer.max_epochs, trainer.max_steps)
-        self._of_task = expected_steps(trainer, epochs, steps, _finite(trainer.num_training_batches))
+        self._of_task = steps_of_current_task(trainer, self.run.limits)
         self._later = list(_steps_of_later_tasks(trainer, self.run))
 
     def _total(self) -> int | None:
