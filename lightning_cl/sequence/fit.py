@@ -338,8 +338,10 @@ def _save_boundary(
 
 def _alone(trainer: L.Trainer) -> Any:
     """A lock on the folder if the run has no logger, and so no folder of its own."""
-    shared = not trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    return only_run_in(run_folder(trainer)) if shared else nullcontext()
+    if trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return nullcontext()
+    folder = run_folder(trainer)  # on all ranks: in a second sequence of a process they already know each other
+    return only_run_in(folder) if trainer.is_global_zero else nullcontext()
 
 
 def _how_to_resume(trainer: L.Trainer, coordinator: TaskCoordinator, methods: set[str]) -> str:
