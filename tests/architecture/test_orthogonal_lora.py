@@ -185,7 +185,7 @@ def test_the_teacher_is_the_base_with_all_earlier_adapters(tmp_path, kind, setti
         assert gradient.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    assert lwf.report()["divergence"]
+    assert divergence(teacher, student) > 1e-4  # in the last step
 
 
 def test_what_composes_and_what_is_refused(tmp_path):
