@@ -54,7 +54,8 @@ class InputFreeze(ProjectedWeights):
     Memory: ``4 k (in + out)`` bytes per layer with ``k`` protected directions, in checkpoints too (layers that read the
     same input share ``M``), ``4 in²`` while a task ends, and a copy of the weights at logging steps. Compute:
     ``4 · out · in · k`` operations per weight and step, as much as training on ``2 k / 3`` more tokens; per task a
-    forward pass over `batches` batches and a decomposition, ``10 · in³`` operations per layer.
+    forward pass over `batches` batches and a decomposition, ``10 · in³`` operations per layer. With FSDP2 each process
+    projects its rows.
 
     Args:
         threshold: the share of the inputs' energy to protect, above 0 and at most 1. 0.98 leaves later tasks little.

@@ -67,7 +67,8 @@ class SubspaceFreeze(ProjectedWeights):
     Memory: ``4 k (out + in)`` bytes per weight with ``k = share · min(out, in)``, in checkpoints inside a task too, and
     a copy of the weights at logging steps. Compute: ``8 · out · in · k`` operations per weight and step, as much as
     training on ``4 k / 3`` more tokens; a task begins with one decomposition per weight, minutes on a GPU for billions
-    of parameters, hours on a CPU.
+    of parameters, hours on a CPU. With FSDP2 each process projects its rows, and the weights are gathered one at a time
+    to be taken apart.
 
     Args:
         share: of each weight's directions that is protected, from 0 (bit for bit training without this callback) to 1
