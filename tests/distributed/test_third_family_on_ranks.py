@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -15,9 +13,7 @@ SCRIPT = Path(__file__).parent / "run_third_family.py"
 
 def run(out, ranks, kind):
     out.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, str(SCRIPT), str(out), str(ranks), kind]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_ranks(ranks, SCRIPT, out, ranks, kind)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
