@@ -1,10 +1,13 @@
 """Processes for tests, forked from one that has imported everything: a start costs half a second instead of ten.
 
+Pictures are composed in them, but not rendered.
+
 ``start("script.py", "argument")`` is ``python script.py argument``; ``-c CODE`` and ``-m MODULE`` are understood, too.
 """
 
 from __future__ import annotations
 
+import base64
 import multiprocessing
 import os
 import runpy
@@ -14,6 +17,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+from lightning_cl.evaluation import figure as pictures
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in the process that all others are forked from. It imports and does nothing else: no thread runs in it.
@@ -30,9 +36,21 @@ _CONTEXT.set_forkserver_preload(
     ]
 )
 
+ONE_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg=="
+)
 
-def _run(command: list[str], environment: dict[str, str], cwd: str, files: list[str]) -> None:
+
+def save_one_pixel(figure: object, path: Path) -> None:
+    """In place of the rendering of a picture, which takes more time than the training of a tiny model."""
+    path.write_bytes(ONE_PIXEL)
+
+
+def _run(command: list[str], environment: dict[str, str], cwd: str, own_session: bool, files: list[str]) -> None:
     """In the new process: becomes ``python *command``."""
+    if own_session:
+        os.setsid()
+    pictures.save = save_one_pixel
     for stream, file in zip((1, 2), files, strict=True):
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(descriptor, stream)
@@ -61,13 +79,17 @@ def _run(command: list[str], environment: dict[str, str], cwd: str, files: list[
 class Started:
     """A process that has been started: what of `subprocess.Popen` the tests use."""
 
-    def __init__(self, command, env=None, cwd=None):
+    def __init__(self, command, env=None, cwd=None, own_session=False):
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         self._files = [os.path.join(self._folder.name, name) for name in ("stdout", "stderr")]
-        arguments = (list(map(str, command)), dict(os.environ if env is None else env), str(cwd or Path.cwd()))
-        self._process = _CONTEXT.Process(target=_run, args=(*arguments, self._files))
+        environment = dict(os.environ if env is None else env)
+        arguments = (list(map(str, command)), environment, str(cwd or Path.cwd()), own_session, self._files)
+        self._process = _CONTEXT.Process(target=_run, args=arguments)
         self._process.start()
         self.pid = self._process.pid
+        # Who ends a whole group of processes must not take the tests for a part of it.
+        while own_session and self.poll() is None and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.01)
 
     def poll(self):
         return self._process.exitcode
@@ -80,6 +102,12 @@ class Started:
 
     def kill(self):
         self._process.kill()
+
+    def terminate(self):
+        self._process.terminate()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
     @property
     def stdout(self) -> str:
@@ -125,6 +153,9 @@ def popen(command, env=None) -> Started:
     """In place of `subprocess.Popen`, for commands that start with this Python."""
     assert command[0] == sys.executable
     return Started(command[1:], env)
+
+
+SUBPROCESS = SimpleNamespace(Popen=popen, TimeoutExpired=subprocess.TimeoutExpired)
 
 
 def run(*command, env=None, cwd=None, timeout: float = 300.0) -> subprocess.CompletedProcess:
