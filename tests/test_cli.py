@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -262,8 +263,7 @@ def test_a_typo_in_a_process_of_its_own(tmp_path):
     """`python -m`: the name of the program comes from another place than in the tests above."""
     path = tmp_path / "typo.yaml"
     path.write_text(yaml.safe_dump(TYPOS["argument in yaml"][1]))
-    command = [sys.executable, "-m", "lightning_cl", "fit", "--config", QUICKSTART, "--config", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = forked.run("-m", "lightning_cl", "fit", "--config", QUICKSTART, "--config", path, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("lightning-cl: error: ")
     assert "'samples'" in done.stderr

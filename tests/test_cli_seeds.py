@@ -7,6 +7,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from test_cli import Output
@@ -131,6 +132,7 @@ def seeds(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(processes, "subprocess", forked.SUBPROCESS)
         output = Output("fit", "--seeds=0,3", "--config", root / "tiny.yaml")
     assert output.code == 0, output.err
     return root, json.loads((root / "tiny" / "seeds-0" / "seeds.json").read_text()), output

@@ -29,7 +29,19 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
         report: of :func:`~lightning_cl.evaluation.build_report`.
         path: the file to write.
     """
-    matrix_figure(report).savefig(path, format="png")
+    save(matrix_figure(report), path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure with an Agg canvas as a PNG.
+
+    ``Figure.savefig`` would draw it twice, the first time for a layout that drawing makes by itself.
+
+    Args:
+        figure: a ``matplotlib.figure.Figure``.
+        path: the file to write.
+    """
+    figure.canvas.print_png(path, pil_kwargs={"compress_level": 1})
 
 
 def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
@@ -258,7 +270,7 @@ def draw_importance(panels: list[tuple[str, dict[str, Any]]], path: Path) -> Non
     families = readable([f"{name} {diagnosis['task']}" for name, diagnosis in panels])[1]
     for axes in rows:
         axes.title.set(fontfamily=families, parse_math=False)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _layer_table(by_kind: dict[str, dict[str, float]]) -> tuple[list[str], list[str], list[list[float]]]:
