@@ -56,6 +56,7 @@ class Arm(NamedTuple):
     lora: bool = False
     lr: float = 1e-3
     knows_task: bool = False
+    embeddings_frozen: bool = False
 
 
 def _adapters(**settings: Any) -> Arm:
@@ -65,6 +66,7 @@ def _adapters(**settings: Any) -> Arm:
 ARMS: dict[str, Arm] = {
     "naive": Arm(),
     "naive, a quarter of the learning rate": Arm(lr=2.5e-4),
+    "naive, embeddings frozen": Arm(embeddings_frozen=True),
     "joint": Arm(),
     "one LoRA": Arm(lora=True, lr=5e-3),
     "EWC(10)": Arm(lambda general: [cl.EWC(10.0, normalize=False, samples=256)]),
@@ -191,6 +193,8 @@ def run(name: str, kind: str, seed: int, texts: Texts, base: Path) -> dict[str, 
     model = CausalLM(
         str(base), lora=LORA if arm.lora else None, optimizer=lambda p: torch.optim.AdamW(p, lr=arm.lr), schedule=None
     )
+    if arm.embeddings_frozen:  # with them the head: the weights are tied
+        model.model.get_input_embeddings().requires_grad_(False)
     watched = Task("general", val=texts.general_held)
     if name == "joint":
         mixed = [piece for pieces in texts.late.values() for piece in pieces]
