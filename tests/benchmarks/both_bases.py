@@ -120,6 +120,15 @@ class Texts(NamedTuple):
     general_held: list[str]
 
 
+class FrozenEmbeddings(CausalLM):
+    """A model whose embeddings stay, and with them its head: the weights are tied."""
+
+    def configure_model(self) -> None:
+        """Builds the model, and freezes the embeddings."""
+        super().configure_model()
+        self.lm.get_input_embeddings().requires_grad_(False)
+
+
 def read_texts() -> Texts:
     """Splits each domain into a first half, a second half and a held-out part, by pieces of 4,000 characters."""
     early, late, held = {}, {}, {}
@@ -190,11 +199,10 @@ def run(name: str, kind: str, seed: int, texts: Texts, base: Path) -> dict[str, 
     """One run: the matrix and what it cost."""
     arm = ARMS[name]
     L.seed_everything(seed, verbose=False)
-    model = CausalLM(
+    kind_of_model = FrozenEmbeddings if arm.embeddings_frozen else CausalLM
+    model = kind_of_model(
         str(base), lora=LORA if arm.lora else None, optimizer=lambda p: torch.optim.AdamW(p, lr=arm.lr), schedule=None
     )
-    if arm.embeddings_frozen:  # with them the head: the weights are tied
-        model.model.get_input_embeddings().requires_grad_(False)
     watched = Task("general", val=texts.general_held)
     if name == "joint":
         mixed = [piece for pieces in texts.late.values() for piece in pieces]
