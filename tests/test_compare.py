@@ -1,4 +1,4 @@
-"""``lightning-cl compare`` and ``--permute-tasks``: the table by hand, what is refused, and what a second call repeats."""
+"""``lightning-cl compare`` and ``--permute-tasks``: tables by hand, what is refused, what a second call repeats."""
 
 from __future__ import annotations
 
@@ -246,6 +246,24 @@ def runs(base, monkeypatch):
     return started, plan
 
 
+def read_settings(arguments):
+    """What the parser makes of these files, without its time: a later file replaces, ``callbacks+`` adds."""
+    files = [arguments[i + 1] for i, argument in enumerate(arguments) if argument == "--config"]
+    settings = {"rest": [argument for argument in arguments if argument.startswith("--trainer")]}
+    for content in (yaml.safe_load(Path(file).read_text()) for file in files):
+        for group, values in content.items():
+            inside = settings.setdefault(group, {})
+            for key, value in values.items() if isinstance(values, dict) else ():
+                name = key.rstrip("+")
+                inside[name] = [*inside.get(name, []), *value] if key.endswith("+") else value
+    return settings
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("lightning_cl.cli.command.settings_of", read_settings)
+
+
 def command(base, *more):
     overlays = f"{base}/replay.yaml,{base}/ewc.yaml"
     return Output("compare", "--config", base / "tiny.yaml", "--methods", overlays, *more)
@@ -280,7 +298,7 @@ def test_every_method_strength_and_seed_has_a_run(base, runs):
     assert float(picture[..., :3].min()) < 0.3
 
 
-def test_a_second_call_repeats_nothing_and_resumes_what_was_stopped(base, runs, monkeypatch):
+def test_a_second_call_repeats_nothing_and_resumes_what_was_stopped(base, runs, quick, monkeypatch):
     started, plan = runs
     plan += [0, 143]  # plain is finished; replay is asked to end
     output = command(base)
@@ -313,7 +331,7 @@ def test_a_second_call_repeats_nothing_and_resumes_what_was_stopped(base, runs, 
     assert len(started) == 4 + 6
 
 
-def test_a_run_that_fails_does_not_stop_the_others(base, runs):
+def test_a_run_that_fails_does_not_stop_the_others(base, runs, quick):
     started, plan = runs
     plan += [0, 7, 0]
     output = command(base)
@@ -340,15 +358,16 @@ def test_a_run_that_fails_does_not_stop_the_others(base, runs):
         (["--seeds", "2", "--data.seed", "1"], ["--seeds and --data.seed"]),
         (["--permute-tasks"], ["give seeds"]),
         (["--run", "x"], ["compare and --run", "each method is a whole run"]),
-        (["--methods", "late={base}/tiny.yaml", "--trainer.callbacks=[]"], ["plain: without a TaskMatrix"]),
+        (["--methods", "{base}/bare.yaml"], ["bare: without a TaskMatrix"]),
         (["--methods", "{base}/other.yaml"], ["other: its tasks are zoo, those of the plain"]),
         (["--methods", "{base}/max.yaml"], ["max: its TaskMatrix has mode=max"]),
     ],
     ids=lambda value: " ".join(value)[:24],
 )
-def test_what_is_refused_before_any_run(base, runs, more, words):
+def test_what_is_refused_before_any_run(base, runs, quick, more, words):
     (base / "other.yaml").write_text(f"data: {{tasks: {{zoo: {base}/zoo.jsonl}}}}\n")
     matrix = {"class_path": "lightning_cl.TaskMatrix", "init_args": {"mode": "max"}}
+    (base / "bare.yaml").write_text("trainer: {callbacks: []}\n")
     (base / "max.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [matrix]}}))
     output = command(base, *(word.format(base=base) for word in more))
     assert output.code == 1

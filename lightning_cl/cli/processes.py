@@ -123,7 +123,7 @@ def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
     if file is None:
         return
     option = os.environ.get(_ASKED_BY, "--seeds")
-    each = option.removeprefix("--").removesuffix("s")
+    each = "method" if option == "compare" else option.removeprefix("--").removesuffix("s")
     if not own:
         raise ValueError(
             f"{option}: each {each} needs a run folder of its own, and all of them would write to {folder}: give"

@@ -53,7 +53,8 @@ def run_search(arguments: Sequence[str]) -> int | None:
         report = report_of(folder, "--strengths", f"strength {strength:g}")
         trials.append(_trial(strength, folder, report))
         path = path or new_file(Path(trials[0]["folder"]).parent, "search")
-        write_json(path, {"format": 1, "first": first, "monitor": report["monitor"], "trials": trials})
+        about = {"monitor": report["monitor"], "definitions": report["definitions"]}
+        write_json(path, {"format": 1, "first": first, **about, "trials": trials})
     best = _best(trials, report["mode"])
     assert path is not None
     print(_table(trials, first, best, report["monitor"], report["mode"], path), flush=True)
