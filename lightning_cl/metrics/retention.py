@@ -173,8 +173,8 @@ class ShareKept(_MatrixMetric):
     """
 
     definition = (
-        "Σ_{j<T} (R[T, j] − R[j−1, j]) / Σ_{j<T} (R[j, j] − R[j−1, j]): share of what the trainings of earlier tasks"
-        " gave that is still there, over tasks that were learnt; 1 is all of it"
+        "Σ_{j<T} (R[T, j] − R[j−1, j]) / Σ_{j<T} (R[j, j] − R[j−1, j]) over tasks that were learnt: what is left"
+        " of what their training gave; 1 is all of it"
     )
 
     def compute(self) -> Tensor:
@@ -285,9 +285,7 @@ class Forgetting(_MatrixMetric):
     def definition(self) -> str:
         """The definition in words."""
         lost = self._minus("best_{i<T} R[i, j]", "R[T, j]")
-        return (
-            f"Σ_{{j<T}} {lost} over T - 1: what earlier tasks lost since their best (mean over T - 1); positive is bad"
-        )
+        return f"{lost}, mean over T - 1 (j < T): what earlier tasks lost since their best; positive is bad"
 
     def compute(self) -> Tensor:
         """The forgetting."""
