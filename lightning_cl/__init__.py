@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_cl.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lightning_cl.callbacks import (
         AGEM,
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
     from lightning_cl.sequence import fit_tasks
     from lightning_cl.tasks import Task
 
-__version__ = "0.1.0"
 
 _HOME = {
     "AGEM": "callbacks",
