@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ class GeneralProbe(BoundaryProbe):
     def report(self) -> dict[str, Any]:
         told = super().report()
         if told:
-            means = [sum(item.chance for item in self.items[name]) / len(self.items[name]) for name in self.columns]
+            known = [self.items.get(name, []) for name in self.columns]  # rows of an earlier run can have others
+            means = [sum(item.chance for item in items) / len(items) if items else math.nan for items in known]
             told["probe"]["chance"] = means
         return told
 

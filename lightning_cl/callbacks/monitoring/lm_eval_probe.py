@@ -162,14 +162,22 @@ def _numbers(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Lets the harness speak of errors only."""
-    logger = logging.getLogger("lm_eval")
+    """Lets the harness speak of errors only, and not describe the machine: that starts programs, for seconds."""
+    logger, evaluator = logging.getLogger("lm_eval"), importlib.import_module("lm_eval.evaluator")
     level = logger.level
+    describes = {name: getattr(evaluator, name, None) for name in ("add_env_info", "get_git_commit_hash")}
     logger.setLevel(logging.ERROR)
     try:
+        for name in describes:
+            setattr(evaluator, name, lambda *args, **kwargs: None)
         yield
     finally:
         logger.setLevel(level)
+        for name, own in describes.items():
+            if own is not None:
+                setattr(evaluator, name, own)
+            else:
+                delattr(evaluator, name)
 
 
 @contextmanager
