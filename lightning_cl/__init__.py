@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_cl.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lightning_cl.callbacks import (
         AGEM,
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
         SI,
         BlockExpansion,
         DERpp,
+        GeneralProbe,
         GeneralReplay,
         InfLoRA,
         InputFreeze,
         Interpolate,
         KLToBase,
+        LMEvalProbe,
         LwF,
         Merge,
         OrthogonalLoRA,
@@ -59,7 +63,6 @@ if TYPE_CHECKING:
     from lightning_cl.sequence import fit_tasks
     from lightning_cl.tasks import Task
 
-__version__ = "0.1.0"
 
 _HOME = {
     "AGEM": "callbacks",
@@ -74,6 +77,7 @@ _HOME = {
     "EWC": "callbacks",
     "Forgetting": "metrics",
     "ForwardTransfer": "metrics",
+    "GeneralProbe": "callbacks",
     "GeneralReplay": "callbacks",
     "InfiniteLR": "models",
     "InfLoRA": "callbacks",
@@ -82,6 +86,7 @@ _HOME = {
     "Intransigence": "metrics",
     "KFACEWC": "callbacks",
     "KLToBase": "callbacks",
+    "LMEvalProbe": "callbacks",
     "L2SP": "callbacks",
     "LargestDrop": "metrics",
     "LwF": "callbacks",
@@ -130,6 +135,7 @@ __all__ = [
     "DERpp",
     "Forgetting",
     "ForwardTransfer",
+    "GeneralProbe",
     "GeneralReplay",
     "InfLoRA",
     "InfiniteLR",
@@ -138,6 +144,7 @@ __all__ = [
     "Intransigence",
     "KLToBase",
     "LargestDrop",
+    "LMEvalProbe",
     "LwF",
     "MeanWhenLearnt",
     "Merge",

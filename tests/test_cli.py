@@ -180,6 +180,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],
         "probes": ["KLToBase"],
+        "general_probe": ["GeneralProbe"],
         "inflora": ["InfLoRA"],
         "input_freeze": ["InputFreeze"],
         "interpolate": ["Interpolate"],

@@ -13,7 +13,9 @@ from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.merging.weight_average import WeightAverage
+from lightning_cl.callbacks.monitoring.general_probe import GeneralProbe
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
+from lightning_cl.callbacks.monitoring.lm_eval_probe import LMEvalProbe
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
 from lightning_cl.callbacks.monitoring.task_matrix import TaskMatrix
@@ -45,11 +47,13 @@ __all__ = [
     "BlockExpansion",
     "ContinualCallback",
     "DERpp",
+    "GeneralProbe",
     "GeneralReplay",
     "InfLoRA",
     "InputFreeze",
     "Interpolate",
     "KLToBase",
+    "LMEvalProbe",
     "LwF",
     "MemoryCallback",
     "Merge",

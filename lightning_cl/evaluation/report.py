@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_cl.evaluation import figure
+from lightning_cl.evaluation.probe_table import format_probe
 from lightning_cl.evaluation.sentences import Method, sentence
 from lightning_cl.evaluation.sentences import row_names as row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table
@@ -38,6 +39,7 @@ def build_report(
     """
     summary = matrix.summary()
     trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
+    told = {name: method.report() for method, name in methods if method is not matrix}
     return {
         "format": 1,
         **summary,
@@ -51,7 +53,9 @@ def build_report(
             + sum(c.get("begin_seconds", 0.0) + c["train_seconds"] + c["end_seconds"] for c in costs),
             "state_bytes": {name: method.state_bytes() for method, name in methods},
         },
-        "methods": {name: method.report() for method, name in methods if method is not matrix},
+        "methods": told,
+        # What probes have measured is evidence as the matrix is, and no property of a method.
+        "probe": {name: method.pop("probe") for name, method in told.items() if "probe" in method},
     }
 
 
@@ -95,6 +99,8 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
     lines += [*format_table(scores), ""]
     lines += [f"  {words}" for words in _data_changes(report)]
     lines += [f"  {words}" for words in report["sentences"]]
+    for name, probe in report.get("probe", {}).items():
+        lines += format_probe(name, probe, row_names(report))
     told = [words for method in report["methods"].values() for words in method.get("sentences", [])]
     lines += ["", *(f"  {words}" for words in told)] if told else []
     lines += _format_answers(report)

@@ -99,6 +99,7 @@ class TaskMatrix(ContinualCallback):
         self.changes: list[dict[str, Any]] = []
         self.seconds = 0.0
         self._methods: Sequence[tuple[Method, str]] = []  # of the run, for the picture
+        self.last_report: dict[str, Any] | None = None  # as report.json has it, after the last task so far
 
     boundary_order = -1  # its evaluation builds the model, which others need
 
@@ -128,6 +129,7 @@ class TaskMatrix(ContinualCallback):
     def on_sequence_start(self) -> None:
         self.matrix, self.tasks, self.seconds = torch.empty(0, 0), [], 0.0
         self.measured_on, self.changes = {}, []
+        self.last_report = None
 
     @override
     def at_boundary(
@@ -296,7 +298,7 @@ class TaskMatrix(ContinualCallback):
         if trained == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # one batch is no result
         methods = self._methods = named(self.run.methods)
-        report = build_report(self, self.run.costs, methods)
+        report = self.last_report = build_report(self, self.run.costs, methods)
         folder = run_folder(trainer)  # asked on all ranks
         if trainer.is_global_zero:
             write_report(report, folder)
