@@ -19,7 +19,7 @@ _LEAST = 0.1  # of the highest score: a change of so much has the full colour, i
 _BETTER, _WORSE, _NOT_YET, _BROKEN = "#2166ac", "#b2182b", "#d9d9d9", "#3f0010"
 _OTHER_DATA = "#e67e00"
 _MOST_KINDS = 14  # rows of a panel of importance
-_COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
+COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
 
 
 def draw_matrix(report: dict[str, Any], path: Path) -> None:
@@ -189,7 +189,7 @@ def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[floa
     trained = [name for name in tasks if name not in report["watched"]]
     handles = []
     for j, name in enumerate(tasks):
-        color = _COLORS[j % len(_COLORS)]
+        color = COLORS[j % len(COLORS)]
         values = [row[j] if math.isfinite(row[j]) else math.nan for row in matrix]
         style = ":" if name in report["watched"] else "-"
         changes = sorted({change["row"] for change in report["data_changes"] if change["task"] == name})
