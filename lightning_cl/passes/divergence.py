@@ -68,4 +68,4 @@ class Divergence:
             is_finite = bool(divergence.isfinite())
             found = [float(divergence), len(now), are_tokens, 0] if is_finite else [0, 0, are_tokens, 1]
             sums += torch.tensor(found, dtype=torch.float64, device=device)
-        return self._trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[no-any-return]
+        return self._trainer.strategy.reduce(sums, reduce_op="sum")

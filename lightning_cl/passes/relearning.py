@@ -68,7 +68,8 @@ def train_steps(
         for group, rate in zip(used.param_groups, rates, strict=True)
     ]
     try:
-        optimizer = type(used)([group for group in groups if group["params"]])
+        make: Any = type(used)
+        optimizer = make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(
             f"RecoveryProbe: a second {type(used).__name__} cannot be made from the groups of the first ({error}); use"
@@ -82,7 +83,7 @@ def train_steps(
             loss = training_loss(trainer, pl_module, batches[step % len(batches)])
             if loss is None or not loss.requires_grad:
                 continue
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if limit and trainer.gradient_clip_algorithm == "value":
                 torch.nn.utils.clip_grad_value_(parameters, float(limit))
             elif limit:

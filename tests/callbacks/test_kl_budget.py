@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from regularized import logits_of
 from toys import Classifier, classification, trainer
 
-from lightning_cl import EWC, L2SP, KLBudget, LwF, TaskDataModule, fit_tasks
+from lightning_cl import EWC, L2SP, KLBudget, LwF, Task, TaskDataModule, fit_tasks
 from lightning_cl.functional.kl_budget import controlled_strength
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -20,8 +20,9 @@ TASKS = {"a": classification(1, 64), "b": classification(2, 64)}
 def fit(root, callbacks, ckpt_path=None, batch_size=16, **settings):
     torch.manual_seed(0)
     net = Classifier(lr=0.02, optimizer=torch.optim.Adam)
-    run = trainer(root, callbacks, **{"max_epochs": 50} | settings)
-    fit_tasks(run, net, TaskDataModule(TASKS, batch_size=batch_size, seed=0), ckpt_path)
+    run = trainer(root, callbacks, **{"max_epochs": 40} | settings)
+    tasks = [Task("a", TASKS["a"], max_epochs=min(run.max_epochs, 6)), Task("b", TASKS["b"])]
+    fit_tasks(run, net, TaskDataModule(tasks, batch_size=batch_size, seed=0), ckpt_path)
     return net
 
 
@@ -47,8 +48,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("target", [0.3, 0.05])
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("EWC", 0.3), ("EWC", 0.05), ("proximal EWC", 0.1), ("L2SP", 0.1), ("LwF", 0.3), ("LwF", 0.05)],
+)
 def test_a_task_ends_at_its_budget(tmp_path, kind, target):
     ends = Ends()
     method = METHODS[kind](KLBudget(target, samples=64, every=4, outputs=logits_of))

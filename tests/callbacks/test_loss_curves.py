@@ -46,10 +46,11 @@ class Weights(Callback):
         self.after = {}
 
     def on_train_start(self, trainer, pl_module):
-        self.after[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
+        self.after.setdefault(trainer.global_step, copy.deepcopy(pl_module.state_dict()))
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.after[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
+        # Later batches of an accumulation window move the running statistics alone.
+        self.after.setdefault(trainer.global_step, copy.deepcopy(pl_module.state_dict()))
 
 
 def by_hand(state, name):
@@ -110,12 +111,12 @@ def test_with_auto_looks_are_dense_after_a_switch_and_cost_at_most_two_percent(t
 
     curves, count = LossCurves(), Forwards()
     # Sanity checks and validation also run without gradients.
-    fit(tmp_path, [count, curves], data=tasks(16, 320), max_epochs=20, limit_val_batches=0)
+    fit(tmp_path, [count, curves], data=tasks(16, 320), max_epochs=8, limit_val_batches=0)
     assert 0 < count.looked / count.trained <= 0.02
-    steps = [step - 400 for step, _ in curves.curves["a"] if step > 400]
+    steps = [step - 160 for step, _ in curves.curves["a"] if step > 160]
     gaps = [b - a for a, b in zip([0, *steps], steps, strict=False)]
     assert steps[0] == 1
-    assert steps[-1] == 400
+    assert steps[-1] == 160
     assert gaps == sorted(gaps)
     assert len(steps) >= 8
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import TensorDataset
 from toys import Classifier, classification, trainer
 
 from lightning_cl import PackNet, RecoveryProbe, Task, TaskDataModule, TaskMatrix, fit_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-VAL = {name: classification(10 + i, 20) for i, name in enumerate("abc")}
-TRAIN = {name: classification(i, 48) for i, name in enumerate("abc")}
+DATA = {name: classification(i, 148).tensors for i, name in enumerate("abc")}
+TRAIN, VAL = (
+    {name: TensorDataset(x[part], y[part]) for name, (x, y) in DATA.items()} for part in (slice(48), slice(48, 148))
+)
 
 
 def momentum(parameters, lr):
@@ -70,7 +73,7 @@ def after_steps(net, data, steps, lr=0.1):
 
 
 def test_all_numbers_are_those_of_the_steps_by_hand(tmp_path):
-    probe, seen = RecoveryProbe(steps=4, samples=48, batch_size=48, when="every task"), Ends()
+    probe, seen = RecoveryProbe(steps=4, samples=48, held_out=100, batch_size=48, when="every task"), Ends()
     fit(tmp_path, [probe, seen, TaskMatrix()], names="abc")
     assert {at: list(found) for at, found in probe.results.items()} == {"b": ["a"], "c": ["a", "b"]}
     for at, results in probe.results.items():

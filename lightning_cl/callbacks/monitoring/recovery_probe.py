@@ -51,7 +51,7 @@ class RecoveryProbe(ContinualCallback):
         steps: number of steps.
         samples: number of the earlier task's training samples, which the steps go through again and again.
         held_out: number of samples that the losses are measured on.
-        batch_size: samples of a step; default: that of the task's loader.
+        batch_size: samples of a step; default: those of the task's loader on all ranks.
         lr: learning rate of the steps; default: as above.
         when: ``end``: at the end of the last task. ``every task``: at the end of each.
         seed: seed for the choice of samples.
@@ -174,20 +174,25 @@ class RecoveryProbe(ContinualCallback):
         if why_not_plannable(loader) is not None:
             return None
         start = time.monotonic()
-        size = self.batch_size or getattr(loader, "batch_size", None)
         quick = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         with thrown_away(pl_module):
             before = self._measure(trainer, pl_module, task)
             if before is None:
                 return None
             count = 1 if quick else self.samples
-            rows = size if isinstance(size, int) else 8
-            batches = same_on_all_ranks(trainer, loader, count, self.seed, rows)
+            batches = same_on_all_ranks(trainer, loader, count, self.seed, self._rows(trainer, loader))
             train_steps(trainer, pl_module, batches, 1 if quick else self.steps, rates)
             after = self._measure(trainer, pl_module, task)
             assert after is not None
         self.seconds += time.monotonic() - start
         return before, after
+
+    def _rows(self, trainer: L.Trainer, loader: Any) -> int:
+        """Returns the number of samples of a step."""
+        if self.batch_size is not None:
+            return self.batch_size
+        size = getattr(loader, "batch_size", None)
+        return (size if isinstance(size, int) else 8) * trainer.world_size
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, task: Task) -> float | None:
         """Returns the held-out loss of a task; None if there is nothing to measure it on."""
