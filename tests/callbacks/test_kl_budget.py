@@ -17,9 +17,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TASKS = {"a": classification(1, 64), "b": classification(2, 64)}
 
 
+class Decaying(Classifier):
+    """The learning rate of each task falls to a tenth, as in most runs."""
+
+    def configure_optimizers(self):
+        optimizer, steps = super().configure_optimizers(), self.trainer.max_epochs * 4
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.1, 1 - step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def fit(root, callbacks, ckpt_path=None, batch_size=16, **settings):
     torch.manual_seed(0)
-    net = Classifier(lr=0.02, optimizer=torch.optim.Adam)
+    net = Decaying(lr=0.02, optimizer=torch.optim.Adam)
     run = trainer(root, callbacks, **{"max_epochs": 40} | settings)
     tasks = [Task("a", TASKS["a"], max_epochs=min(run.max_epochs, 6)), Task("b", TASKS["b"])]
     fit_tasks(run, net, TaskDataModule(tasks, batch_size=batch_size, seed=0), ckpt_path)
@@ -52,12 +61,12 @@ METHODS = {
     ("kind", "target"),
     [("EWC", 0.3), ("EWC", 0.05), ("proximal EWC", 0.1), ("L2SP", 0.1), ("LwF", 0.3), ("LwF", 0.05)],
 )
-def test_a_task_ends_at_its_budget(tmp_path, kind, target):
+def test_a_task_ends_within_15_percent_of_its_budget(tmp_path, kind, target):
     ends = Ends()
     method = METHODS[kind](KLBudget(target, samples=64, every=4, outputs=logits_of))
     fit(tmp_path, [method, ends])
     reached = divergence(*ends.nets, TASKS["b"].tensors[0])
-    assert reached == pytest.approx(target, rel=0.25)
+    assert reached == pytest.approx(target, rel=0.15)
     report = method.report()
     assert report["reached"] == {"b": pytest.approx(reached, rel=1e-4)}
     assert report["strength"] == f"KLBudget({target:g})"

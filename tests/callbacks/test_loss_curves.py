@@ -118,7 +118,7 @@ def test_with_auto_looks_are_dense_after_a_switch_and_cost_at_most_two_percent(t
     assert steps[0] == 1
     assert steps[-1] == 160
     assert gaps == sorted(gaps)
-    assert len(steps) >= 8
+    assert len(steps) >= 5
 
 
 def test_a_task_with_its_own_adapter_has_a_flat_curve(tmp_path):
