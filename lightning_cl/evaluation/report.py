@@ -40,9 +40,11 @@ def build_report(
     summary = matrix.summary()
     trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
     told = {name: method.report() for method, name in methods if method is not matrix}
+    sections = [method.pop("sections", {}) for method in told.values()]  # of the whole report, by their key
     return {
         "format": 1,
         **summary,
+        **{key: value for section in sections for key, value in section.items()},
         "sentences": [
             sentence(summary, name, [method for method, _ in methods]) for name in [*trained, *summary["watched"]]
         ],
