@@ -1,4 +1,4 @@
-"""Scores of continual learning as torchmetrics classes."""
+"""Scores of continual learning and of written answers as torchmetrics classes."""
 
 from lightning_cl.metrics.retention import (
     AverageAccuracy,
@@ -7,5 +7,17 @@ from lightning_cl.metrics.retention import (
     ForwardTransfer,
     MeanWhenLearnt,
 )
+from lightning_cl.metrics.text import SARI, EditSimilarity, ExactMatch, NormalizedMatch, RougeL
 
-__all__ = ["AverageAccuracy", "BackwardTransfer", "Forgetting", "ForwardTransfer", "MeanWhenLearnt"]
+__all__ = [
+    "SARI",
+    "AverageAccuracy",
+    "BackwardTransfer",
+    "EditSimilarity",
+    "ExactMatch",
+    "Forgetting",
+    "ForwardTransfer",
+    "MeanWhenLearnt",
+    "NormalizedMatch",
+    "RougeL",
+]

@@ -159,3 +159,29 @@ class Forgetting(_MatrixMetric):
     def compute(self) -> Tensor:
         """The forgetting."""
         return forgetting(self.matrix(), self.mode)
+
+
+def scores_of(matrix: Tensor, mode: Mode, preset: Preset) -> tuple[dict[str, Any], dict[str, str]]:
+    """All scores of a matrix, by name, and their definitions.
+
+    Args:
+        matrix: ``[rows, tasks]``, of trained tasks; with less than two rows, all scores are NaN.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+        preset: whose definition of transfer.
+    """
+    metrics: dict[str, Any] = {
+        "average": AverageAccuracy(mode),
+        "mean_when_learnt": MeanWhenLearnt(mode),
+        "backward_transfer": BackwardTransfer(mode, preset),
+        "forgetting": Forgetting(mode),
+        "forward_transfer": ForwardTransfer(mode, preset),
+    }
+    scores: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        if len(matrix) < 2:
+            scores[name] = float("nan")
+            continue
+        metric.set_dtype(torch.float64)
+        metric.update(matrix)
+        scores[name] = float(metric.compute())
+    return scores, {name: metric.definition for name, metric in metrics.items()}

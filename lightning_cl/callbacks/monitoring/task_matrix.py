@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
+from lightning_cl.callbacks.monitoring.task_metrics import TaskMetrics
 from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need
@@ -30,7 +31,7 @@ from lightning_cl.evaluation.figure import matrix_figure, write_importance
 from lightning_cl.evaluation.sentences import Method
 from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst
-from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
+from lightning_cl.metrics.retention import scores_of
 from lightning_cl.passes.passes import progress
 
 
@@ -44,12 +45,19 @@ class TaskMatrix(ContinualCallback):
     every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is
     printed.
 
-    Memory: none. Compute: one validation of every task before training and after every task.
+    A task with ``Task(metrics=[…])`` is also asked for answers, by the model that its user would get: each metric has a
+    matrix of its own, with its scores (``summary()["metrics"]``), in the report and in ``matrix_<metric>.csv``. The
+    matrix ``main`` has each task by the first of its metrics.
+
+    Memory: none; with metrics, the answers as text. Compute: one validation of every task before training and after
+    every task; with metrics, as often the writing of `metric_samples` answers of each task.
 
     Args:
         monitor: the name of the logged metric.
         mode: ``min`` if lower is better (a loss), ``max`` if higher is (an accuracy).
         preset: whose definition of transfer: ``gem`` or ``trace``, see :mod:`lightning_cl.functional.retention`.
+        metric_samples: the most samples of a task that its metrics are measured on, the same ones each time; None: all.
+        metric_split: ``val`` or ``test``: the data that the metrics are measured on.
 
     Attributes:
         matrix: ``[rows, tasks]``: row 0 is before any training, row i after the i-th trained task; one column for each
@@ -72,7 +80,14 @@ class TaskMatrix(ContinualCallback):
         'val_loss'
     """
 
-    def __init__(self, monitor: str = "val_loss", mode: Mode = "min", preset: Literal["gem", "trace"] = "gem") -> None:
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Mode = "min",
+        preset: Literal["gem", "trace"] = "gem",
+        metric_samples: int | None = 100,
+        metric_split: Literal["val", "test"] = "val",
+    ) -> None:
         super().__init__()
         self.monitor = monitor
         self.mode: Mode = check_choice("mode", mode, ("min", "max"))  # type: ignore[assignment]
@@ -84,6 +99,7 @@ class TaskMatrix(ContinualCallback):
         self.measured_on: dict[str, dict[str, Any]] = {}
         self.changes: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self._task_metrics = TaskMetrics(metric_samples, metric_split)
         self._methods: Sequence[tuple[Method, str]] = []  # of the run, for the picture
 
     boundary_order = -1  # its evaluation builds the model, which others need
@@ -110,6 +126,7 @@ class TaskMatrix(ContinualCallback):
     def on_sequence_start(self) -> None:
         self.matrix, self.tasks, self.seconds = torch.empty(0, 0), [], 0.0
         self.measured_on, self.changes = {}, []
+        self._task_metrics.clear()
 
     @override
     def at_boundary(
@@ -144,6 +161,7 @@ class TaskMatrix(ContinualCallback):
             )
         if unknown:
             self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
+        self._task_metrics.measure(trainer, pl_module, data, trained)
         self.seconds += time.monotonic() - start
         self._log(trainer, trained)
 
@@ -261,6 +279,7 @@ class TaskMatrix(ContinualCallback):
             for name, value in zip(self.tasks, self.matrix[trained], strict=True)
             if not value.isnan()
         }
+        metrics |= self._task_metrics.logged(self.tasks, trained)
         if trained > 0:
             metrics |= {
                 f"continual/{name}": value
@@ -306,26 +325,15 @@ class TaskMatrix(ContinualCallback):
         Returns:
             ``average``, ``mean_when_learnt``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN
             where nothing is known, infinite where the run diverged), ``definitions``, ``tasks``, ``matrix`` (a list of
-            rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
+            rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback. If tasks
+            have metrics, ``metrics`` too: ``scores`` (for each metric the same scores, ``matrix`` and
+            ``standard_errors``), ``definitions``, ``tasks``, ``costs``, ``answers`` and ``changes``.
         """
-        matrix = self.trained_matrix()
-        metrics = {
-            "average": AverageAccuracy(self.mode),
-            "mean_when_learnt": MeanWhenLearnt(self.mode),
-            "backward_transfer": BackwardTransfer(self.mode, self.preset),
-            "forgetting": Forgetting(self.mode),
-            "forward_transfer": ForwardTransfer(self.mode, self.preset),
-        }
-        scores: dict[str, Any] = {}
-        for name, metric in metrics.items():
-            if len(matrix) < 2:
-                scores[name] = float("nan")
-                continue
-            metric.set_dtype(torch.float64)
-            metric.update(matrix)
-            scores[name] = float(metric.compute())
+        scores, definitions = scores_of(self.trained_matrix(), self.mode, self.preset)
+        if self._task_metrics.asked:
+            scores["metrics"] = self._task_metrics.summary(self.tasks, self.watched, len(self.matrix), self.preset)
         return scores | {
-            "definitions": {name: metric.definition for name, metric in metrics.items()},
+            "definitions": definitions,
             "preset": self.preset,
             "monitor": self.monitor,
             "mode": self.mode,
@@ -365,6 +373,7 @@ class TaskMatrix(ContinualCallback):
             "measured_on": {name: dict(on) for name, on in self.measured_on.items()},
             "changes": [dict(change) for change in self.changes],
             "seconds": self.seconds,
+            **({"task_metrics": self._task_metrics.state()} if self._task_metrics.asked else {}),
         }
 
     @override
@@ -374,6 +383,7 @@ class TaskMatrix(ContinualCallback):
         # Earlier checkpoints do not have them, and keep NaN where something was measured and was not finite.
         self.measured_on = {name: dict(on) for name, on in state.get("measured_on", {}).items()}
         self.changes = [dict(change) for change in state.get("changes", [])]
+        self._task_metrics.load(state.get("task_metrics"))
 
 
 def _known(value: float) -> float | None:
