@@ -62,7 +62,8 @@ class TaskDataModule(L.LightningDataModule):
     Args:
         tasks: what to learn, in order, as ``{name: data}``, such as ``{mails: mails.jsonl, notes: notes.txt}``, or as a
             list of ``Task``. In the dictionary, data is what ``Task.train`` takes, or a dictionary of ``Task``'s
-            arguments.
+            arguments. ``{benchmark: trace, folder: …}`` reads the folder of a published benchmark: ``trace``,
+            ``cl_benchmark`` or ``superni`` (:mod:`lightning_cl.data.benchmarks`).
         tokenizer: needed for tasks that are text. It is the name of a tokenizer on the hub, a folder, a ``.gguf`` file,
             ``sample:SmolLM2-135M-Instruct``, a ``transformers`` tokenizer, or :class:`~lightning_cl.data.TrainedBPE`,
             which trains a new vocabulary.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -48,7 +49,7 @@ def test_common_subsequence_is_the_textbook_tables(letters):
 
 def test_edit_similarity_is_one_less_the_share_of_insertions_and_deletions():
     texts = [text.strip() or "x" for text in random_texts(12, "abc", 30)]
-    for a, b in zip(texts, texts[1:], strict=False):
+    for a, b in itertools.pairwise(texts):
         # A substitution that costs 2 is a deletion and an insertion.
         distance = float(edit_distance([a], [b], substitution_cost=2))
         assert edit_similarity(a, [b]) == pytest.approx(1 - distance / (len(a) + len(b)))
@@ -59,7 +60,7 @@ def test_edit_similarity_is_one_less_the_share_of_insertions_and_deletions():
 
 def test_rouge_l_is_f1_of_common_words_of_the_best_reference():
     texts = random_texts(30, "ab c,", 40)
-    for a, b in zip(texts, texts[1:], strict=False):
+    for a, b in itertools.pairwise(texts):
         ours, theirs = (re.sub(r"[^a-z0-9]+", " ", text.lower()).split() for text in (a, b))
         common = table_lcs(ours, theirs)
         recall, precision = (Fraction(common, len(words)) if words else 0 for words in (theirs, ours))
