@@ -21,7 +21,7 @@ from lightning_cl.tasks import Task
 
 COLOURS = ["red", "blue", "dark blue"]
 ASKED = [
-    {"prompt": f"sky {i}: ", "answer": COLOURS[i % 3], "choices": COLOURS, "references": ["azure"]} for i in range(9)
+    {"prompt": f"sky {i}:", "answer": COLOURS[i % 3], "choices": COLOURS, "references": ["azure"]} for i in range(9)
 ]
 SUMS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(12)]
 
@@ -166,33 +166,29 @@ def test_report_files_and_scores(done):
     ]
 
 
-def test_resumed_run_has_the_same_rows_and_a_limit_is_kept(tmp_path, cache):
-    whole, parts = TaskMatrix(metric_samples=3), TaskMatrix(metric_samples=3)
-    fit(tmp_path / "whole", cache, whole)
-    fit(tmp_path / "parts", cache, parts, tasks()[:2])
-    again = TaskMatrix(metric_samples=3)
-    fit(tmp_path / "parts", cache, again, ckpt_path=tmp_path / "parts" / "tasks" / "1-sums.ckpt")
+def test_resumed_run_has_the_same_rows_and_other_exercises_are_told(tmp_path, done, cache):
+    root, whole, _, _ = done
+    boundary, again = root / "tasks" / "1-sums.ckpt", TaskMatrix()
+    fit(tmp_path / "again", cache, again, ckpt_path=boundary)
     ours, theirs = whole.summary()["metrics"], again.summary()["metrics"]
     assert ours["tasks"] == theirs["tasks"]
-    assert ours["tasks"]["colours"]["samples"] == 3
     for name in ours["scores"]:
-        assert (
-            torch.tensor(ours["scores"][name]["matrix"])
-            .nan_to_num(9)
-            .equal(torch.tensor(theirs["scores"][name]["matrix"]).nan_to_num(9))
-        )
-    other = TaskMatrix(metric_samples=2)
+        rows = [torch.tensor(one["scores"][name]["matrix"]).nan_to_num(9) for one in (ours, theirs)]
+        assert torch.equal(*rows)
+    limited = TaskMatrix(metric_samples=2)
     with pytest.warns(UserWarning, match="metrics of colours are measured on other data.*the exercises"):
-        fit(tmp_path / "parts", cache, other, ckpt_path=tmp_path / "parts" / "tasks" / "1-sums.ckpt")
-    column = [row[0] for row in other.summary()["metrics"]["scores"]["acc"]["matrix"]]
-    assert [value == value for value in column] == [False, False, True, True]
+        fit(tmp_path / "limited", cache, limited, ckpt_path=boundary)
+    about = limited.summary()["metrics"]
+    assert about["tasks"]["colours"]["samples"] == about["tasks"]["sums"]["samples"] == 2
+    assert [row[0] == row[0] for row in about["scores"]["acc"]["matrix"]] == [False, False, True, True]
+    assert {(change["task"], change["row"]) for change in about["changes"]} == {("colours", 2), ("sums", 2)}
 
 
 def test_the_deployed_view_answers(tmp_path, cache):
     """Each task is asked with its own adapter: other tasks' training changes none of its answers."""
     matrix = TaskMatrix()
     lora = {"r": 4, "target_modules": "all-linear"}
-    fit(tmp_path, cache, matrix, tasks()[:2], [TaskAdapters()], module(lora=lora), max_steps=4)
+    fit(tmp_path, cache, matrix, tasks()[:2], [TaskAdapters()], module(lora=lora))
     exams = matrix._task_metrics.exams["colours"]
     assert exams[2] == exams[1]
     assert matrix.summary()["metrics"]["scores"]["acc"]["forgetting"] == 0.0
@@ -202,25 +198,20 @@ def test_the_deployed_view_answers(tmp_path, cache):
 
 
 def test_exercises_of_each_form(cache):
-    chats = [
-        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
-        for i in range(9)
-    ]
+    turns = [("user", "q"), ("assistant", "a")]
+    chats = [{"messages": [{"role": role, "content": f"{text}{i}"} for role, text in turns]} for i in range(9)]
+    texts = [f"one two three four five {i}" for i in range(9)]
+    inputs = [{"instruction": "add", "input": f"{i}", "output": f" {i}"} for i in range(9)]
     numbered = [{"prompt": "which? ", "choices": ["ape", "bee"], "answer": i % 2} for i in range(9)]
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    [{"instruction": "add", "input": f"{i}", "output": f" {i}"} for i in range(9)]
     made = data(
         cache,
         [
             Task("chat", chats, metrics=["rouge_l"]),
             Task("numbers", numbered, metrics=["acc"]),
-            Task(
-                "inputs",
-                [{"instruction": "add", "input": f"{i}", "output": f" {i}"} for i in range(9)],
-                metrics=["sari"],
-            ),
-            Task("text", ["one two three four five six"] * 9, metrics=["edit_similarity"]),
+            Task("inputs", inputs, metrics=["sari"]),
+            Task("text", texts, metrics=["edit_similarity"]),
         ],
         chat_template=template,
     )
@@ -237,9 +228,7 @@ def test_exercises_of_each_form(cache):
     assert [tokenizer.decode(row[at:]) for row, at in zip(first.rows, first.starts, strict=True)] == ["ape", "bee"]
     first = asked["inputs"][0]
     assert first.text == f"add\n\n{first.references[0].strip()}"
-    assert all(
-        tokenizer.decode(one.prompt) + one.references[0] == "one two three four five six" for one in asked["text"]
-    )
+    assert all(tokenizer.decode(one.prompt) + one.references[0] in texts for one in asked["text"])
 
 
 def test_prompts_are_those_of_training_and_the_held_out_ones(cache):
