@@ -17,6 +17,7 @@ from lightning_cl import CausalLM, TaskAdapters, TaskDataModule, TaskMatrix, Tra
 from lightning_cl.data.exercises import exercises_of
 from lightning_cl.passes.exam import hold_exam, log_likelihoods
 from lightning_cl.passes.heads import SplitHead
+from lightning_cl.sequence.evaluate import evaluate_tasks
 from lightning_cl.tasks import Task
 
 COLOURS = ["red", "blue", "dark blue"]
@@ -182,6 +183,17 @@ def test_resumed_run_has_the_same_rows_and_other_exercises_are_told(tmp_path, do
     assert about["tasks"]["colours"]["samples"] == about["tasks"]["sums"]["samples"] == 2
     assert [row[0] == row[0] for row in about["scores"]["acc"]["matrix"]] == [False, False, True, True]
     assert {(change["task"], change["row"]) for change in about["changes"]} == {("colours", 2), ("sums", 2)}
+
+
+def test_an_evaluation_gives_the_same_scores(done, cache, tmp_path):
+    root, matrix, _, _ = done
+    run, scores = trainer(tmp_path), matrix.summary()["metrics"]["scores"]
+    found = evaluate_tasks(run, module(), data(cache), ckpt_path=root / "tasks" / "2-prose.ckpt")
+    assert {name: found["colours"][name] for name in ("acc", "accuracy", "rouge_l")} == {
+        name: scores[name]["matrix"][3][0] for name in ("acc", "accuracy", "rouge_l")
+    }
+    assert found["sums"]["exact_match"] == scores["exact_match"]["matrix"][3][1]
+    assert "exact_match" not in found["prose"]
 
 
 def test_the_deployed_view_answers(tmp_path, cache):

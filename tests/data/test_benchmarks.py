@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lightning_cl import TaskDataModule, TrainedBPE
+from lightning_cl.cli.earlier_run import _add
 from lightning_cl.data.benchmarks import CL_BENCHMARK_ORDERS, SUPERNI_ORDERS, TRACE_TASKS, cl_benchmark, superni, trace
 from lightning_cl.data.exercises import exercises_of
 
@@ -78,6 +79,14 @@ def test_trace_through_a_configuration(trace_folder, tmp_path):
     assert [one.references for one in asked["test"]] == [[f"{i}. Antwort ü"] for i in range(3)]
     sample = data.training_data(task)[0]
     assert data.tokenizer.decode(sample["input_ids"][~sample["loss_mask"]]) == "MeetingBank train 0?\n"
+
+
+def test_more_tasks_come_after_those_of_the_folder(trace_folder):
+    given = {"benchmark": "trace", "folder": str(trace_folder), "order": ["FOMC"], "more": {"mails": "sample:chat"}}
+    config = {"data": {"tasks": given}}
+    assert _add(config, "notes=sample:prose") == "notes"
+    data = TaskDataModule(config["data"]["tasks"], tokenizer=TrainedBPE(280))
+    assert [task.name for task in data.tasks] == ["FOMC", "mails", "notes"]
 
 
 def test_other_tasks_in_the_layout_of_trace(trace_folder):

@@ -254,14 +254,17 @@ def documents_of(location: Location, path_header: bool) -> Iterator[tuple[Path, 
 def as_tasks(tasks: Any) -> list[Task]:
     """A list of tasks from ``{name: data}``, ``{name: {arguments of Task}}``, a list of tasks, or a benchmark's folder.
 
-    A benchmark is given as ``{benchmark: trace, folder: …}`` (:mod:`lightning_cl.data.benchmarks`).
+    A benchmark is given as ``{benchmark: trace, folder: …}`` (:mod:`lightning_cl.data.benchmarks`); ``more`` has tasks
+    that come after its own, as ``{name: data}``.
 
     Raises:
         ValueError: if there is no task, no task to train on, or two tasks have the same name.
         TypeError: if `tasks` is something else, or an argument of a task has an unknown name.
     """
     if isinstance(tasks, dict) and {"benchmark", "folder"} <= tasks.keys():
-        listed = benchmark_tasks(tasks)
+        more = tasks.get("more") or {}
+        listed = benchmark_tasks({key: value for key, value in tasks.items() if key != "more"})
+        listed += [_as_task(name, data) for name, data in more.items()]
     elif isinstance(tasks, dict):
         listed = [_as_task(name, data) for name, data in tasks.items()]
     elif isinstance(tasks, (list, tuple)):
