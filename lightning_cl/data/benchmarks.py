@@ -118,7 +118,7 @@ def cl_benchmark(
         splits = {role: path for role, path in splits.items() if path.is_file()}
         if len(splits) == 2 and splits["val"].read_bytes() == splits["test"].read_bytes():
             leaking.append(name)
-        data = {
+        data: dict[str, Any] = {
             role: _classified(path, asked, labels) for role, path in {"train": of_task / "train.json", **splits}.items()
         }
         tasks.append(Task(name, **data, metrics=["normalized_match"], choices=list(labels)))
@@ -160,7 +160,7 @@ def superni(folder: str | Path, order: int | Sequence[str] = 1, examples: int = 
         path = found[fitting[0]]
         files = {role: path / f"{name}.json" for role, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
         sources = {"train": path} if path.is_file() else {role: file for role, file in files.items() if file.is_file()}
-        data = {role: _instances(file, examples) for role, file in sources.items()}
+        data: dict[str, Any] = {role: _instances(file, examples) for role, file in sources.items()}
         tasks.append(Task(fitting[0], **data, metrics=["rouge_l", "normalized_match"]))
     return tasks
 

@@ -56,7 +56,8 @@ def exercises_of(data: TaskDataModule, task: Task, split: Split = "val", most: i
     """The exercises of a task: the same in every run, in the same order.
 
     They come from the task's validation data, or from what was held out of its training data, or from its test data.
-    The last answer of a sample is asked for, and all before it is the prompt. If a prompt does not fit into
+    The last answer of a sample is asked for, and all before it is the prompt; a call of a tool is not asked for. If a
+    prompt does not fit into
     ``max_length``, its beginning is cut off.
 
     Args:
@@ -129,6 +130,8 @@ class _Maker:
         if answer is None:
             yield from self._continuations(document)
             return
+        if not answer.strip():
+            return  # a call of a tool
         references = list(dict.fromkeys([answer, *_listed(document, "references")]))
         choices = _listed(document, "choices") or list(self.task.choices or [])
         samples = [self._sample(document, one) for one in references]
@@ -193,7 +196,7 @@ def _answer_of(document: Document) -> str | None:
         return document.completion
     if isinstance(document, Instruction):
         return document.output
-    return document.messages[_last(document)].get("content", "") if isinstance(document, Chat) else None
+    return (document.messages[_last(document)].get("content") or "") if isinstance(document, Chat) else None
 
 
 def _with_answer(document: Document, answer: str) -> Document:

@@ -51,6 +51,7 @@ class TaskMetrics:
             check_integer("metric_samples", samples, 1, "a positive integer, or None for all samples")
         self.samples = samples
         self.split: Split = check_choice("metric_split", split, ("val", "test"))  # type: ignore[assignment]
+        self._made: tuple[Any, dict[tuple[str, int | None], list[Exercise]]] = (None, {})
         self.clear()
 
     def clear(self) -> None:
@@ -66,7 +67,7 @@ class TaskMetrics:
         preflight: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         start, tokens, scored, any_asked = time.monotonic(), 0, 0, False
         for task in measured:
-            exercises = exercises_of(data, task, self.split, 1 if preflight else self.samples)
+            exercises = self._exercises(data, task, 1 if preflight else self.samples)
             if not exercises:
                 raise ValueError(
                     f"task {task.name!r}, metrics={task.metrics}: there is no prompt with an answer in its"
@@ -91,6 +92,15 @@ class TaskMetrics:
                     "scored_tokens": scored,
                 }
             )
+
+    def _exercises(self, data: TaskDataModule, task: Task, most: int | None) -> list[Exercise]:
+        """The exercises of a task, made once for a run."""
+        if self._made[0] is not data:
+            self._made = (data, {})
+        made = self._made[1]
+        if (task.name, most) not in made:
+            made[task.name, most] = exercises_of(data, task, self.split, most)
+        return made[task.name, most]
 
     def _keep(self, task: Task, trained: int, exam: Exam) -> None:
         self.exams.setdefault(task.name, {})[trained] = {"answers": exam.answers, "scores": exam.scores}
