@@ -159,6 +159,7 @@ def test_report_files_and_scores(done):
     shown = metrics["answers"]["sums"][0]
     assert shown["references"] in [[record["answer"]] for record in SUMS]
     assert len(shown["answers"]) == 4
+    assert sorted(path.name for path in root.glob("matrix_*.csv")) == sorted(f"matrix_{name}.csv" for name in scores)
     with (root / "matrix_exact_match.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["colours"] for row in rows] == [""] * 4
