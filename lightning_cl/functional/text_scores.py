@@ -27,7 +27,7 @@ from collections.abc import Hashable, Sequence
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(f"[{_CJK}]|(?:(?![{_CJK}_])\\w)+")
+_WORD = re.compile(f"[{_CJK}]|(?:(?![{_CJK}]|_)\\w)+")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _ORDERS = 4  # SARI looks at n-grams of up to four words
 
