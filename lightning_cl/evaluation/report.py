@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_cl.evaluation import figure
+from lightning_cl.evaluation.metric_tables import format_metrics, write_metrics
 from lightning_cl.evaluation.probe_table import format_probe
 from lightning_cl.evaluation.sentences import Method, sentence
 from lightning_cl.evaluation.sentences import row_names as row_names
-from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table
+from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table, plain_cell
 from lightning_cl.files import replace_file
 
 
@@ -68,20 +69,16 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     def write_csv(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["after", *map(_cell, report["tasks"])])
+            writer.writerow(["after", *map(plain_cell, report["tasks"])])
             for i, (name, row) in enumerate(zip(row_names(report), report["matrix"], strict=True)):
                 if changed := _changed_at(report, i):
                     writer.writerow([f"(above: other data of {', '.join(changed)})", *("" for _ in row)])
                 # Empty is what was never measured; what is not finite stands as inf or -inf.
-                writer.writerow([_cell(name), *("" if math.isnan(value) else repr(value) for value in row)])
+                writer.writerow([plain_cell(name), *("" if math.isnan(value) else repr(value) for value in row)])
 
     replace_file(folder / "matrix.csv", write_csv)
+    write_metrics(report, folder)
     replace_file(folder / "matrix.png", lambda path: figure.draw_matrix(report, path))
-
-
-def _cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def format_report(report: dict[str, Any], folder: Path | None) -> str:
@@ -99,6 +96,7 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
         if name in report
     ]
     lines += [*format_table(scores), ""]
+    lines += format_metrics(report)
     lines += [f"  {words}" for words in _data_changes(report)]
     lines += [f"  {words}" for words in report["sentences"]]
     for name, probe in report.get("probe", {}).items():

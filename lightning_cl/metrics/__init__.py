@@ -1,4 +1,4 @@
-"""Scores of continual learning as torchmetrics classes."""
+"""Scores of continual learning and of written answers as torchmetrics classes."""
 
 from lightning_cl.metrics.retention import (
     AverageAccuracy,
@@ -12,16 +12,22 @@ from lightning_cl.metrics.retention import (
     ShareKept,
     WorstTask,
 )
+from lightning_cl.metrics.text import SARI, EditSimilarity, ExactMatch, NormalizedMatch, RougeL
 
 __all__ = [
+    "SARI",
     "AverageAccuracy",
     "AverageOverRows",
     "BackwardTransfer",
+    "EditSimilarity",
+    "ExactMatch",
     "Forgetting",
     "ForwardTransfer",
     "Intransigence",
     "LargestDrop",
     "MeanWhenLearnt",
+    "NormalizedMatch",
+    "RougeL",
     "ShareKept",
     "WorstTask",
 ]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
+from lightning_cl.callbacks.monitoring.task_metrics import TaskMetrics
 from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need
@@ -45,7 +46,12 @@ class TaskMatrix(ContinualCallback):
     every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is
     printed.
 
-    Memory: none. Compute: one validation of every task before training and after every task.
+    A task with ``Task(metrics=[…])`` is also asked for answers, by the model that its user would get: each metric has a
+    matrix of its own, with its scores (``summary()["metrics"]``), in the report and in ``matrix_<metric>.csv``. The
+    matrix ``main`` has each task by the first of its metrics.
+
+    Memory: none; with metrics, the answers as text. Compute: one validation of every task before training and after
+    every task; with metrics, as often the writing of `metric_samples` answers of each task.
 
     Args:
         monitor: the name of the logged metric.
@@ -55,6 +61,8 @@ class TaskMatrix(ContinualCallback):
         reference: the score that each task can reach, for intransigence and for the forward transfer of ``sapt``: for
             each trained task a number, or the folder of a run whose last row has it. One folder stands for all tasks:
             that of a run on all data together.
+        metric_samples: the most samples of a task that its metrics are measured on, the same ones each time; None: all.
+        metric_split: ``val`` or ``test``: the data that the metrics are measured on.
 
     Attributes:
         matrix: ``[rows, tasks]``: row 0 is before any training, row i after the i-th trained task; one column for each
@@ -85,6 +93,8 @@ class TaskMatrix(ContinualCallback):
         mode: Mode = "min",
         preset: Preset = "gem",
         reference: dict[str, float | str] | str | None = None,
+        metric_samples: int | None = 100,
+        metric_split: Literal["val", "test"] = "val",
     ) -> None:
         super().__init__()
         self.monitor = monitor
@@ -98,6 +108,7 @@ class TaskMatrix(ContinualCallback):
         self.measured_on: dict[str, dict[str, Any]] = {}
         self.changes: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self._task_metrics = TaskMetrics(metric_samples, metric_split)
         self._methods: Sequence[tuple[Method, str]] = []  # of the run, for the picture
         self.last_report: dict[str, Any] | None = None  # as report.json has it, after the last task so far
 
@@ -130,6 +141,7 @@ class TaskMatrix(ContinualCallback):
         self.matrix, self.tasks, self.seconds = torch.empty(0, 0), [], 0.0
         self.measured_on, self.changes = {}, []
         self.last_report = None
+        self._task_metrics.clear()
 
     @override
     def at_boundary(
@@ -164,6 +176,7 @@ class TaskMatrix(ContinualCallback):
             )
         if unknown:
             self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
+        self._task_metrics.measure(trainer, pl_module, data, trained)
         self.seconds += time.monotonic() - start
         self._log(trainer, trained)
 
@@ -284,6 +297,7 @@ class TaskMatrix(ContinualCallback):
             for name, value in zip(self.tasks, self.matrix[trained], strict=True)
             if not value.isnan()
         }
+        metrics |= self._task_metrics.logged(self.tasks, trained)
         if trained > 0:
             metrics |= {
                 f"continual/{name}": value
@@ -330,7 +344,9 @@ class TaskMatrix(ContinualCallback):
             the scores (floats, NaN where nothing is known, infinite where the run diverged), for each of them a
             sentence in ``definitions`` and a hash of what it was measured on in ``fingerprints``, ``worst`` and
             ``kept`` (see :func:`~lightning_cl.evaluation.scores.score_matrix`), ``reference``, ``tasks``, ``matrix`` (a
-            list of rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
+            list of rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback. If tasks
+            have metrics, ``metrics`` too: ``scores`` (for each metric the same scores, ``matrix`` and
+            ``standard_errors``), ``definitions``, ``tasks``, ``costs``, ``answers`` and ``changes``.
         """
         matrix, trained = self.trained_matrix(), [name for name in self.tasks if name not in self.watched]
         reference = {name: self._reference[name]["score"] for name in trained if name in self._reference}
@@ -338,6 +354,8 @@ class TaskMatrix(ContinualCallback):
         scores = score_matrix(matrix, trained, self.mode, self.preset, reference)
         settings = {"monitor": self.monitor, "mode": self.mode, "preset": self.preset}
         known = trained[: max(0, len(matrix) - 1)]
+        if self._task_metrics.asked:
+            scores["metrics"] = self._task_metrics.summary(self.tasks, self.watched, len(self.matrix), self.preset)
         return scores | {
             "fingerprints": score_fingerprints(
                 list(scores["definitions"]), known, self.measured_on, settings, reference
@@ -382,6 +400,7 @@ class TaskMatrix(ContinualCallback):
             "measured_on": {name: dict(on) for name, on in self.measured_on.items()},
             "changes": [dict(change) for change in self.changes],
             "seconds": self.seconds,
+            **({"task_metrics": self._task_metrics.state()} if self._task_metrics.asked else {}),
         }
 
     @override
@@ -391,6 +410,7 @@ class TaskMatrix(ContinualCallback):
         # Earlier checkpoints do not have them, and keep NaN where something was measured and was not finite.
         self.measured_on = {name: dict(on) for name, on in state.get("measured_on", {}).items()}
         self.changes = [dict(change) for change in state.get("changes", [])]
+        self._task_metrics.load(state.get("task_metrics"))
 
 
 def _known(value: float) -> float | None:
