@@ -163,6 +163,11 @@ class TaskLoader(TaskBatches):
         """True if there are samples to replay."""
         return self._samples.replays and self._samples.end > len(self.dataset)
 
+    @property
+    def replayed_share(self) -> float:
+        """The share of replayed samples that is planned, the largest where it changes over the task."""
+        return sum(mix.curve.largest for mix in self._samples.mixes)
+
     def replay_more(self, share: float) -> None:
         """Replaces a share of the planned new samples by stored ones, from the next batch on (:class:`Raised`).
 

@@ -38,6 +38,8 @@ def build_report(
     """
     summary = matrix.summary()
     trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
+    told = {name: method.report() for method, name in methods if method is not matrix}
+    guard = [entry for one in told.values() for entry in one.pop("guard", [])]
     return {
         "format": 1,
         **summary,
@@ -51,7 +53,8 @@ def build_report(
             + sum(c.get("begin_seconds", 0.0) + c["train_seconds"] + c["end_seconds"] for c in costs),
             "state_bytes": {name: method.state_bytes() for method, name in methods},
         },
-        "methods": {name: method.report() for method, name in methods if method is not matrix},
+        "methods": told,
+        **({"guard": guard} if guard else {}),
     }
 
 

@@ -114,9 +114,7 @@ def paired_rise(
     return Rise(float(change.mean()), error, count, mean_limit, margin, mean, decision)
 
 
-def allowed_rise(
-    unit: str, budget: float, reference: Tensor, before: Tensor | None = None
-) -> float | Tensor:
+def allowed_rise(unit: str, budget: float, reference: Tensor, before: Tensor | None = None) -> float | Tensor:
     """Returns the rise of the loss that a budget allows, in nats.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -45,7 +46,9 @@ def sample_losses(
         if callable(getattr(type(pl_module), "batch_logits", None)) and _has_labels(samples.one()):
             read_logits = LogitsReader(trainer, pl_module, None)
             for numbers, batch in samples.batches():
-                found[[number - first for number in numbers]] = _batch_losses(read_logits, batch, len(numbers)).to(found)
+                found[[number - first for number in numbers]] = _batch_losses(read_logits, batch, len(numbers)).to(
+                    found
+                )
         else:
             for number, batch in samples.singles():
                 loss = training_loss(trainer, pl_module, batch)
@@ -60,7 +63,7 @@ def sample_losses(
 
 
 def _has_labels(batch: Any) -> bool:
-    labels, ids = (batch.get(key) if isinstance(batch, dict) else None for key in ("labels", "input_ids"))
+    labels, ids = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "input_ids"))
     return isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape
 
 
