@@ -33,7 +33,7 @@ class Rise(NamedTuple):
     Attributes:
         mean: D, the mean rise; infinite if a loss is not finite.
         error: SE, its standard error.
-        count: n, the number of sequences.
+        size: n, the number of sequences.
         allowed: the rise that the budget allows.
         margin: half the width of the bound around the mean of what exceeds the budget.
         excess: the mean of what exceeds the budget; above 0 is too much.
@@ -42,7 +42,7 @@ class Rise(NamedTuple):
 
     mean: float
     error: float
-    count: int
+    size: int
     allowed: float
     margin: float
     excess: float

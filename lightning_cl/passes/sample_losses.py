@@ -21,7 +21,7 @@ from lightning_cl.passes.task_samples import TaskSamples
 def sample_losses(
     trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, *, first: int, end: int, seed: int
 ) -> Tensor:
-    """Returns the losses of samples number `first` to `end` of a random order, the same on all ranks, ``[end − first]``.
+    """Returns the losses ``[end − first]`` of samples number `first` to `end` of a random order, on all ranks.
 
     The loss of a sequence is the mean of its tokens' losses. A module with ``batch_logits``, whose batches have one
     label a position, is asked for whole batches; any other for the ``training_step`` of one sample after the other. The

@@ -84,7 +84,7 @@ class ForgettingBudget(ContinualCallback):
         seed: seed for the choice of sequences.
 
     Attributes:
-        log: one entry for each task at each look: ``step`` of the run, ``training`` (the task that is trained),
+        looks: one entry for each task at each look: ``step`` of the run, ``training`` (the task that is trained),
             ``task``, ``D`` (mean rise in nats), ``SE``, ``n``, ``allowed``, ``decision`` and ``action``.
 
     Raises:
@@ -134,11 +134,11 @@ class ForgettingBudget(ContinualCallback):
         self.tasks = tasks
         check_share("replay_cap", replay_cap, ends=False)
         self.replay_cap, self.seed = replay_cap, check_integer("seed", seed)
-        self.log: list[dict[str, Any]] = []
+        self.looks: list[dict[str, Any]] = []
         self.seconds = 0.0
         names = None if tasks == "all" else list(tasks)
         self.sets = GuardSets(samples * 2**_DOUBLINGS, seed, names, type(self).__name__)
-        self._looks = 0
+        self._look_number = 0
         self._carried: dict[str, Any] | None = None
         self._begin_task()
 
@@ -194,7 +194,7 @@ class ForgettingBudget(ContinualCallback):
 
     @override
     def on_sequence_start(self) -> None:
-        self.log, self.seconds, self._looks, self.sets.sets = [], 0.0, 0, {}
+        self.looks, self.seconds, self._look_number, self.sets.sets = [], 0.0, 0, {}
         self._begin_task()
 
     @override
@@ -267,8 +267,8 @@ class ForgettingBudget(ContinualCallback):
         assert self._schedule is not None
         assert self.task is not None
         names = self.sets.guarded(self.task.name)
-        self._looks += 1
-        alpha = look_error(1.0 - self.confidence, self._looks, len(names))
+        self._look_number += 1
+        alpha = look_error(1.0 - self.confidence, self._look_number, len(names))
         spent = 0.0
         found: dict[str, Rise] = {}
         for name in names:
@@ -278,14 +278,14 @@ class ForgettingBudget(ContinualCallback):
         self._schedule.looked(step, spent)
         for name, rise in found.items():
             self._breaches[name] = self._breaches.get(name, 0) + 1 if rise.decision == "breach" else 0
-            self.log.append(
+            self.looks.append(
                 {
                     "step": trainer.global_step,
                     "training": self.task.name,
                     "task": name,
                     "D": rise.mean,
                     "SE": rise.error,
-                    "n": rise.count,
+                    "n": rise.size,
                     "allowed": rise.allowed,
                     "decision": rise.decision,
                     "action": "",
@@ -396,7 +396,7 @@ class ForgettingBudget(ContinualCallback):
 
     def _tell(self, action: str, words: str, found: dict[str, Rise]) -> None:
         due = [name for name in found if self._breaches[name] >= self.patience]
-        for entry in self.log[-len(found) :]:
+        for entry in self.looks[-len(found) :]:
             if entry["task"] in due:
                 entry["action"] = action
         rises = ", ".join(
@@ -412,8 +412,8 @@ class ForgettingBudget(ContinualCallback):
     def _own_state(self) -> dict[str, Any]:
         """Returns what the guard has seen and done, without the place in training that it belongs to."""
         return {
-            "log": [dict(entry) for entry in self.log],
-            "looks": self._looks,
+            "entries": [dict(entry) for entry in self.looks],
+            "looks": self._look_number,
             "rung": self._rung,
             "breaches": dict(self._breaches),
             "remedies": self._remedies.state(),
@@ -438,7 +438,7 @@ class ForgettingBudget(ContinualCallback):
         self._snapshot = Path(state["snapshot"]) if state["snapshot"] is not None else None
         carried, self._carried = self._carried, None
         own = state if carried is None else carried
-        self.log, self._looks = [dict(entry) for entry in own["log"]], own["looks"]
+        self.looks, self._look_number = [dict(entry) for entry in own["entries"]], own["looks"]
         self._rung, self._breaches, self.seconds = own["rung"], dict(own["breaches"]), own["seconds"]
         self._remedies.load(own["remedies"])
         if carried is not None:
@@ -454,8 +454,8 @@ class ForgettingBudget(ContinualCallback):
             "budget": self.budget,
             "unit": self.unit,
             "confidence": self.confidence,
-            "looks": self._looks,
+            "looks": self._look_number,
             "seconds": self.seconds,
-            "guard": [dict(entry) for entry in self.log],
+            "guard": [dict(entry) for entry in self.looks],
             "sentences": guard_sentences(self),
         }

@@ -17,7 +17,7 @@ class Guard(Protocol):
     """All that is asked of the callback."""
 
     sets: GuardSets
-    log: list[dict[str, Any]]
+    looks: list[dict[str, Any]]
     run: RunState
     unit: Any
     budget: float
@@ -28,7 +28,7 @@ class Guard(Protocol):
 def guard_sentences(guard: Guard) -> list[str]:
     """Returns one sentence for each guarded task, each action, and the time that looks took."""
     told = [words for name in guard.sets.sets if (words := _task_sentence(guard, name)) is not None]
-    acted = [entry for entry in guard.log if entry["action"]]
+    acted = [entry for entry in guard.looks if entry["action"]]
     for entry in acted[:_TOLD]:
         rise = f"{entry['D']:+.3g} nats" if math.isfinite(entry["D"]) else "a loss that is not finite"
         told.append(
@@ -37,13 +37,13 @@ def guard_sentences(guard: Guard) -> list[str]:
         )
     if len(acted) > _TOLD:
         told.append(f"ForgettingBudget: {len(acted) - _TOLD} more actions are in report.json")
-    if any(entry["action"] not in ("", "warn", "none") for entry in guard.log):
+    if any(entry["action"] not in ("", "warn", "none") for entry in guard.looks):
         told.append(
             "ForgettingBudget: its sequences are a part of the validation data that the matrix is measured on, so that"
             " scores after an action are chosen on them, a little"
         )
     trained = sum(cost.get("train_seconds", 0.0) for cost in guard.run.costs)
-    if guard.log and trained > 0:
+    if guard.looks and trained > 0:
         told.append(f"ForgettingBudget: its looks took {guard.seconds / trained:.1%} of the time of training")
     return told
 
@@ -59,9 +59,9 @@ def _task_sentence(guard: Guard, name: str) -> str | None:
         return f"ForgettingBudget, {name}: a loss is not finite"
     verdict = {"safe": "within the budget", "breach": "over the budget", "uncertain": "too close to be sure"}
     since = "the first task began" if one.watched else "it was learnt"
-    margin = rise.error * math.sqrt(rise.count) * confidence_width(rise.count, 1.0 - guard.confidence, rise.count)
+    margin = rise.error * math.sqrt(rise.size) * confidence_width(rise.size, 1.0 - guard.confidence, rise.size)
     words = (
-        f"ForgettingBudget, {name}: loss {rise.mean:+.3g} ± {margin:.2g} nats since {since} ({rise.count} sequences,"
+        f"ForgettingBudget, {name}: loss {rise.mean:+.3g} ± {margin:.2g} nats since {since} ({rise.size} sequences,"
         f" {guard.confidence:.0%}), allowed {rise.allowed:.3g}: {verdict[rise.decision]}"
     )
     kept = kept_share(one.now, one.reference, one.before) if one.before is not None else math.nan

@@ -1,4 +1,4 @@
-"""The steps at which a guard looks, counted in work and not in seconds, so that a resumed run looks at the same ones."""
+"""The steps at which a guard looks: counted in work and not in seconds, so that a resumed run looks at the same."""
 
 from __future__ import annotations
 

@@ -171,7 +171,8 @@ def mean_length(loader: Any) -> float:
     if length_of is None or size == 0:
         return 1.0
     picked = torch.linspace(0, size - 1, min(size, 256)).long().tolist()
-    return max(sum(length_of(index) for index in picked) / len(picked), 1.0)
+    mean: float = sum(length_of(index) for index in picked) / len(picked)
+    return max(mean, 1.0)
 
 
 def _first_of(loader: Any) -> Any:
