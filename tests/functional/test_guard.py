@@ -22,7 +22,7 @@ def test_the_width_is_the_mixture_bound():
     n, alpha, first = 100, 0.01, 64
     log = -2 * math.log(alpha)
     rho = (log + math.log(log) + 1) / first
-    low, high = 0.0, 10.0
+    low, high = 0.0, 2.0
     for _ in range(200):
         mid = (low + high) / 2
         # ∫ exp(θ S − n θ²/2) N(θ; 0, ρ²) dθ at S = n · mid
