@@ -1,9 +1,10 @@
 """Operating figures of ForgettingBudget: false alarms under the null, and planted rises that are found.
 
-Run from the repository's root: ``python tests/benchmarks/guard.py [runs=200]``. Each run trains a tiny language model on
-a Markov chain three times, as the tasks a, b and c, which have the same training data: nothing is to be forgotten, and
-held-out losses change by the noise of training alone. In the middle of c, random changes of the head's weights raise the
-held-out loss by 0.05 nats, for the guard's eyes only (in evaluation mode), so that training does not take it back.
+Run from the repository's root: ``python tests/benchmarks/guard.py [runs=200]``. Each run trains a tiny language model
+on a Markov chain three times, as the tasks a, b and c, which have the same training data: nothing is to be forgotten,
+and held-out losses change by the noise of training alone. In the middle of c, random changes of the head's weights
+raise the held-out loss by 0.05 nats, for the guard's eyes only (in evaluation mode), so that training does not take it
+back.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from lightning_cl import ForgettingBudget, Task, TaskDataModule, fit_tasks
 from lightning_cl.functional.guard import confidence_width, look_error
 
 VOCABULARY, LENGTH = 12, 24
-STEPS, EVERY, PLANT = 60, 10, 30
+FIRST, STEPS, EVERY, PLANT = 120, 40, 8, 16  # steps of the first task and of the others
+PLANTED = FIRST + STEPS + PLANT  # step of the run
 
 
 class Sequences(Dataset):
@@ -78,14 +80,14 @@ class Plant(L.Callback):
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step != 2 * STEPS + PLANT:
+        if trainer.global_step != PLANTED:
             return
         everything = {"input_ids": self.data.tokens, "labels": self.data.tokens}
         direction = torch.randn(VOCABULARY, 32, generator=self.generator)
         pl_module.eval()
         aim = float(pl_module.loss(everything)) + self.rise
-        low, high = 0.0, 10.0
-        for _ in range(40):
+        low, high = 0.0, 4.0
+        for _ in range(14):
             pl_module.shift.copy_((low + high) / 2 * direction)
             low, high = ((low + high) / 2, high) if pl_module.loss(everything) < aim else (low, (low + high) / 2)
         pl_module.train()
@@ -95,7 +97,7 @@ def one_run(seed: int, rise: float = 0.05, budget: float = 0.01, samples: int = 
     """Trains the three tasks; returns the guard."""
     generator = torch.Generator().manual_seed(seed)
     chain = torch.softmax(2.0 * torch.randn(VOCABULARY, VOCABULARY, generator=generator), 1)
-    train, held_out, many = (Sequences(chain, count, generator) for count in (2000, 256, 2000))
+    train, held_out, many = (Sequences(chain, count, generator) for count in (2000, 256, 500))
     torch.manual_seed(seed)
     guard = ForgettingBudget(budget, "nats", every=EVERY, samples=samples, action=["warn"])
     trainer = L.Trainer(
@@ -108,10 +110,10 @@ def one_run(seed: int, rise: float = 0.05, budget: float = 0.01, samples: int = 
         enable_model_summary=False,
         default_root_dir=tempfile.gettempdir(),
     )
-    tasks = [Task(name, train, val=held_out) for name in "abc"]
+    tasks = [Task(name, train, val=held_out, max_steps=FIRST if name == "a" else STEPS) for name in "abc"]
     with tempfile.TemporaryDirectory() as folder:
         trainer._default_root_dir = folder
-        fit_tasks(trainer, Tiny(1e-2), TaskDataModule(tasks, batch_size=32, seed=seed))
+        fit_tasks(trainer, Tiny(1e-2), TaskDataModule(tasks, batch_size=16, seed=seed))
     return guard
 
 
@@ -134,10 +136,10 @@ def alarms(guard: ForgettingBudget, budget: float, patience: int) -> tuple[bool,
             margin = entry["SE"] * math.sqrt(n) * confidence_width(n, alpha, guard.samples)
             count[entry["task"]] = count.get(entry["task"], 0) + 1 if entry["D"] - margin > budget else 0
         if max(count.values()) >= patience:
-            if step <= 2 * STEPS + PLANT:
+            if step <= PLANTED:
                 false = True
             elif found is None:
-                found = (step - 2 * STEPS - PLANT) // EVERY
+                found = (step - PLANTED) // EVERY
             count = {}
     return false, found
 
@@ -150,15 +152,21 @@ def main(runs: int = 200) -> None:
         guards.append(one_run(seed))
         if seed % 20 == 19:
             print(f"{seed + 1} runs, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    before = [e for g in guards for e in g.looks if e["step"] <= 2 * STEPS + PLANT]
-    after = [e for g in guards for e in g.looks if e["step"] > 2 * STEPS + PLANT]
+    tell(guards)
+
+
+def tell(guards: list[ForgettingBudget]) -> None:
+    """Prints the figures of some runs."""
+    runs = len(guards)
+    before = [e for g in guards for e in g.looks if e["step"] <= PLANTED]
+    after = [e for g in guards for e in g.looks if e["step"] > PLANTED]
     for what, entries in (("before", before), ("after", after)):
         rises = torch.tensor([e["D"] for e in entries])
         errors = torch.tensor([e["SE"] for e in entries]).median()
         counts = torch.tensor([float(e["n"]) for e in entries]).mean()
         print(f"{what} the plant: D {rises.mean():+.4f} ± {rises.std():.4f}, SE {errors:.4f}, n {counts:.0f}")
-    acted = [any(e["action"] and e["step"] <= 2 * STEPS + PLANT for e in g.looks) for g in guards]
-    caught = [any(e["action"] and 0 < e["step"] - 2 * STEPS - PLANT <= 2 * EVERY for e in g.looks) for g in guards]
+    acted = [any(e["action"] and e["step"] <= PLANTED for e in g.looks) for g in guards]
+    caught = [any(e["action"] and 0 < e["step"] - PLANTED <= 2 * EVERY for e in g.looks) for g in guards]
     print(f"as run (budget 0.01, patience 2): false {sum(acted)}/{runs}, found within two looks {sum(caught)}/{runs}")
     print("| budget, nats | patience | runs with a false alarm | found at the first look | within two looks |")
     print("|---|---|---|---|---|")
