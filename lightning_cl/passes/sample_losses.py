@@ -16,6 +16,8 @@ from lightning_cl.passes.logits import LogitsReader
 from lightning_cl.passes.passes import leaving_no_trace, training_loss
 from lightning_cl.passes.task_samples import TaskSamples
 
+_TOKENS = 2048  # of a batch: all their logits exist at once
+
 
 @torch.no_grad()
 def sample_losses(
@@ -27,7 +29,7 @@ def sample_losses(
     label a position, is asked for whole batches; any other for the ``training_step`` of one sample after the other. The
     ranks share the samples.
 
-    Memory: the logits of a batch. Compute: a forward pass over each sample.
+    Memory: the logits of about 2,048 tokens. Compute: a forward pass over each sample.
 
     Args:
         trainer: inside a fit.
@@ -41,7 +43,7 @@ def sample_losses(
         MisconfigurationException: if ``training_step`` returns no loss.
     """
     found = torch.zeros(end - first, dtype=torch.float64, device=trainer.strategy.root_device)
-    samples = TaskSamples(trainer, end, seed, "", loader, first=first, quiet=True)
+    samples = TaskSamples(trainer, end, seed, "", loader, _rows(loader), first=first, quiet=True)
     with leaving_no_trace(pl_module):
         if callable(getattr(type(pl_module), "batch_logits", None)) and _has_labels(samples.one()):
             read_logits = LogitsReader(trainer, pl_module, None)
@@ -60,6 +62,14 @@ def sample_losses(
                 found[number - first] = loss.detach().to(found)
     summed: Tensor = trainer.strategy.reduce(found, reduce_op="sum")
     return summed.cpu()
+
+
+def _rows(loader: Any) -> int | None:
+    """Returns the samples of a batch whose logits are no burden; None where lengths are not known."""
+    length_of = getattr(loader.dataset, "length", None)
+    longest = max((length_of(index) for index in range(len(loader.dataset))), default=1) if length_of else None
+    longest = getattr(loader, "block_length", None) or longest
+    return None if longest is None else max(1, _TOKENS // longest)
 
 
 def _has_labels(batch: Any) -> bool:

@@ -344,7 +344,7 @@ class ForgettingBudget(ContinualCallback):
         for action in self.action[self._rung :] or self.action[-1:]:
             self._rung += 1
             if action == "rollback":
-                if self._snapshot is not None and self._snapshot.is_file():
+                if trainer.strategy.broadcast(self._snapshot is not None and self._snapshot.is_file()):
                     self._roll_back(trainer, found)
             elif (done := self._take(action, trainer, pl_module, found)) is not None:
                 self._tell(action, done, found)
