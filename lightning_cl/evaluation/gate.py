@@ -76,8 +76,8 @@ def _task(
     numbers = (rise.mean, rise.error, rise.size, rise.allowed, rise.margin)
     kept = kept_share(now, learnt, before) if before is not None else math.nan
     told |= dict(zip(empty, [value if math.isfinite(value) else None for value in (*numbers, kept)], strict=True))
-    reason = None if math.isfinite(rise.mean) else "a loss is not finite"
-    return told | {"decision": rise.decision, "reason": reason}
+    spoilt = None if math.isfinite(rise.mean) else "a loss is not finite"
+    return told | {"decision": rise.decision, "reason": spoilt}
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:

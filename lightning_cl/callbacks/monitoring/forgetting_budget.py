@@ -294,7 +294,7 @@ class ForgettingBudget(ContinualCallback):
             self.log_scalar(f"rise/{name}", rise.mean)
         if all(rise.decision == "safe" for rise in found.values()):
             self._keep(trainer, pl_module)
-        if any(count >= self.patience for count in self._breaches.values()):
+        if self.action and any(count >= self.patience for count in self._breaches.values()):
             self._act(trainer, pl_module, found)
 
     def _measure(
