@@ -158,6 +158,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "block_expansion": ["BlockExpansion"],
         "der": ["DER"],
         "derpp": ["DERpp"],
+        "forgetting_budget": ["ForgettingBudget"],
         "general_replay": ["GeneralReplay"],
         "replay_while_training": ["Replay"],
         "self_replay": ["SelfReplay"],

@@ -13,6 +13,7 @@ from lightning_cl.callbacks.architecture.task_adapters import TaskAdapters
 from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.merging.weight_average import WeightAverage
+from lightning_cl.callbacks.monitoring.forgetting_budget import ForgettingBudget
 from lightning_cl.callbacks.monitoring.general_probe import GeneralProbe
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
 from lightning_cl.callbacks.monitoring.lm_eval_probe import LMEvalProbe
@@ -50,6 +51,7 @@ __all__ = [
     "BlockExpansion",
     "ContinualCallback",
     "DERpp",
+    "ForgettingBudget",
     "GeneralProbe",
     "GeneralReplay",
     "InfLoRA",

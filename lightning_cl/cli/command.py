@@ -31,6 +31,7 @@ from lightning_cl.callbacks import TaskProgress
 from lightning_cl.cli.compare import run_compare
 from lightning_cl.cli.earlier_run import EarlierRun, expand_run
 from lightning_cl.cli.first_help import first_help, wants_all
+from lightning_cl.cli.gate import run_gate
 from lightning_cl.cli.overlays import merged_overlays
 from lightning_cl.cli.parser import EarlyOption, HelpFormatter, HelpfulParser, take_option
 from lightning_cl.cli.processes import asked_trial, tell_folder
@@ -67,6 +68,7 @@ forgot.
   lightning-cl preview --config configs/quickstart.yaml                  a sample of each task, with what bears loss
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl runs runs                                                 what is in each run, and which others it needs
+  lightning-cl gate --run RUN --budget 0.9                               was too much forgotten? exit code 0, 2 or 3
   lightning-cl fit --help                                                what is set first; --help all: everything
 """
 
@@ -326,6 +328,8 @@ def main(args: list[str] | None = None) -> None:
         code = run_list(arguments)
         if code is None:
             code = run_compare(arguments, settings_of)
+        if code is None:
+            code = run_gate(arguments)
         if code is None:
             code = run_search(arguments)
         if code is None:

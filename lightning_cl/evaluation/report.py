@@ -42,6 +42,7 @@ def build_report(
     trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
     told = {name: method.report() for method, name in methods if method is not matrix}
     sections = [method.pop("sections", {}) for method in told.values()]  # of the whole report, by their key
+    guard = [entry for one in told.values() for entry in one.pop("guard", [])]
     return {
         "format": 1,
         **summary,
@@ -59,6 +60,7 @@ def build_report(
         "methods": told,
         # What probes have measured is evidence as the matrix is, and no property of a method.
         "probe": {name: method.pop("probe") for name, method in told.items() if "probe" in method},
+        **({"guard": guard} if guard else {}),
     }
 
 

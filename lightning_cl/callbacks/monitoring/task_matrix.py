@@ -344,8 +344,8 @@ class TaskMatrix(ContinualCallback):
             the scores (floats, NaN where nothing is known, infinite where the run diverged), for each of them a
             sentence in ``definitions`` and a hash of what it was measured on in ``fingerprints``, ``worst`` and
             ``kept`` (see :func:`~lightning_cl.evaluation.scores.score_matrix`), ``reference``, ``tasks``, ``matrix`` (a
-            list of rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback. If tasks
-            have metrics, ``metrics`` too: ``scores`` (for each metric the same scores, ``matrix`` and
+            list of rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
+            If tasks have metrics, ``metrics`` too: ``scores`` (for each metric the same scores, ``matrix`` and
             ``standard_errors``), ``definitions``, ``tasks``, ``costs``, ``answers`` and ``changes``.
         """
         matrix, trained = self.trained_matrix(), [name for name in self.tasks if name not in self.watched]
