@@ -43,7 +43,18 @@ if TYPE_CHECKING:
     )
     from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
-    from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
+    from lightning_cl.metrics import (
+        AverageAccuracy,
+        AverageOverRows,
+        BackwardTransfer,
+        Forgetting,
+        ForwardTransfer,
+        Intransigence,
+        LargestDrop,
+        MeanWhenLearnt,
+        ShareKept,
+        WorstTask,
+    )
     from lightning_cl.models import CausalLM, InfiniteLR, WarmupDecay
     from lightning_cl.sequence import fit_tasks
     from lightning_cl.tasks import Task
@@ -53,6 +64,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AGEM": "callbacks",
     "AverageAccuracy": "metrics",
+    "AverageOverRows": "metrics",
     "BackwardTransfer": "metrics",
     "BlockExpansion": "callbacks",
     "CausalLM": "models",
@@ -67,9 +79,11 @@ _HOME = {
     "InfLoRA": "callbacks",
     "InputFreeze": "callbacks",
     "Interpolate": "callbacks",
+    "Intransigence": "metrics",
     "KFACEWC": "callbacks",
     "KLToBase": "callbacks",
     "L2SP": "callbacks",
+    "LargestDrop": "metrics",
     "LwF": "callbacks",
     "MAS": "callbacks",
     "MIGU": "callbacks",
@@ -84,6 +98,7 @@ _HOME = {
     "Replay": "callbacks",
     "SI": "callbacks",
     "SelfReplay": "callbacks",
+    "ShareKept": "metrics",
     "SubspaceFreeze": "callbacks",
     "Task": "tasks",
     "TaskAdapters": "callbacks",
@@ -93,6 +108,7 @@ _HOME = {
     "TrainedBPE": "data",
     "WarmupDecay": "models",
     "WeightAverage": "callbacks",
+    "WorstTask": "metrics",
     "fit_tasks": "sequence",
 }
 
@@ -106,6 +122,7 @@ __all__ = [
     "MIGU",
     "SI",
     "AverageAccuracy",
+    "AverageOverRows",
     "BackwardTransfer",
     "BlockExpansion",
     "CausalLM",
@@ -118,7 +135,9 @@ __all__ = [
     "InfiniteLR",
     "InputFreeze",
     "Interpolate",
+    "Intransigence",
     "KLToBase",
+    "LargestDrop",
     "LwF",
     "MeanWhenLearnt",
     "Merge",
@@ -130,6 +149,7 @@ __all__ = [
     "RWalk",
     "Replay",
     "SelfReplay",
+    "ShareKept",
     "SubspaceFreeze",
     "Task",
     "TaskAdapters",
@@ -139,6 +159,7 @@ __all__ = [
     "TrainedBPE",
     "WarmupDecay",
     "WeightAverage",
+    "WorstTask",
     "fit_tasks",
 ]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_cl.evaluation.fonts import readable
 from lightning_cl.evaluation.sentences import row_names
-from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number, text_width
+from lightning_cl.evaluation.tables import HEADLINE, UNSIGNED, format_number, text_width
 from lightning_cl.files import replace_file
 
 _LONGEST = 18  # characters of a name; a longer one is shortened
@@ -68,8 +68,8 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
     _curves(right, tasks, rows, matrix, report)
     scores = " · ".join(
         f"{name.replace('_', ' ')} {format_number(report[name], signed=name not in UNSIGNED)}"
-        for name in SCORES
-        if name != "forward_transfer" and not math.isnan(report[name])
+        for name in HEADLINE
+        if not math.isnan(report[name])
     )
     methods = [name for name in report["methods"] if name != "PromptSamples"]
     title = title or (" + ".join(methods) if methods else "no protection")

@@ -88,8 +88,9 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
         rows.append([name, *(format_number(value) for value in row)])
     lines = ["", f"{monitor} of every task after every task ({better} is better)", "", *format_table(rows), ""]
     scores = [
-        [name.replace("_", " "), format_number(report[name], signed=name not in UNSIGNED), report["definitions"][name]]
+        [_score_name(report, name), format_number(report[name], name not in UNSIGNED), report["definitions"][name]]
         for name in SCORES
+        if name in report
     ]
     lines += [*format_table(scores), ""]
     lines += [f"  {words}" for words in _data_changes(report)]
@@ -107,6 +108,11 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
         lines += ["", f"  {folder / 'report.json'}, matrix.csv, matrix.png"]
         lines += _kept_on_disk(report)
     return "\n".join(lines) + "\n"
+
+
+def _score_name(report: dict[str, Any], name: str) -> str:
+    task = report["worst"].get(name)
+    return name.replace("_", " ") + (f" ({task})" if task else "")
 
 
 def _kept_on_disk(report: dict[str, Any]) -> list[str]:

@@ -2,10 +2,26 @@
 
 from lightning_cl.metrics.retention import (
     AverageAccuracy,
+    AverageOverRows,
     BackwardTransfer,
     Forgetting,
     ForwardTransfer,
+    Intransigence,
+    LargestDrop,
     MeanWhenLearnt,
+    ShareKept,
+    WorstTask,
 )
 
-__all__ = ["AverageAccuracy", "BackwardTransfer", "Forgetting", "ForwardTransfer", "MeanWhenLearnt"]
+__all__ = [
+    "AverageAccuracy",
+    "AverageOverRows",
+    "BackwardTransfer",
+    "Forgetting",
+    "ForwardTransfer",
+    "Intransigence",
+    "LargestDrop",
+    "MeanWhenLearnt",
+    "ShareKept",
+    "WorstTask",
+]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,10 +27,11 @@ from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation import build_report, format_report, write_report
 from lightning_cl.evaluation.figure import matrix_figure, write_importance
+from lightning_cl.evaluation.reference import check_reference, on_other_data, read_reference
+from lightning_cl.evaluation.scores import score_fingerprints, score_matrix
 from lightning_cl.evaluation.sentences import Method
 from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst
-from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
 from lightning_cl.passes.passes import progress
 
 
@@ -49,7 +50,11 @@ class TaskMatrix(ContinualCallback):
     Args:
         monitor: the name of the logged metric.
         mode: ``min`` if lower is better (a loss), ``max`` if higher is (an accuracy).
-        preset: whose definition of transfer: ``gem`` or ``trace``, see :mod:`lightning_cl.functional.retention`.
+        preset: whose definition of transfer: ``gem``, ``trace`` or ``sapt`` (which needs `reference`), see
+            :mod:`lightning_cl.functional.retention`.
+        reference: the score that each task can reach, for intransigence and for the forward transfer of ``sapt``: for
+            each trained task a number, or the folder of a run whose last row has it. One folder stands for all tasks:
+            that of a run on all data together.
 
     Attributes:
         matrix: ``[rows, tasks]``: row 0 is before any training, row i after the i-th trained task; one column for each
@@ -61,7 +66,9 @@ class TaskMatrix(ContinualCallback):
             differs, and ``before``, the values of that row and later rows on the old data (None: not measured).
 
     Raises:
-        ValueError: if mode or preset is none of the above.
+        ValueError: if mode or preset is none of the above, or a trained task has no reference while others have, or
+            ``sapt`` needs it.
+        FileNotFoundError: if a run that is named as a reference has no ``report.json``.
 
     Example:
         >>> import lightning as L
@@ -72,11 +79,18 @@ class TaskMatrix(ContinualCallback):
         'val_loss'
     """
 
-    def __init__(self, monitor: str = "val_loss", mode: Mode = "min", preset: Literal["gem", "trace"] = "gem") -> None:
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Mode = "min",
+        preset: Preset = "gem",
+        reference: dict[str, float | str] | str | None = None,
+    ) -> None:
         super().__init__()
         self.monitor = monitor
         self.mode: Mode = check_choice("mode", mode, ("min", "max"))  # type: ignore[assignment]
-        self.preset: Preset = check_choice("preset", preset, ("gem", "trace"))  # type: ignore[assignment]
+        self.preset: Preset = check_choice("preset", preset, ("gem", "trace", "sapt"))  # type: ignore[assignment]
+        self._reference = read_reference(reference) if reference is not None else {}
         self.matrix = torch.empty(0, 0)
         self.tasks: list[str] = []
         self.watched: list[str] = []
@@ -100,6 +114,10 @@ class TaskMatrix(ContinualCallback):
             raise MisconfigurationException(
                 "TaskMatrix: Trainer(limit_val_batches=0) leaves nothing to measure; give a limit above 0, or none"
             )
+
+    @override
+    def on_run_start(self, trainer: L.Trainer) -> None:
+        check_reference(self._reference, self.run.names, self.preset == "sapt")
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,7 +150,7 @@ class TaskMatrix(ContinualCallback):
         if ckpt_path is not None:
             # Nothing was to be measured: one evaluation, to see if the data is still what the rows were measured on.
             self._evaluate(trainer, pl_module, data, 0, ckpt_path)
-        changed = self._changed(trainer, data)
+        changed = self._changed(trainer, data, trained)
         if changed:
             again = [column for column in changed if column not in unknown]
             old = self._measure_again(trainer, pl_module, data, trained, again, source)
@@ -157,7 +175,7 @@ class TaskMatrix(ContinualCallback):
         self.matrix, self.tasks = matrix, names
         self.watched = [task.name for task in data.tasks if task.watched]
 
-    def _changed(self, trainer: L.Trainer, data: TaskDataModule) -> dict[int, str]:
+    def _changed(self, trainer: L.Trainer, data: TaskDataModule, trained: int) -> dict[int, str]:
         """Columns whose data is not what their earlier rows were measured on, with what differs."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return {}  # one batch of everything: no results
@@ -171,6 +189,9 @@ class TaskMatrix(ContinualCallback):
             if what is not None:
                 found[column] = what
         self.measured_on |= now
+        if trained == 0:
+            for words in on_other_data(self._reference, now):
+                rank_zero_warn(f"TaskMatrix: {words}")
         if unknown:
             rank_zero_warn(
                 "TaskMatrix: the checkpoint, of an earlier version, does not say on what data its rows were measured;"
@@ -304,28 +325,22 @@ class TaskMatrix(ContinualCallback):
         """The scores, each with its definition.
 
         Returns:
-            ``average``, ``mean_when_learnt``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN
-            where nothing is known, infinite where the run diverged), ``definitions``, ``tasks``, ``matrix`` (a list of
-            rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
+            the scores (floats, NaN where nothing is known, infinite where the run diverged), for each of them a
+            sentence in ``definitions`` and a hash of what it was measured on in ``fingerprints``, ``worst`` and
+            ``kept`` (see :func:`~lightning_cl.evaluation.scores.score_matrix`), ``reference``, ``tasks``, ``matrix`` (a
+            list of rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
         """
-        matrix = self.trained_matrix()
-        metrics = {
-            "average": AverageAccuracy(self.mode),
-            "mean_when_learnt": MeanWhenLearnt(self.mode),
-            "backward_transfer": BackwardTransfer(self.mode, self.preset),
-            "forgetting": Forgetting(self.mode),
-            "forward_transfer": ForwardTransfer(self.mode, self.preset),
-        }
-        scores: dict[str, Any] = {}
-        for name, metric in metrics.items():
-            if len(matrix) < 2:
-                scores[name] = float("nan")
-                continue
-            metric.set_dtype(torch.float64)
-            metric.update(matrix)
-            scores[name] = float(metric.compute())
+        matrix, trained = self.trained_matrix(), [name for name in self.tasks if name not in self.watched]
+        reference = {name: self._reference[name]["score"] for name in trained if name in self._reference}
+        reference = reference if len(reference) == len(trained) else {}
+        scores = score_matrix(matrix, trained, self.mode, self.preset, reference)
+        settings = {"monitor": self.monitor, "mode": self.mode, "preset": self.preset}
+        known = trained[: max(0, len(matrix) - 1)]
         return scores | {
-            "definitions": {name: metric.definition for name, metric in metrics.items()},
+            "fingerprints": score_fingerprints(
+                list(scores["definitions"]), known, self.measured_on, settings, reference
+            ),
+            "reference": {name: dict(self._reference[name]) for name in reference},
             "preset": self.preset,
             "monitor": self.monitor,
             "mode": self.mode,
