@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_cl.evaluation.sentences import row_names
-from lightning_cl.evaluation.tables import format_number
 
 COLORS = ("#4f86d0", "#d9843b", "#4fa866", "#a873c2", "#cf5560", "#808080", "#35a3a3", "#b99f37")
 """Colours of the tasks, readable on white and on black."""
@@ -95,6 +94,33 @@ def draw_rows(report: dict[str, Any]) -> str:
     return as_svg(figure, f"{report['monitor']} of every task after every task")
 
 
+def draw_steps(curves: dict[str, Any], guard: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
+    """Draws each task's held-out loss over the steps, with a line where a task begins and a mark at each action.
+
+    Args:
+        curves: ``tasks``, with step and loss of each look, and ``switches``.
+        guard: looks of a guard; those with an action are marked by a triangle.
+        order: the tasks in the order of the matrix, which gives them their colours.
+    """
+    figure, axes = figure_of(3.2)
+    for name, points in curves["tasks"].items():
+        color = COLORS[order.index(name) % len(COLORS)] if name in order else COLORS[5]
+        losses = [loss if loss is not None and math.isfinite(loss) else math.nan for _, loss in points]
+        axes.plot([step for step, _ in points], losses, "-", color=color, lw=1.4, marker="o", ms=2)
+        for switch in curves["switches"]:
+            gap = switch["gaps"].get(name)
+            if gap is not None and gap["depth"] > 0:
+                at = (switch["step"] + gap["peak_step"], gap["peak"])
+                axes.plot(*at, "o", color=color, ms=8, mfc="none", mew=1.4)
+    for switch in curves["switches"]:
+        axes.axvline(switch["step"], color=_INK, alpha=0.5, ls="--", lw=1)
+    for step in sorted({look["step"] for look in guard if look["action"]}):
+        axes.plot(step, 0.02, "^", color=COLORS[4], ms=7, transform=axes.get_xaxis_transform(), clip_on=False)
+    axes.set_xlabel("steps of the run", color=_INK, fontsize=9)
+    axes.set_ylabel("held-out loss", color=_INK, fontsize=9)
+    return as_svg(figure, "held-out loss of every task over the steps of the run")
+
+
 def draw_scatter(points: Sequence[dict[str, Any]], monitor: str) -> str:
     """Draws retention against plasticity, one point for each run; the best corner is marked.
 
@@ -114,8 +140,3 @@ def draw_scatter(points: Sequence[dict[str, Any]], monitor: str) -> str:
     axes.set_xlabel(f"mean {monitor} when learnt", color=_INK, fontsize=9)
     axes.set_ylabel("forgetting", color=_INK, fontsize=9)
     return as_svg(figure, f"forgetting against {monitor} when learnt, {len(points)} runs")
-
-
-def number(value: float | None) -> str:
-    """A number for the page; a dash where there is none."""
-    return format_number(math.nan if value is None else value)

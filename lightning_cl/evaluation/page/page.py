@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cl.evaluation.figure import changes_of, full_color
-from lightning_cl.evaluation.page.drawings import COLORS, draw_rows, draw_scatter
-from lightning_cl.evaluation.page.sections import more_sections
+from lightning_cl.evaluation.page.drawings import COLORS, draw_rows, draw_scatter, draw_steps
+from lightning_cl.evaluation.page.sections import budget_lines, metric_matrices, more_sections
 from lightning_cl.evaluation.page.verdict import ENOUGH, change_of_average, judge
 from lightning_cl.evaluation.sentences import row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number
@@ -62,7 +62,7 @@ def format_page(
         methods_line=f"{' + '.join(methods) or 'no protection'}; tasks in order: {trained}",
         verdict=verdict,
         average_line=change_of_average(report),
-        budget_lines=[],
+        budget_lines=budget_lines(report),
         shares=[
             {
                 "name": name,
@@ -73,8 +73,8 @@ def format_page(
             for name, share in verdict.shares.items()
         ],
         sentences=report["sentences"],
-        matrices=[_heat(report)],
-        drawings=[_rows_drawing(report)],
+        matrices=[_heat(report), *(_heat(part, title, names) for title, part in metric_matrices(report))],
+        drawings=[*_steps_drawing(report), _rows_drawing(report)],
         scatter=_scatter(report, title, others),
         answers=_answers(report),
         more=more_sections(report),
@@ -122,9 +122,9 @@ def _numbers(report: dict[str, Any]) -> dict[str, Any]:
     return report | scores | {"matrix": matrix}
 
 
-def _heat(report: dict[str, Any]) -> dict[str, Any]:
-    """Cells of the matrix: red is worse than when the task was learnt, blue better."""
-    matrix, shifts, names = report["matrix"], changes_of(report), row_names(report)
+def _heat(report: dict[str, Any], title: str = "", rows_of: Sequence[str] = ()) -> dict[str, Any]:
+    """Cells of a matrix: red is worse than when the task was learnt, blue better."""
+    matrix, shifts, names = report["matrix"], changes_of(report), list(rows_of) or row_names(report)
     full = full_color(matrix, shifts)
     changed = {change["row"] for change in report["data_changes"]}
     rows = []
@@ -150,11 +150,24 @@ def _heat(report: dict[str, Any]) -> dict[str, Any]:
         f"{report['monitor']}, {better} is better. Boxed: just trained; grey: not learnt yet; red: worse than when learnt"
         f" (full colour: {full:.2g}); blue: better.{watched}{line}"
     )
-    return {"title": "", "columns": report["tasks"], "rows": rows, "caption": caption}
+    return {"title": title, "columns": report["tasks"], "rows": rows, "caption": caption}
 
 
 def _after(row: str) -> str:
     return row if row == "before training" else f"after {row}"
+
+
+def _steps_drawing(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The losses over the steps, if the run has looked at them."""
+    curves = report.get("curves")
+    if not curves:
+        return []
+    guard = report.get("guard", [])
+    starts = "; ".join(f"step {switch['step']}: {switch['task']}" for switch in curves["switches"])
+    words = f"Dashed: a task begins ({starts}). Ring: the peak of a stability gap."
+    words += " Triangle: the guard acted." if any(look["action"] for look in guard) else ""
+    drawing = {"svg": draw_steps(curves, guard, report["tasks"]), "legend": [], "words": words}
+    return [drawing | {"lines": curve_sentences(curves["switches"])}]
 
 
 def _rows_drawing(report: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The first sentence of the page: what became of the tasks, in one look."""
+"""The first sentence of the page: what became of the tasks."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal, NamedTuple
 
-from lightning_cl.evaluation.sentences import row_names, since
+from lightning_cl.evaluation.sentences import row_names
 from lightning_cl.evaluation.tables import format_number
 
 State = Literal["kept", "lost", "diverged", "open"]
@@ -22,29 +22,8 @@ class Verdict(NamedTuple):
     """For each trained task but the last one: the share of its gain that is left; NaN where it is not known."""
 
 
-def kept_share(report: dict[str, Any], name: str) -> float:
-    r"""Returns the share of what its own training gave to a task that is left at the end.
-
-    :math:`1 - \frac{l}{g}` with the loss of score :math:`l` since the task was learnt and the gain :math:`g` of its
-    own training. NaN where the task was not learnt, was measured on other data since, or is not finite.
-
-    Args:
-        report: of :func:`~lightning_cl.evaluation.build_report`.
-        name: of a trained task.
-    """
-    column, learnt = report["tasks"].index(name), row_names(report).index(name, 1)
-    first = since(report, name)
-    values = [row[column] if i >= first else math.nan for i, row in enumerate(report["matrix"])]
-    sign = 1 if report["mode"] == "max" else -1
-    before = values[0] if math.isnan(values[learnt - 1]) else values[learnt - 1]
-    gain, lost = sign * (values[learnt] - before), sign * (values[learnt] - values[-1])
-    if not (math.isfinite(gain) and math.isfinite(lost)) or gain <= 0.005 * abs(before):
-        return math.nan
-    return 1 - max(lost, 0.0) / gain
-
-
 def judge(report: dict[str, Any], enough: float = ENOUGH) -> Verdict:
-    """Says what the run kept of its earlier tasks, the worst one by name.
+    """Sums up what the run kept of its earlier tasks, the worst one by name.
 
     Args:
         report: of :func:`~lightning_cl.evaluation.build_report`.
@@ -57,7 +36,7 @@ def judge(report: dict[str, Any], enough: float = ENOUGH) -> Verdict:
         names = ", ".join(broken)
         return Verdict("diverged", f"The run diverged: {report['monitor']} of {names} is not finite.", {})
     earlier = trained[:-1]
-    shares = {name: kept_share(report, name) for name in earlier}
+    shares = {name: math.nan if (share := report["kept"].get(name)) is None else share for name in earlier}
     known = {name: share for name, share in shares.items() if not math.isnan(share)}
     if not earlier:
         return Verdict("open", "One task so far: there is nothing yet that could be forgotten.", shares)
