@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lightning_cl.evaluation.curves import curve_sentences
 from lightning_cl.evaluation.figure import changes_of, full_color
 from lightning_cl.evaluation.page.drawings import COLORS, draw_rows, draw_scatter, draw_steps
 from lightning_cl.evaluation.page.sections import budget_lines, metric_matrices, more_sections
@@ -17,6 +18,7 @@ from lightning_cl.evaluation.sentences import row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number
 from lightning_cl.files import replace_file
 
+_LONGEST_PROMPT = 300  # characters of it, its end
 _MOST_RUNS = 30  # of the same folder, the newest ones
 
 
@@ -147,8 +149,8 @@ def _heat(report: dict[str, Any], title: str = "", rows_of: Sequence[str] = ()) 
     watched = f" Watched, never trained on: {', '.join(report['watched'])}." if report["watched"] else ""
     line = " Above the orange line: measured on other data." if changed else ""
     caption = (
-        f"{report['monitor']}, {better} is better. Boxed: just trained; grey: not learnt yet; red: worse than when learnt"
-        f" (full colour: {full:.2g}); blue: better.{watched}{line}"
+        f"{report['monitor']}, {better} is better. Boxed: just trained; grey: not learnt yet; red: worse than when"
+        f" learnt (full colour: {full:.2g}); blue: better.{watched}{line}"
     )
     return {"title": title, "columns": report["tasks"], "rows": rows, "caption": caption}
 
@@ -195,9 +197,7 @@ def _runs_next_to(folder: Path, report: dict[str, Any]) -> list[tuple[str, dict[
     return found
 
 
-def _scatter(
-    report: dict[str, Any], title: str, others: Sequence[tuple[str, dict[str, Any]]]
-) -> dict[str, Any] | None:
+def _scatter(report: dict[str, Any], title: str, others: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:
     """This run among earlier ones: what was learnt against what was forgotten."""
     runs = [*((name, _numbers(other)) for name, other in others), (title, report)]
     points = [
@@ -216,12 +216,24 @@ def _scatter(
 
 
 def _answers(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers to each prompt, one row for each moment at which it was asked."""
+    """The answers to each prompt, one row for each moment at which it was asked; those that lost most come first."""
     names, groups = row_names(report), []
+    for task, exercises in report.get("metrics", {}).get("answers", {}).items():
+        for exercise in exercises:
+            given = sorted(exercise["answers"].items(), key=lambda item: int(item[0]))
+            rows = [["after", "answer", "score"]]
+            for row, answer in given:
+                score = format_number(exercise["scores"].get(row))
+                rows.append([names[int(row)], answer.strip() or "(blank)", score])
+            rows.append(["expected", " | ".join(map(str, exercise["references"])), ""])
+            groups.append({"title": f"{task}: {exercise['prompt'][-_LONGEST_PROMPT:]}", "rows": rows, "texts": (1,)})
     for method in report["methods"].values():
         for index, prompt in enumerate(method.get("prompts", [])):
             given = sorted(method["answers"].items(), key=lambda item: int(item[0]))
-            rows = [["after", "answer"], *([names[int(row)], answers[index].strip() or "(blank)"] for row, answers in given)]
+            rows = [
+                ["after", "answer"],
+                *([names[int(row)], answers[index].strip() or "(blank)"] for row, answers in given),
+            ]
             groups.append({"title": prompt, "rows": rows, "texts": (1,)})
     return groups
 

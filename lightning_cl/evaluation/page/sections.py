@@ -104,7 +104,7 @@ def budget_lines(report: dict[str, Any]) -> list[str]:
 
 
 def metric_matrices(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the matrix of each metric of written answers, as a report of its own with the tasks that have it.
+    """Returns the matrix of each metric of written answers, as a report of its own.
 
     Args:
         report: of :func:`~lightning_cl.evaluation.build_report`.
@@ -115,14 +115,6 @@ def metric_matrices(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for name, scores in metrics["scores"].items():
         rows = [[math.nan if value is None else value for value in row] for row in scores["matrix"]]
-        columns = [j for j in range(len(report["tasks"])) if any(not math.isnan(row[j]) for row in rows)]
-        part = {
-            "tasks": [report["tasks"][j] for j in columns],
-            "watched": [task for task in report["watched"] if task in [report["tasks"][j] for j in columns]],
-            "matrix": [[row[j] for j in columns] for row in rows],
-            "monitor": name,
-            "mode": scores["mode"],
-            "data_changes": [],
-        }
+        part = report | {"matrix": rows, "monitor": name, "mode": scores["mode"], "data_changes": []}
         found.append((f"{name}: {metrics['definitions'][name]}", part))
     return found
