@@ -78,7 +78,7 @@ def _guard(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rise = f"{format_number(look['D'], signed=True)} ± {format_number(look['SE'])}"
         numbers = [rise, format_number(look["allowed"]), str(look["n"])]
         rows.append([str(look["step"]), look["training"], look["task"], *numbers, look["decision"], look["action"]])
-    lines = [f"{len(looks)} looks, {len(acted)} with an action; ± is one standard error."]
+    lines = [f"Looks: {len(looks)}; with an action: {len(acted)}. ± is one standard error."]
     if len(looks) > len(shown):
         lines.append(f"{len(looks) - len(shown)} more looks without an action are in the raw report.")
     table = {"rows": rows, "caption": "", "texts": (1, 2, 6, 7)}
