@@ -30,7 +30,7 @@ def test_the_examples_of_a_module(module, tmp_path, monkeypatch):
 def test_every_callback_has_an_example():
     penalties = ("EWC", "KFACEWC", "L2SP", "LwF", "MAS", "RWalk", "SI")
     replay = ("AGEM", "DER", "DERpp", "GeneralReplay", "Replay", "SelfReplay")
-    probes = ("ForgettingBudget", "GeneralProbe", "KLToBase", "LMEvalProbe", "LossCurves", "PromptSamples", "RecoveryProbe")
-    monitoring = (*probes, "TaskMatrix", "TaskProgress")
+    probes = ("GeneralProbe", "KLToBase", "LMEvalProbe", "LossCurves", "PromptSamples", "RecoveryProbe")
+    monitoring = ("ForgettingBudget", *probes, "TaskMatrix", "TaskProgress")
     for name in (*penalties, *replay, *monitoring):
         assert ">>>" in getattr(lightning_cl, name).__doc__, name
