@@ -20,7 +20,7 @@ from lightning_cl.cli.yaml_files import read_yaml
 from lightning_cl.core.checkpoint_io import read_checkpoint
 
 _OF_A_RUN = re.compile(
-    r"tasks(-v\d+)?|checkpoints|buffers|model|config\.yaml|hparams\.yaml|metrics\.csv|report\.json|matrix\.(csv|png)"
+    r"tasks(-v\d+)?|checkpoints|buffers|model|guard|config\.yaml|hparams\.yaml|metrics\.csv|report\.json|losses\.json|matrix\.(csv|png)"
     r"|importance\.png|predictions\.jsonl|samples\.(jsonl|md)|events\.out\.tfevents\..*|\.run\.lock"
 )
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -20,11 +20,13 @@ from typing_extensions import override
 
 from lightning_cl.core.begun_batch import BegunBatch
 from lightning_cl.core.best_weights import load_best
+from lightning_cl.core.checkpoint_io import read_checkpoint
 from lightning_cl.core.checks import FORMAT, check_loaders, check_state, check_trainer, methods_of, named
 from lightning_cl.core.deployment import View
 from lightning_cl.core.loops import (
     count_from,
     forget_restart,
+    leave_fit,
     let_methods_mix,
 )
 from lightning_cl.core.precision import amp_scale, reshard, scale_learning_rate
@@ -75,6 +77,7 @@ class TaskCoordinator(Callback):
         self._boundary_states: list[Any] | None = None  # random states from before the evaluation between tasks
         self._consolidated = False  # the checkpoint was written when the weights of the task's end were changed
         self._stop = False  # the checkpoint was written when training had been told to stop
+        self._back: tuple[Path, bool] | None = None  # the checkpoint to go back to, and True to end the task there
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> TaskCoordinator:
@@ -442,7 +445,7 @@ class TaskCoordinator(Callback):
             trainer.global_step,
             [],
         )
-        self._resumed = None
+        self._resumed = self._back = None
         for method in self.methods(trainer):
             method.on_run_start(trainer)
         if checkpoint_path is None:
@@ -538,6 +541,28 @@ class TaskCoordinator(Callback):
             for method, name in named(self.methods(trainer)):
                 if name in kept and (answers(method, "deployed") or answers(method, "build")):
                     method.load_continual_state(kept[name]["state"])
+
+    def go_back(self, trainer: L.Trainer, path: Path, end: bool = False) -> NoReturn:
+        """Leaves the fit, which ``fit_tasks`` then resumes from a checkpoint of this task; call it between batches.
+
+        Args:
+            trainer: inside a fit of a sequence.
+            path: a checkpoint that was written inside the task.
+            end: end the task there.
+        """
+        self._back = path, end
+        leave_fit()
+
+    def went_back(self, trainer: L.Trainer) -> Path | None:
+        """Returns the checkpoint that the task resumes from, after :meth:`go_back`; its state is restored."""
+        back, self._back = self._back, None
+        if back is None:
+            return None
+        path, end = back
+        self._loaded = False
+        self.load(trainer, read_checkpoint(path)[CHECKPOINT_KEY])
+        self._stop = self._stop or end
+        return path
 
     def load_weights(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Loads a checkpoint's weights outside of the Trainer's stages, after the methods have built what they need."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, _TunerExitException
 from typing_extensions import override
 
 from lightning_cl.core.questions import Questions
@@ -185,6 +185,15 @@ def batches_of_open_window(trainer: L.Trainer) -> int:
 def batches_ready(trainer: L.Trainer) -> int:
     """Returns the number of batches of this epoch that Lightning has begun."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+class _LeftFit(_TunerExitException):
+    """Ends a fit at once, without its last hooks; Lightning's tuner leaves it in this way too."""
+
+
+def leave_fit() -> NoReturn:
+    """Ends the running fit between two batches: ``trainer.fit`` returns, and nobody is told of a task's end."""
+    raise _LeftFit
 
 
 class _MixingSource(_DataLoaderSource):

@@ -30,7 +30,11 @@ def amp_scale(trainer: L.Trainer) -> float:
 def scale_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[Any], lr: float) -> None:
     """Scales an optimizer and its schedules so that the first parameter group's peak learning rate is `lr`."""
     first = optimizer.param_groups[0]
-    factor = lr / float(first.get("max_lr", first.get("initial_lr", first["lr"])))
+    multiply_learning_rate(optimizer, schedulers, lr / float(first.get("max_lr", first.get("initial_lr", first["lr"]))))
+
+
+def multiply_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[Any], factor: float) -> None:
+    """Multiplies the learning rates of an optimizer's groups, now and in all that its schedules give later."""
     for group in optimizer.param_groups:
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):
             if key in group:

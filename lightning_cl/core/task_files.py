@@ -13,6 +13,11 @@ BEFORE_END = ".trained.ckpt"
 """Ending of a checkpoint after a task's training and before its methods' measurements."""
 
 
+def safe_file(trainer: L.Trainer, task: Task, index: int) -> Path:
+    """Returns the path of the checkpoint inside a task to which a run can go back; call it on all ranks."""
+    return run_folder(trainer) / "guard" / f"{index}-{task.slug}.ckpt"
+
+
 def boundary_file(trainer: L.Trainer, task: Task, index: int) -> Path:
     """Returns the path of the checkpoint after a task; call it on all ranks."""
     return run_folder(trainer) / "tasks" / f"{index}-{task.slug}.ckpt"

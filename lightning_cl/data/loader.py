@@ -18,6 +18,7 @@ from lightning_cl.data.mixing.contents import Kinds, Trained, kinds_of
 from lightning_cl.data.mixing.epoch_plan import EpochPlan
 from lightning_cl.data.mixing.packing import fill
 from lightning_cl.data.mixing.plan import share_of_rank
+from lightning_cl.data.mixing.raised import Raised
 from lightning_cl.data.mixing.replayed import Mix as Mix
 from lightning_cl.data.mixing.replayed import NewThenReplayed, Samples
 from lightning_cl.data.mixing.replayed import loss_tokens as loss_tokens
@@ -92,6 +93,7 @@ class TaskLoader(TaskBatches):
         self._resume: dict[str, Any] | None = None
         self._on_resumed: Callable[[], None] | None = None
         self.counts = no_counts()
+        self._raised = Raised()
         # For each batch given out and not yet begun: its replayed parts, and the new samples of all ranks.
         self.given: deque[tuple[Kinds | None, Trained]] = deque()
         self._draws_random = like is not None or sampler is not None
@@ -156,6 +158,32 @@ class TaskLoader(TaskBatches):
                 self._samples.epochs, self._samples.shown = max(total, 1.0) / planned, shown / planned
                 self._plan = self._plan_epochs()
 
+    @property
+    def stores(self) -> bool:
+        """True if there are samples to replay."""
+        return self._samples.replays and self._samples.end > len(self.dataset)
+
+    @property
+    def replayed_share(self) -> float:
+        """The share of replayed samples that is planned, the largest where it changes over the task."""
+        return sum(mix.curve.largest for mix in self._samples.mixes)
+
+    def replay_more(self, share: float) -> None:
+        """Replaces a share of the planned new samples by stored ones, from the next batch on (:class:`Raised`).
+
+        Batches that worker processes were asked for already stay as they are.
+
+        Args:
+            share: of the new samples, from 0 to 1; it replaces an earlier one.
+
+        Raises:
+            ValueError: if there is nothing to replay, or rows are packed.
+        """
+        if not self.stores or self.block_length is not None:
+            raise ValueError("replay_more: expected stored samples in a loader that does not pack")
+        ahead = self.num_workers * int(self._settings.get("prefetch_factor") or 2)
+        self._raised.steps.append([self._epoch, self._position + ahead, float(share)])
+
     def padding_share(self) -> float | None:
         """The share of padding tokens among all positions of the epoch's batches, in [0, 1).
 
@@ -200,7 +228,7 @@ class TaskLoader(TaskBatches):
         asked: deque[list[Any]] = deque()
         fetched = DataLoader(
             NewThenReplayed(self.dataset, self._samples.parts),
-            batch_sampler=_Asked(plan, self._asked_for, asked),
+            batch_sampler=_Asked(plan, start, self._asked_for, asked),
             collate_fn=self.collate_fn,
             generator=generator,
             **self._settings,
@@ -215,8 +243,10 @@ class TaskLoader(TaskBatches):
                 self.given.append((kinds, self._trained(everywhere)))
             yield batch
 
-    def _asked_for(self, rows: list[Any], asked: deque[list[Any]]) -> list[Any]:
+    def _asked_for(self, rows: list[Any], number: int, asked: deque[list[Any]]) -> list[Any]:
         """Gives this rank's rows of a planned batch just before they are fetched, and remembers all ranks' rows."""
+        if self._raised.steps:
+            rows = self._raised.replace(rows, self._samples, self._epoch, number, self._seed)
         chosen = [self._samples.chosen(row) for row in rows] if self._samples.chooses else rows
         asked.append(chosen)
         return share_of_rank(chosen, self.rank, self.world_size)
@@ -237,6 +267,7 @@ class TaskLoader(TaskBatches):
             "position": max(self._position - in_flight, 0),
             "epoch_rng": self._epoch_rng,
             "counts": dict(self.counts),
+            "raised": [list(step) for step in self._raised.steps],
         }
 
     @override
@@ -244,6 +275,7 @@ class TaskLoader(TaskBatches):
         self._resume, self._on_resumed = position, on_resumed
         self._epoch, self._position, self._epoch_rng = (position[name] for name in ("epoch", "position", "epoch_rng"))
         self.counts = dict(position["counts"])
+        self._raised.steps = [list(step) for step in position.get("raised", [])]  # earlier checkpoints have none
 
     # Lightning saves and restores a loader by these names; the coordinator then restores its own, exact position.
     state_dict, load_state_dict = position, resume_from
@@ -300,12 +332,12 @@ class TaskLoader(TaskBatches):
 class _Asked:
     """A batch sampler that calls a function for each batch when the batch is asked for."""
 
-    def __init__(self, plan: list[list[Any]], ask: Callable[..., list[Any]], asked: deque[list[Any]]) -> None:
-        self._plan, self._ask, self._asked = plan, ask, asked
+    def __init__(self, plan: list[list[Any]], start: int, ask: Callable[..., list[Any]], asked: Any) -> None:
+        self._plan, self._start, self._ask, self._asked = plan, start, ask, asked
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for rows in self._plan:
-            yield self._ask(rows, self._asked)
+        for number, rows in enumerate(self._plan, self._start):
+            yield self._ask(rows, number, self._asked)

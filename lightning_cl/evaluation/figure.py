@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_cl.evaluation.fonts import readable
 from lightning_cl.evaluation.sentences import row_names
-from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number, text_width
+from lightning_cl.evaluation.tables import HEADLINE, UNSIGNED, format_number, text_width
 from lightning_cl.files import replace_file
 
 _LONGEST = 18  # characters of a name; a longer one is shortened
@@ -19,7 +19,7 @@ _LEAST = 0.1  # of the highest score: a change of so much has the full colour, i
 _BETTER, _WORSE, _NOT_YET, _BROKEN = "#2166ac", "#b2182b", "#d9d9d9", "#3f0010"
 _OTHER_DATA = "#e67e00"
 _MOST_KINDS = 14  # rows of a panel of importance
-_COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
+COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
 
 
 def draw_matrix(report: dict[str, Any], path: Path) -> None:
@@ -29,7 +29,19 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
         report: of :func:`~lightning_cl.evaluation.build_report`.
         path: the file to write.
     """
-    matrix_figure(report).savefig(path, format="png")
+    save(matrix_figure(report), path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure with an Agg canvas as a PNG.
+
+    ``Figure.savefig`` would draw it twice, the first time for a layout that drawing makes by itself.
+
+    Args:
+        figure: a ``matplotlib.figure.Figure``.
+        path: the file to write.
+    """
+    figure.canvas.print_png(path, pil_kwargs={"compress_level": 1})
 
 
 def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
@@ -50,7 +62,7 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
     drawn, families = readable(report["tasks"])
     tasks, matrix = short_names(drawn), report["matrix"]
     label = dict(zip(report["tasks"], tasks, strict=True))
-    shifts = _changes(report)
+    shifts = changes_of(report)
     report = report | {
         "tasks": tasks,
         "by_place": [name for i, name in enumerate(drawn) if name == f"task {i + 1}" != report["tasks"][i]],
@@ -68,8 +80,8 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
     _curves(right, tasks, rows, matrix, report)
     scores = " · ".join(
         f"{name.replace('_', ' ')} {format_number(report[name], signed=name not in UNSIGNED)}"
-        for name in SCORES
-        if name != "forward_transfer" and not math.isnan(report[name])
+        for name in HEADLINE
+        if not math.isnan(report[name])
     )
     methods = [name for name in report["methods"] if name != "PromptSamples"]
     title = title or (" + ".join(methods) if methods else "no protection")
@@ -79,7 +91,7 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
     return figure
 
 
-def _changes(report: dict[str, Any]) -> list[list[float]]:
+def changes_of(report: dict[str, Any]) -> list[list[float]]:
     """Returns the gain of each entry over when its task was learnt; NaN before that.
 
     A watched task is compared with the row before training. Where a column continues with other data, its first row on
@@ -136,7 +148,7 @@ def _heat_map(
     from matplotlib.patches import Rectangle
 
     colors = LinearSegmentedColormap.from_list("change", (_WORSE, "white", _BETTER)).with_extremes(bad=_NOT_YET)
-    full = _full_color(matrix, shifts)
+    full = full_color(matrix, shifts)
     shades = [[shift / full for shift in row] for row in shifts]
     axes.imshow(shades, cmap=colors, vmin=-1, vmax=1, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks)
@@ -172,7 +184,7 @@ def _heat_map(
     axes.set_xlabel("\n".join(notes), fontsize=9)
 
 
-def _full_color(matrix: list[list[float]], shifts: list[list[float]]) -> float:
+def full_color(matrix: list[list[float]], shifts: list[list[float]]) -> float:
     """The change that has the full colour, the same for all tasks: noise alone must not be red."""
     scores = [abs(value) for row in matrix for value in row if math.isfinite(value)]
     learnt = [
@@ -189,7 +201,7 @@ def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[floa
     trained = [name for name in tasks if name not in report["watched"]]
     handles = []
     for j, name in enumerate(tasks):
-        color = _COLORS[j % len(_COLORS)]
+        color = COLORS[j % len(COLORS)]
         values = [row[j] if math.isfinite(row[j]) else math.nan for row in matrix]
         style = ":" if name in report["watched"] else "-"
         changes = sorted({change["row"] for change in report["data_changes"] if change["task"] == name})
@@ -258,7 +270,7 @@ def draw_importance(panels: list[tuple[str, dict[str, Any]]], path: Path) -> Non
     families = readable([f"{name} {diagnosis['task']}" for name, diagnosis in panels])[1]
     for axes in rows:
         axes.title.set(fontfamily=families, parse_math=False)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _layer_table(by_kind: dict[str, dict[str, float]]) -> tuple[list[str], list[str], list[list[float]]]:

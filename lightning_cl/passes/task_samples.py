@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -31,6 +31,8 @@ class TaskSamples:
         loader: the loader that has the samples; default: the current task's training loader.
         batch_size: samples in a batch; default: that of the loader. If the lengths of samples are known, a batch has at
             most as many tokens as `batch_size` of the longest samples.
+        first: the number of the first sample; those before it are left out.
+        quiet: show no progress, and let no signal interrupt the pass.
     """
 
     def __init__(
@@ -41,17 +43,19 @@ class TaskSamples:
         label: str,
         loader: Any = None,
         batch_size: int | None = None,
+        first: int = 0,
+        quiet: bool = False,
     ) -> None:
         self.trainer, self.count, self.label = trainer, count, label
         self.loader: Any = trainer.train_dataloader if loader is None else loader
-        self.batch_size = batch_size
+        self.batch_size, self._quiet = batch_size, quiet
         self.is_stream = why_not_plannable(self.loader) is not None
         self._chosen: list[tuple[int, int]] = []
         self._first: list[tuple[int, int]] = []
         if not self.is_stream:
             indices = task_indices(self.loader)
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
-            everywhere = [(number, indices[position]) for number, position in enumerate(order[:count])]
+            everywhere = [(number, indices[position]) for number, position in enumerate(order[:count])][first:]
             self._first = everywhere[:1]
             self._chosen = everywhere[trainer.global_rank :: trainer.world_size]
 
@@ -68,10 +72,10 @@ class TaskSamples:
         if self.is_stream:
             share = -(-self.count // self.trainer.world_size)
             samples = ((numbers[0], batch) for numbers, batch in self._stream(share, 1))
-            for number, batch in progress(self.trainer, samples, self.label, share):
+            for number, batch in self._shown(samples, self.label, share):
                 yield number, to_device(self.trainer, batch)
             return
-        for number, index in progress(self.trainer, self._chosen, self.label, len(self._chosen)):
+        for number, index in self._shown(self._chosen, self.label, len(self._chosen)):
             yield number, self._batch([index])
 
     def batches(self, like_length: bool = True) -> Iterator[tuple[list[int], Any]]:
@@ -82,11 +86,11 @@ class TaskSamples:
         """
         if self.is_stream:
             share = -(-self.count // self.trainer.world_size)
-            for numbers, batch in progress(self.trainer, self._stream(share, self._rows()), self.label):
+            for numbers, batch in self._shown(self._stream(share, self._rows()), self.label):
                 yield numbers, to_device(self.trainer, batch)
             return
         groups = list(self._groups(like_length))
-        for group in progress(self.trainer, groups, self.label, len(groups)):
+        for group in self._shown(groups, self.label, len(groups)):
             yield [number for number, _ in group], self._batch([index for _, index in group])
 
     def one(self) -> Any:
@@ -116,6 +120,9 @@ class TaskSamples:
         picked = [ordered[position] for position in positions]
         indices = [index for _, index in picked]
         return [number for number, _ in picked], self._batch(indices), [self._batch([index]) for index in indices]
+
+    def _shown(self, items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
+        return iter(items) if self._quiet else progress(self.trainer, items, label, total)
 
     def _rows(self) -> int:
         if self.batch_size is not None:

@@ -101,6 +101,9 @@ def fit_tasks(
         raise
     finally:
         coordinator.end_sequence()
+    if hasattr(module, "run_report"):  # what it shows when it is saved
+        reports = (getattr(method, "last_report", None) for method in methods_of(trainer))
+        module.run_report = next((report for report in reports if report is not None), None)
     return next((method.summary() for method in methods_of(trainer) if hasattr(method, "summary")), {})
 
 
@@ -134,13 +137,17 @@ def _train(
             coordinator.begin_task(position)
         else:
             coordinator.run.position = position
-        coordinator.run.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
-        _reset_per_task(trainer, coordinator, tasks[index], index)
         rank_zero_info(position.title)
-        resume_from = str(checkpoint_path) if checkpoint_path is not None and index == start else None
-        coordinator.loads = resume_from is not None
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-        heed(trainer, all_ranks=True)
+        resume_from = checkpoint_path if index == start else None
+        while True:
+            coordinator.run.limits, coordinator.lr = limit_to_task(trainer, tasks[index], limits), tasks[index].lr
+            _reset_per_task(trainer, coordinator, tasks[index], index)
+            coordinator.loads = resume_from is not None
+            trainer.fit(module, datamodule=data, ckpt_path=str(resume_from) if resume_from is not None else None)
+            heed(trainer, all_ranks=True)
+            resume_from = coordinator.went_back(trainer)
+            if resume_from is None:
+                break
         _check_finished(coordinator, position)
         coordinator.run.costs[-1] |= data.left_out(tasks[index])
         rank_zero_info(f"{position.title}: {coordinator.run.costs[-1]['steps']} steps")

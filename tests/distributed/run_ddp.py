@@ -24,6 +24,7 @@ from lightning_cl import (  # noqa: E402
     L2SP,
     MAS,
     SI,
+    ForgettingBudget,
     LwF,
     Replay,
     RWalk,
@@ -70,6 +71,7 @@ def penalties(out: str, ranks: int) -> None:
         "rwalk": RWalk(0.1, every=2),
         "l2sp": L2SP(0.1, anchor="start"),
         "lwf": LwF(1.0, outputs=logits),
+        "guard": ForgettingBudget(0.0, "nats", every=4, samples=15, action=["lr", "stop"], patience=1, grace_steps=7),
     }
     strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
     run = trainer(out, list(methods.values()), max_epochs=2, **strategy)
@@ -79,6 +81,9 @@ def penalties(out: str, ranks: int) -> None:
     )
     found = {name: method.importance for name, method in methods.items() if hasattr(method, "importance")}
     found["factors"] = {f"{n}.{i}": side for n, f in methods["kfac"].factors.items() for i, side in enumerate(f)}
+    looks = methods["guard"].looks
+    found["guard"] = {key: torch.tensor([float(look[key]) for look in looks]) for key in ("step", "D", "SE")}
+    found["guard"]["acted"] = torch.tensor([float(len(look["action"])) for look in looks])
     found["teacher"] = methods["lwf"].teacher.copies
     found["weights"] = dict(module.state_dict())
     chosen = torch.tensor([choice["strength"] for choice in methods["ewc"].auto.chosen])

@@ -18,13 +18,17 @@ from toys import Classifier, classification, trainer  # noqa: E402
 
 from lightning_cl import (  # noqa: E402
     EWC,
+    L2SP,
     MIGU,
     BlockExpansion,
     InputFreeze,
     Interpolate,
+    KLBudget,
+    LossCurves,
     Merge,
     ProgressiveAdapters,
     ProgressiveNetwork,
+    RecoveryProbe,
     SubspaceFreeze,
     TaskAdapters,
     TaskDataModule,
@@ -39,7 +43,12 @@ TEXTS = {name: Sentences(i + 1) for i, name in enumerate("ab")}
 DDP = {
     "interpolate": lambda: [Interpolate(0.5, during=0.5), EWC(0.1, samples=16, apply="proximal"), SubspaceFreeze(0.5)],
     "merge": lambda: [Merge("magmax"), WeightAverage(0.9), MIGU(0.5)],
-    "inputs": lambda: [InputFreeze(0.8, batches=4)],
+    "inputs": lambda: [
+        InputFreeze(0.8, batches=4),
+        L2SP(KLBudget(0.1, every=2, outputs=lambda module, batch: module(batch[0]))),
+        LossCurves(every=4, samples=7),
+        RecoveryProbe(steps=2, samples=12, held_out=9),
+    ],
     "adapters": lambda: [TaskAdapters(seed=3)],
     "progressive adapters": lambda: [ProgressiveAdapters(seed=3)],
     "progressive network": lambda: [ProgressiveNetwork(4, seed=3)],
@@ -102,7 +111,13 @@ def main(out: Path, ranks: int, kind: str) -> None:
     data = TaskDataModule(TEXTS if texts else NUMBERS, batch_size=(4 if texts else 8) // ranks)
     fit_tasks(run, module, data)
     found = {name: full_cpu(value) for name, value in module.state_dict().items()}
-    torch.save(found | {"matrix": matrix.matrix}, out / f"rank{run.global_rank}-{kind}.pt")
+    found["matrix"] = matrix.matrix
+    if kind == "inputs":
+        penalty, curves, probe = methods[1:]
+        found["strengths"] = torch.tensor([choice["strength"] for choice in penalty.report()["chosen"]])
+        found |= {f"curve of {name}": torch.tensor(points) for name, points in curves.curves.items()}
+        found |= {f"recovery of {name}": torch.tensor(one["after"]) for name, one in probe.results["c"].items()}
+    torch.save(found, out / f"rank{run.global_rank}-{kind}.pt")
 
 
 if __name__ == "__main__":

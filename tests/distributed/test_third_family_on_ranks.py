@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -20,9 +19,7 @@ from run_third_family import SHARDED, STACKS
 def two_ranks(tmp_path_factory):
     """All stacks, one after the other in one start of two processes."""
     out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, run_third_family.__file__, str(out), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_ranks(2, run_third_family.__file__, out, 2)
     return out
 
 

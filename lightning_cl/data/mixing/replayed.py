@@ -168,6 +168,11 @@ class Samples:
         """The index of each mix's first sample."""
         return self._ends[:-1]
 
+    @property
+    def end(self) -> int:
+        """The number of all samples, new and replayed."""
+        return self._ends[-1]
+
     def source_of(self, index: int) -> int:
         """0 for a new sample, and the number of its mix, from 1, for a replayed one."""
         return bisect_right(self._ends, index)

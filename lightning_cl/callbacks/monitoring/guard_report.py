@@ -1,0 +1,88 @@
+"""What a guard says at the end: sentences, and the losses of single sequences for ``lightning-cl gate``."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Protocol
+
+from lightning_cl.callbacks.monitoring.guard_sets import GuardSets
+from lightning_cl.core.run_state import RunState
+from lightning_cl.functional.guard import allowed_rise, confidence_width, kept_share, paired_rise
+
+_TOLD = 10  # actions, each with a sentence
+
+
+class Guard(Protocol):
+    """All that is asked of the callback."""
+
+    sets: GuardSets
+    looks: list[dict[str, Any]]
+    run: RunState
+    unit: Any
+    budget: float
+    confidence: float
+    seconds: float
+
+
+def guard_sentences(guard: Guard) -> list[str]:
+    """Returns one sentence for each guarded task, each action, and the time that looks took."""
+    told = [words for name in guard.sets.sets if (words := _task_sentence(guard, name)) is not None]
+    acted = [entry for entry in guard.looks if entry["action"]]
+    for entry in acted[:_TOLD]:
+        rise = f"{entry['D']:+.3g} nats" if math.isfinite(entry["D"]) else "a loss that is not finite"
+        told.append(
+            f"ForgettingBudget, step {entry['step']}, training {entry['training']}: {entry['task']} {rise}, allowed"
+            f" {entry['allowed']:.3g}: {entry['action']}"
+        )
+    if len(acted) > _TOLD:
+        told.append(f"ForgettingBudget: {len(acted) - _TOLD} more actions are in report.json")
+    if any(entry["action"] not in ("", "warn", "none") for entry in guard.looks):
+        told.append(
+            "ForgettingBudget: its sequences are a part of the validation data that the matrix is measured on, so that"
+            " scores after an action are chosen on them, a little"
+        )
+    trained = sum(cost.get("train_seconds", 0.0) for cost in guard.run.costs)
+    if guard.looks and trained > 0:
+        told.append(f"ForgettingBudget: its looks took {guard.seconds / trained:.1%} of the time of training")
+    return told
+
+
+def _task_sentence(guard: Guard, name: str) -> str | None:
+    one = guard.sets.sets[name]
+    learnt_last = guard.run.position.name == name
+    if one.reference is None or one.now is None or learnt_last:
+        return None
+    allowed = allowed_rise(guard.unit, guard.budget, one.reference, None if one.watched else one.before)
+    rise = paired_rise(one.now, one.reference, allowed, 1.0 - guard.confidence)
+    if not math.isfinite(rise.mean):
+        return f"ForgettingBudget, {name}: a loss is not finite"
+    verdict = {"safe": "within the budget", "breach": "over the budget", "uncertain": "too close to be sure"}
+    since = "the first task began" if one.watched else "it was learnt"
+    margin = rise.error * math.sqrt(rise.size) * confidence_width(rise.size, 1.0 - guard.confidence, rise.size)
+    words = (
+        f"ForgettingBudget, {name}: loss {rise.mean:+.3g} ± {margin:.2g} nats since {since} ({rise.size} sequences,"
+        f" {guard.confidence:.0%}), allowed {rise.allowed:.3g}: {verdict[rise.decision]}"
+    )
+    kept = kept_share(one.now, one.reference, one.before) if one.before is not None else math.nan
+    return f"{words}; {kept:.0%} of what its training gave is kept" if math.isfinite(kept) else words
+
+
+def losses_file(guard: Guard, trained: int) -> str:
+    """Returns the content of ``losses.json``: for each task the losses of its sequences, in nats.
+
+    ``before`` its own training (null for a watched task), when ``learnt`` (a watched task: before the first task), and
+    ``now``. A loss that is not finite is null.
+    """
+    tasks = {
+        name: {
+            "watched": one.watched,
+            **{
+                key: None if losses is None else [value if math.isfinite(value) else None for value in losses.tolist()]
+                for key, losses in (("before", one.before), ("learnt", one.reference), ("now", one.now))
+            },
+        }
+        for name, one in guard.sets.sets.items()
+    }
+    content = {"format": 1, "trained": trained, "confidence": guard.confidence, "tasks": tasks}
+    return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,78 @@
+"""``lightning-cl gate``: has a run kept its budget of forgetting? The exit code says so, for scripts and CI."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_cl.arguments import check_share, is_number
+from lightning_cl.evaluation.gate import gate_markdown, gate_text, judge
+
+_DESCRIPTION = """Tells if a run has kept a budget of forgetting, from the losses of single sequences that
+ForgettingBudget wrote into its folder (losses.json) and from its report.json. Exit code: 0 the budget is kept, 2 it is
+exceeded, 3 there is not enough evidence, 1 for a wrong call."""
+
+
+def run_gate(arguments: Sequence[str]) -> int | None:
+    """Judges a run.
+
+    Args:
+        arguments: the command line.
+
+    Returns:
+        the exit code; None if the command is another one.
+
+    Raises:
+        ValueError: if an argument or a file is wrong.
+        FileNotFoundError: if there is no such run.
+    """
+    if list(arguments[:1]) != ["gate"]:
+        return None
+    parser = argparse.ArgumentParser("lightning-cl gate", description=_DESCRIPTION)
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own exit code is the one of an exceeded budget
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--budget", type=float, default=0.9, help="share to be kept, or nats; default: 0.9")
+    parser.add_argument(
+        "--unit", choices=("retained", "nats"), default="retained", help="of what training gave, or of the loss' rise"
+    )
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the verdict; default: 0.95")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown, for a pull request")
+    given = parser.parse_args(list(arguments[1:]))
+    retained = given.unit == "retained"
+    if not is_number(given.budget) or given.budget < 0 or (retained and given.budget >= 1):
+        right = "a share of at least 0 and less than 1" if retained else "nats, at least 0"
+        raise ValueError(f"--budget={given.budget}: expected {right} (--unit {given.unit})")
+    check_share("--confidence", given.confidence, ends=False)
+    report = _read(given.run / "report.json")
+    if report is None:
+        raise FileNotFoundError(f"--run={given.run}: there is no report.json; TaskMatrix writes it after every task")
+    found = judge(report, _read(given.run / "losses.json"), given.budget, given.unit, given.confidence)
+    if given.json:
+        print(json.dumps({"run": str(given.run), **found}, indent=2))
+    else:
+        print(gate_markdown(found) if given.markdown else gate_text(found), end="")
+    code: int = found["code"]
+    return code
+
+
+def _refuse(message: str) -> Any:
+    raise ValueError(f"gate: {message}")
+
+
+def _read(path: Path) -> Any:
+    """Returns a file's content; None if there is no such file.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: it is damaged ({error})") from error

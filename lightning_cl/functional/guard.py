@@ -1,0 +1,146 @@
+"""Statistics of a guard against forgetting: paired losses, bounds that hold at every look, and decisions.
+
+A loss of one held-out sequence now, less the loss of the same sequence at a reference, is a paired difference. Most of
+the spread between sequences cancels in it. The mean of these differences gets the asymptotic confidence sequence of
+Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2021, arXiv:2103.06476, theorem 2.2), which is Robbins' normal mixture
+(1970; Howard, Ramdas, McAuliffe and Sekhon 2021, arXiv:1810.08240, section 3.2) with an estimated variance::
+
+    mean_n ± sd_n · sqrt( 2 (n ρ² + 1) / (n² ρ²) · log( sqrt(n ρ² + 1) / α ) )
+
+It holds for all n at once, so that more sequences may be looked at until the answer is clear. The weights change
+between two looks, so each look has another mean to estimate. So the k-th look spends ``α / (k (k + 1))`` of the error
+probability, which sums to α over any number of looks, and Bonferroni divides it among the tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Decision = Literal["breach", "safe", "uncertain"]
+"""``breach``: surely more than allowed; ``safe``: surely not more; ``uncertain``: neither is sure."""
+
+LEAST_ALLOWED = 0.01
+"""Nats that a task may always lose in the unit ``retained``: a task that gave nothing would be allowed nothing."""
+
+
+class Rise(NamedTuple):
+    """The mean of paired differences of losses, in nats per sequence mean, and what is sure of it.
+
+    Attributes:
+        mean: D, the mean rise; infinite if a loss is not finite.
+        error: SE, its standard error.
+        size: n, the number of sequences.
+        allowed: the rise that the budget allows.
+        margin: half the width of the bound around the mean of what exceeds the budget.
+        excess: the mean of what exceeds the budget; above 0 is too much.
+        decision: what is sure.
+    """
+
+    mean: float
+    error: float
+    size: int
+    allowed: float
+    margin: float
+    excess: float
+    decision: Decision
+
+
+def look_error(alpha: float, look: int, tasks: int) -> float:
+    """Returns the error probability of one task at one look, ``α / (k (k + 1) T)``.
+
+    Args:
+        alpha: the error probability of all looks and tasks together, above 0 and below 1.
+        look: k, the look's number from 1.
+        tasks: T, the tasks that are looked at.
+    """
+    return alpha / (look * (look + 1) * max(tasks, 1))
+
+
+def confidence_width(count: int, alpha: float, first: int) -> float:
+    """Returns half the width of the confidence sequence after `count` samples, in standard deviations.
+
+    ``ρ² = (−2 log α + log(−2 log α) + 1) / first`` makes it narrowest near `first` samples (the reference above,
+    appendix B.2).
+
+    Args:
+        count: n, the number of samples.
+        alpha: the error probability of both sides together, over all n.
+        first: the number of samples of the first look.
+    """
+    log = -2.0 * math.log(alpha)
+    rho = (log + math.log(log) + 1.0) / first
+    inside = count * rho + 1.0
+    return math.sqrt(2.0 * inside / (count**2 * rho) * math.log(math.sqrt(inside) / alpha))
+
+
+def paired_rise(
+    now: Tensor, reference: Tensor, allowed: float | Tensor, alpha: float, first: int | None = None
+) -> Rise:
+    """Compares losses with their own references, and decides whether their mean rise exceeds what is allowed.
+
+    Memory and compute: a few numbers for each sequence.
+
+    Args:
+        now: ``[n]``, the loss of each sequence.
+        reference: ``[n]``, its loss at the reference.
+        allowed: the rise that is allowed, in nats: a number, or ``[n]`` where it is estimated from the same sequences
+            (the rise and what is allowed are then paired too).
+        alpha: the error probability.
+        first: the number of sequences of a first look; default: n.
+
+    Raises:
+        ValueError: if the shapes differ or there are fewer than two sequences.
+    """
+    if now.shape != reference.shape or now.ndim != 1 or len(now) < 2:
+        raise ValueError(
+            f"now and reference: shapes {list(now.shape)} and {list(reference.shape)}; expected the same [n], n of at"
+            " least 2"
+        )
+    count = len(now)
+    change = now.double() - reference.double()
+    limit = torch.as_tensor(allowed, dtype=torch.float64).expand(count)
+    mean_limit = float(limit.mean())
+    if not bool(change.isfinite().all()):
+        return Rise(math.inf, 0.0, count, mean_limit, 0.0, math.inf, "breach")
+    excess = change - limit
+    margin = float(excess.std()) * confidence_width(count, alpha, first or count)
+    mean = float(excess.mean())
+    decision: Decision = "breach" if mean - margin > 0 else "safe" if mean + margin <= 0 else "uncertain"
+    error = float(change.std()) / math.sqrt(count)
+    return Rise(float(change.mean()), error, count, mean_limit, margin, mean, decision)
+
+
+def allowed_rise(unit: str, budget: float, reference: Tensor, before: Tensor | None = None) -> float | Tensor:
+    """Returns the rise of the loss that a budget allows, in nats.
+
+    Args:
+        unit: ``nats``: `budget` itself. ``retained``: the share ``1 − budget`` of what training gave, which is
+            ``before − reference`` of each sequence. If its mean is too small (:data:`LEAST_ALLOWED`), that least rise
+            is allowed.
+        budget: nats, or the share to be kept.
+        reference: ``[n]``, the losses when the task was learnt.
+        before: ``[n]``, the losses before its training. None, for a watched task: it keeps its budget if its loss rises
+            by at most the share ``1 − budget`` of the reference loss.
+
+    Returns:
+        a number, or ``[n]``.
+    """
+    if unit == "nats":
+        return budget
+    gave = reference.double() if before is None else before.double() - reference.double()
+    share = (1.0 - budget) * gave
+    return share if bool(share.isfinite().all()) and float(share.mean()) >= LEAST_ALLOWED else LEAST_ALLOWED
+
+
+def kept_share(now: Tensor, reference: Tensor, before: Tensor) -> float:
+    """Returns the share of what training gave that is there now, ``(before − now) / (before − reference)``.
+
+    It is NaN where training gave nothing.
+    """
+    gave = float((before.double() - reference.double()).mean())
+    kept = float((before.double() - now.double()).mean())
+    return kept / gave if math.isfinite(gave) and gave > 0 else math.nan
