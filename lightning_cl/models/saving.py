@@ -260,10 +260,10 @@ def write_cards(
     report = json.loads(Path(card).read_text(encoding="utf-8")) if isinstance(card, (str, Path)) else card
     for folder, task in folders.items():
         text = model_card(base, kind, report, task, settings)
-        replace_file(folder / "README.md", partial(_write, text))
+        replace_file(folder / "README.md", partial(_write_text, text))
 
 
-def _write(text: str, path: Path) -> None:
+def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
