@@ -113,7 +113,7 @@ def test_evaluations_of_the_matrix_are_not_in_the_users_validation_curve(tmp_pat
 # ---------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize(("argument", "choices"), [("mode", ["min", "max"]), ("preset", ["gem", "trace"])])
+@pytest.mark.parametrize(("argument", "choices"), [("mode", ["min", "max"]), ("preset", ["gem", "trace", "sapt"])])
 def test_unknown_choice_is_named_with_the_right_ones(argument, choices):
     with pytest.raises(ValueError, match=f"{argument}='best'") as error:
         TaskMatrix(**{argument: "best"})
