@@ -17,17 +17,29 @@ ROOT = Path(lightning_cl.__file__).parent
 
 
 @cache
-def modules_after(code):
-    """The names in sys.modules of a fresh process that ran `code`."""
-    program = f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+def loaded_by():
+    """The names in sys.modules of a fresh process after each of three imports, one after another."""
+    imports = {
+        "functional": "import lightning_cl.functional",
+        "lightning": "import lightning.pytorch",
+        "ours": "import lightning_cl; lightning_cl.EWC, lightning_cl.fit_tasks, lightning_cl.TaskDataModule",
+    }
+    program = f"""
+import sys, json
+found = {{}}
+for name, code in {imports!r}.items():
+    exec(code)
+    found[name] = sorted(sys.modules)
+print(json.dumps(found))
+"""
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=120
     )
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return {name: set(modules) for name, modules in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def test_the_mathematics_needs_torch_alone():
-    loaded = modules_after("import lightning_cl.functional")
+    loaded = loaded_by()["functional"]
     assert "torch" in loaded
     assert not {name.split(".")[0] for name in loaded} & {
         *("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "transformers", "datasets", "peft")
@@ -36,9 +48,9 @@ def test_the_mathematics_needs_torch_alone():
 
 def test_public_names_load_no_model_code_beyond_lightnings_own():
     """Seconds of start-up time: transformers' model files, peft, datasets."""
-    ours = modules_after("import lightning_cl\nlightning_cl.EWC, lightning_cl.fit_tasks, lightning_cl.TaskDataModule")
+    ours = loaded_by()["ours"]
     assert "lightning_cl.sequence.fit" in ours
-    extra = ours - modules_after("import lightning.pytorch")
+    extra = ours - loaded_by()["lightning"]
     heavy = ("transformers.models", "peft", "datasets", "tokenizers", "matplotlib", "pandas")
     assert not [name for name in extra if name.startswith(heavy)]
 
