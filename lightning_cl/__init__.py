@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_cl.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lightning_cl.callbacks import (
         AGEM,
@@ -21,11 +23,15 @@ if TYPE_CHECKING:
         BlockExpansion,
         DERpp,
         ForgettingBudget,
+        GeneralProbe,
         GeneralReplay,
         InfLoRA,
         InputFreeze,
         Interpolate,
+        KLBudget,
         KLToBase,
+        LMEvalProbe,
+        LossCurves,
         LwF,
         Merge,
         OrthogonalLoRA,
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
         ProgressiveAdapters,
         ProgressiveNetwork,
         PromptSamples,
+        RecoveryProbe,
         Replay,
         RWalk,
         SelfReplay,
@@ -44,16 +51,27 @@ if TYPE_CHECKING:
     )
     from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
-    from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
+    from lightning_cl.metrics import (
+        AverageAccuracy,
+        AverageOverRows,
+        BackwardTransfer,
+        Forgetting,
+        ForwardTransfer,
+        Intransigence,
+        LargestDrop,
+        MeanWhenLearnt,
+        ShareKept,
+        WorstTask,
+    )
     from lightning_cl.models import CausalLM, InfiniteLR, WarmupDecay
     from lightning_cl.sequence import fit_tasks
     from lightning_cl.tasks import Task
 
-__version__ = "0.1.0"
 
 _HOME = {
     "AGEM": "callbacks",
     "AverageAccuracy": "metrics",
+    "AverageOverRows": "metrics",
     "BackwardTransfer": "metrics",
     "BlockExpansion": "callbacks",
     "CausalLM": "models",
@@ -63,15 +81,21 @@ _HOME = {
     "EWC": "callbacks",
     "Forgetting": "metrics",
     "ForwardTransfer": "metrics",
+    "GeneralProbe": "callbacks",
     "ForgettingBudget": "callbacks",
     "GeneralReplay": "callbacks",
     "InfiniteLR": "models",
     "InfLoRA": "callbacks",
     "InputFreeze": "callbacks",
     "Interpolate": "callbacks",
+    "Intransigence": "metrics",
     "KFACEWC": "callbacks",
+    "KLBudget": "callbacks",
     "KLToBase": "callbacks",
+    "LMEvalProbe": "callbacks",
     "L2SP": "callbacks",
+    "LargestDrop": "metrics",
+    "LossCurves": "callbacks",
     "LwF": "callbacks",
     "MAS": "callbacks",
     "MIGU": "callbacks",
@@ -83,9 +107,11 @@ _HOME = {
     "ProgressiveNetwork": "callbacks",
     "PromptSamples": "callbacks",
     "RWalk": "callbacks",
+    "RecoveryProbe": "callbacks",
     "Replay": "callbacks",
     "SI": "callbacks",
     "SelfReplay": "callbacks",
+    "ShareKept": "metrics",
     "SubspaceFreeze": "callbacks",
     "Task": "tasks",
     "TaskAdapters": "callbacks",
@@ -95,6 +121,7 @@ _HOME = {
     "TrainedBPE": "data",
     "WarmupDecay": "models",
     "WeightAverage": "callbacks",
+    "WorstTask": "metrics",
     "fit_tasks": "sequence",
 }
 
@@ -108,6 +135,7 @@ __all__ = [
     "MIGU",
     "SI",
     "AverageAccuracy",
+    "AverageOverRows",
     "BackwardTransfer",
     "BlockExpansion",
     "CausalLM",
@@ -116,12 +144,18 @@ __all__ = [
     "Forgetting",
     "ForgettingBudget",
     "ForwardTransfer",
+    "GeneralProbe",
     "GeneralReplay",
     "InfLoRA",
     "InfiniteLR",
     "InputFreeze",
     "Interpolate",
+    "Intransigence",
+    "KLBudget",
     "KLToBase",
+    "LMEvalProbe",
+    "LargestDrop",
+    "LossCurves",
     "LwF",
     "MeanWhenLearnt",
     "Merge",
@@ -131,8 +165,10 @@ __all__ = [
     "ProgressiveNetwork",
     "PromptSamples",
     "RWalk",
+    "RecoveryProbe",
     "Replay",
     "SelfReplay",
+    "ShareKept",
     "SubspaceFreeze",
     "Task",
     "TaskAdapters",
@@ -142,6 +178,7 @@ __all__ = [
     "TrainedBPE",
     "WarmupDecay",
     "WeightAverage",
+    "WorstTask",
     "fit_tasks",
 ]
 

@@ -10,6 +10,18 @@ from lightning_cl.arguments import is_integer, is_number
 
 _LONGEST_NAME = 150  # in bytes; file systems take 255, and checkpoints add to it
 
+METRICS = (
+    "exact_match",
+    "normalized_match",
+    "accuracy",
+    "acc",
+    "acc_norm",
+    "rouge_l",
+    "edit_similarity",
+    "sari",
+)
+"""The names of the metrics that answers to a task's prompts can be scored with."""
+
 
 @dataclass
 class Task:
@@ -34,6 +46,14 @@ class Task:
         columns: names of the data's own columns or keys for ours, as ``{prompt: Question, completion: Answer}``.
         field: the key under which a ``.json`` file has its list of records; dots for keys in keys, as ``data.train``.
         lr: peak learning rate of this task: all parameter groups are scaled so that the first one starts from it.
+        metrics: what :class:`~lightning_cl.TaskMatrix` also measures on this task, with a matrix for each. Scores of
+            answers that the model writes: ``exact_match``, ``normalized_match`` (without case and punctuation),
+            ``accuracy`` (the label that the answer begins with), ``rouge_l``, ``edit_similarity``, ``sari``. Scores by
+            the log-likelihood of given choices: ``acc``, ``acc_norm`` (per character). The first one is the task's main
+            metric. All are between 0 and 1, and higher is better (:mod:`lightning_cl.functional.text_scores`).
+        choices: the possible answers, for all records that have no ``choices`` of their own.
+        max_new_tokens: the most tokens of an answer that the model writes; default: those of the longest reference,
+            and 8.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -49,6 +69,9 @@ class Task:
     lr: float | None = None
     columns: dict[str, str] | None = None
     field: str | None = None
+    metrics: list[str] | None = None
+    choices: list[str] | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -58,17 +81,37 @@ class Task:
                 f"Task(name={self.name[:40] + '…'!r}): a name of {len(self.name)} characters; files are named after it:"
                 f" give one of at most {_LONGEST_NAME} bytes"
             )
-        for argument in ("max_epochs", "max_steps", "batch_size"):
+        for argument in ("max_epochs", "max_steps", "batch_size", "max_new_tokens"):
             value = getattr(self, argument)
             if value is not None and not is_integer(value, 1):
                 raise ValueError(f"Task({self.name!r}, {argument}={value!r}): expected a positive integer or None")
         if self.lr is not None and not (is_number(self.lr) and self.lr > 0):
             raise ValueError(f"Task({self.name!r}, lr={self.lr!r}): expected a positive, finite number or None")
+        self._check_metrics()
         if self.train is None and self.val is None:
             raise ValueError(
                 f"Task({self.name!r}): nothing to train on and nothing to watch: give `train`, or `val` alone for a"
                 " task that is only watched"
             )
+
+    def _check_metrics(self) -> None:
+        if self.metrics is not None:
+            if isinstance(self.metrics, str):
+                self.metrics = [self.metrics]
+            self.metrics = list(self.metrics)
+            wrong = [name for name in self.metrics if name not in METRICS]
+            if wrong or not self.metrics:
+                named = repr(wrong[0]) if wrong else "an empty list"
+                raise ValueError(f"Task({self.name!r}, metrics=…): got {named}; expected some of {list(METRICS)}")
+            if len(set(self.metrics)) < len(self.metrics):
+                raise ValueError(f"Task({self.name!r}, metrics={self.metrics}): a metric is named twice")
+        if self.choices is not None:
+            texts = not isinstance(self.choices, str) and all(isinstance(one, str) and one for one in self.choices)
+            if not texts or len(set(self.choices)) < 2 or len(set(self.choices)) < len(self.choices):
+                raise ValueError(
+                    f"Task({self.name!r}, choices={self.choices!r}): expected a list of at least two different texts"
+                )
+            self.choices = list(self.choices)
 
     @property
     def watched(self) -> bool:

@@ -1,9 +1,13 @@
-"""Two worker processes share two cores: one thread each, and the longest files first."""
+"""Two worker processes share two cores: one thread each, the longest files first, and nothing waited for in vain."""
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
+
+import pytest
+from forked import save_one_pixel
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,12 +16,47 @@ ROOT = Path(__file__).parents[1]
 LONGEST_FILES = [
     "tests/test_notebooks.py",
     "tests/distributed/test_ddp.py",
-    "tests/test_readme.py",
+    "tests/distributed/test_third_family_on_ranks.py",
+    "tests/test_style.py",
+    "tests/test_gpu_script.py",
     "tests/test_resume.py",
 ]
+# What the pictures show, and what has reached the disk, is tested here.
+TESTS_OF_PICTURES = ("test_figure.py", "test_report.py", "test_readme.py")
+TESTS_OF_DISKS = ("test_disk.py", "test_storage_on_disk.py")
 
 
 def pytest_collection_modifyitems(items):
     """Moves the longest files to the front; every other file and the tests of a file keep their order."""
     rank = {ROOT / name: position for position, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures_are_composed_but_not_rendered(request):
+    """Rendering takes more time than the training of a tiny model: elsewhere a picture's file holds one pixel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in TESTS_OF_PICTURES:
+            patch.setattr("lightning_cl.evaluation.figure.save", save_one_pixel)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed_packages_are_searched_once():
+    """Each Trainer searches them all for callbacks of others."""
+    from lightning.pytorch.trainer.connectors import callback_connector
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            callback_connector, "_load_external_callbacks", cache(callback_connector._load_external_callbacks)
+        )
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_file_waits_for_the_disk(request):
+    """Only a crash of the whole machine could tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in TESTS_OF_DISKS:
+            patch.setattr(os, "fsync", lambda descriptor: None)
+        yield

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -166,13 +167,16 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "ewc_auto": ["EWC"],
         "ewc_proximal": ["EWC"],
         "kfac": ["KFACEWC"],
+        "kl_budget": ["EWC"],
         "l2sp": ["L2SP"],
+        "loss_curves": ["LossCurves"],
         "lwf": ["LwF"],
         "lwf_replay": ["Replay", "LwF"],
         "mas": ["MAS"],
         "merge": ["Merge"],
         "migu": ["MIGU"],
         "packnet": ["PackNet"],
+        "recovery_probe": ["RecoveryProbe"],
         "rwalk": ["RWalk"],
         "si": ["SI"],
         "task_adapters": ["TaskAdapters"],
@@ -180,6 +184,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],
         "probes": ["KLToBase"],
+        "general_probe": ["GeneralProbe"],
         "inflora": ["InfLoRA"],
         "input_freeze": ["InputFreeze"],
         "interpolate": ["Interpolate"],
@@ -263,8 +268,7 @@ def test_a_typo_in_a_process_of_its_own(tmp_path):
     """`python -m`: the name of the program comes from another place than in the tests above."""
     path = tmp_path / "typo.yaml"
     path.write_text(yaml.safe_dump(TYPOS["argument in yaml"][1]))
-    command = [sys.executable, "-m", "lightning_cl", "fit", "--config", QUICKSTART, "--config", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = forked.run("-m", "lightning_cl", "fit", "--config", QUICKSTART, "--config", path, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("lightning-cl: error: ")
     assert "'samples'" in done.stderr

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import yaml
 from test_cli import Output
 from test_cli_seeds import configuration
 
+from lightning_cl.cli import processes
 from lightning_cl.cli import strengths as cli_search
 from lightning_cl.cli.strengths import keep_first, parse_first, parse_strengths, set_strength
 
@@ -39,6 +41,7 @@ def search(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(processes, "subprocess", forked.SUBPROCESS)
         output = Output("fit", "--strengths", "0,1e9", "--first", "2", "--config", root / "tiny.yaml")
     assert output.code == 0, output.err
     return root, json.loads((root / "tiny" / "search-0" / "search.json").read_text()), output

@@ -7,6 +7,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from test_cli import Output
@@ -68,7 +69,8 @@ def test_differences_are_taken_seed_by_seed_whatever_their_order():
     """Ours 5, 7, 9 less theirs 4, 5, 6 (seeds 0, 1, 2): 1, 2, 3."""
     ours = [result(seed, {"a": value}, value) for seed, value in zip((0, 1, 2), (5.0, 7.0, 9.0), strict=True)]
     theirs = [result(seed, {"a": value}, 1.0) for seed, value in zip((2, 0, 1), (6.0, 4.0, 5.0), strict=True)]
-    final, average, forgetting, *_ = paired_rows(ours, theirs)
+    final, average, *_ = rows = paired_rows(ours, theirs)
+    forgetting = next(row for row in rows if row["measure"] == "forgetting")
     assert final["values"] == [1.0, 2.0, 3.0]
     assert final["high"] - final["low"] == pytest.approx(2 * 2.484138, abs=1e-6)
     assert average["values"] == [4.0, 6.0, 8.0]
@@ -131,6 +133,7 @@ def seeds(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(processes, "subprocess", forked.SUBPROCESS)
         output = Output("fit", "--seeds=0,3", "--config", root / "tiny.yaml")
     assert output.code == 0, output.err
     return root, json.loads((root / "tiny" / "seeds-0" / "seeds.json").read_text()), output
@@ -165,12 +168,10 @@ def test_the_table_is_that_of_the_reports(seeds):
     values = [[run["final"][task] for run in table["runs"]] for task in ("zoo", "ant")]
     assert [row["values"] for row in table["rows"][:2]] == values
     assert [row["measure"] for row in table["rows"][2:]] == [
-        "average",
-        "mean_when_learnt",
-        "forgetting",
-        "backward_transfer",
-        "forward_transfer",
+        *("average", "average_over_rows", "worst_task", "mean_when_learnt", "share_kept", "forgetting"),
+        *("largest_drop", "backward_transfer", "forward_transfer"),
     ]
+    assert set(table["definitions"]) == {row["measure"] for row in table["rows"][2:]}
     first, second = values[0]
     assert table["rows"][0]["mean"] == pytest.approx((first + second) / 2)
     # Two values: sd is their distance over √2, and the half width 12.7062 * sd / √2.
@@ -179,7 +180,7 @@ def test_the_table_is_that_of_the_reports(seeds):
     shown = [f"{table['rows'][0][key]:.3f}".replace("-", "−") for key in ("mean", "sd")]
     assert ["zoo", *shown, "too", "few", "seeds"] in lines  # of two
     when_learnt = [(run["matrix"][1][0] + run["matrix"][2][1]) / 2 for run in table["runs"]]
-    assert table["rows"][3]["values"] == pytest.approx(when_learnt)
+    assert table["rows"][5]["values"] == pytest.approx(when_learnt)
     assert str(Path(table["runs"][0]["folder"]).parent / "seeds-0" / "seeds.json") in output.out
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -43,15 +42,10 @@ def full(*args):
 def test_a_resume_removes_what_a_killed_write_has_left_and_nothing_that_is_being_written(tmp_path):
     fit_tasks(trainer(tmp_path, [ModelCheckpoint()], max_epochs=1), Classifier(), data("a"))
     killed, alive = tmp_path / "tasks" / ".1-b.ckpt.123.tmp", tmp_path / "checkpoints" / ".x.ckpt.124.tmp"
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
-        )
-        for path in (killed, alive)
-    ]
+    writers = [forked.start("-c", WRITER, path) for path in (killed, alive)]
     try:
         for writer in writers:
-            assert writer.stdout.readline() == b"written\n"
+            writer.wait_for_output("written\n")
         writers[0].kill()
         writers[0].wait()
         assert killed.stat().st_size == alive.stat().st_size == 1000
@@ -62,9 +56,7 @@ def test_a_resume_removes_what_a_killed_write_has_left_and_nothing_that_is_being
         assert alive.exists()
     finally:
         for writer in writers:
-            writer.kill()
-            writer.wait()
-            writer.stdout.close()
+            writer.close()
     assert remove_abandoned(tmp_path, ".*.ckpt.*.tmp") == 1000
 
 

@@ -13,7 +13,7 @@ import lightning_cl
 ROOT = Path(lightning_cl.__file__).parent
 MODULES = [
     ".".join(("lightning_cl", *path.relative_to(ROOT).with_suffix("").parts))
-    for folder in ("callbacks", "functional", "data")
+    for folder in ("callbacks", "functional", "data", "evaluation", "passes")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "\n        >>> " in path.read_text(encoding="utf-8") or "\n    >>> " in path.read_text(encoding="utf-8")
 ]
@@ -30,6 +30,8 @@ def test_the_examples_of_a_module(module, tmp_path, monkeypatch):
 def test_every_callback_has_an_example():
     penalties = ("EWC", "KFACEWC", "L2SP", "LwF", "MAS", "RWalk", "SI")
     replay = ("AGEM", "DER", "DERpp", "GeneralReplay", "Replay", "SelfReplay")
+    probes = ("GeneralProbe", "KLToBase", "LMEvalProbe", "LossCurves", "PromptSamples", "RecoveryProbe")
+    monitoring = (*probes, "TaskMatrix", "TaskProgress")
     monitoring = ("ForgettingBudget", "KLToBase", "PromptSamples", "TaskMatrix", "TaskProgress")
     for name in (*penalties, *replay, *monitoring):
         assert ">>>" in getattr(lightning_cl, name).__doc__, name

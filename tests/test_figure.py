@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from test_report import INF, NAN, changed_report, matrix_of, report_of
 
 from lightning_cl import PromptSamples, TaskMatrix
+from lightning_cl.evaluation import figure as pictures
 from lightning_cl.evaluation import fonts
 from lightning_cl.evaluation.figure import draw_matrix, matrix_figure, short_names
 from lightning_cl.evaluation.fonts import readable
@@ -28,8 +29,8 @@ LONG = "język polski — strony podręcznika"
 def draw(tmp_path, monkeypatch):
     """Draws a report; gives the figure, as it was saved."""
     drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (save(figure, *a, **k), drawn.append(figure)))
+    save = pictures.save
+    monkeypatch.setattr(pictures, "save", lambda picture, path: (save(picture, path), drawn.append(picture)))
 
     def of(names, watched=()):
         trained = len(names) - len(watched)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import lightning as L
 import pytest
 import torch
@@ -58,9 +57,9 @@ def test_own_classes_are_found_in_the_working_directory(tmp_path):
     (tmp_path / "my_methods.py").write_text("import lightning as L\n\n\nclass Mine(L.Callback):\n    pass\n")
     path = overlay(tmp_path, {"trainer": {"callbacks+": [{"class_path": "my_methods.Mine"}]}})
     code = "import sys; sys.path = [p for p in sys.path if p]; from lightning_cl.cli.command import main; main()"
-    command = [sys.executable, "-c", code, "fit", "--config", QUICKSTART, "--config", path, "--print_config"]
+    command = ["-c", code, "fit", "--config", QUICKSTART, "--config", path, "--print_config"]
     environment = os.environ | {"PYTHONPATH": str(Path(lightning_cl.__file__).parents[1]), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = forked.run(*command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "class_path: my_methods.Mine" in done.stdout
 

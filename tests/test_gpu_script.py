@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+import forked
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "gpu.py"
 
 
 def test_parts_of_the_gpu_script_run_on_small_shapes(tmp_path):
-    command = [sys.executable, SCRIPT, "--small", "--json", tmp_path / "gpu.json", "resume", "recipe"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = forked.run(SCRIPT, "--small", "--json", tmp_path / "gpu.json", "resume", "recipe", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {row["part"] for row in rows} == {"resume", "recipe"}
@@ -21,6 +20,6 @@ def test_parts_of_the_gpu_script_run_on_small_shapes(tmp_path):
 
 
 def test_a_part_that_there_is_not_is_named(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "--small", "speed"], cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run(SCRIPT, "--small", "speed", cwd=tmp_path)
     assert done.returncode == 2
     assert "there is no part 'speed'; there are numbers, resume, recipe" in done.stderr

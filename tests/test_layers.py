@@ -29,7 +29,7 @@ LAYERS = [
     ["buffers"],
     ["functional"],
     ["tasks", "files", "random_state", "checksum", "stopping", "lightning_internals"],
-    ["arguments"],
+    ["arguments", "version"],
 ]
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import lightning as L
 import pytest
 import torch
@@ -201,13 +199,12 @@ def test_killed_at_any_moment_and_resumed_equals_never_killed(tmp_path):
     """SIGKILL from outside, several times in one run: in a step, in a Fisher pass, in a write, at a boundary."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1])))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(root, mode, out):
-        command = [sys.executable, str(script), str(root), mode, str(out)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return forked.start(script, root, mode, out)
 
-    assert start(tmp_path / "whole", "new", tmp_path / "whole.pt").wait(120) == 0
+    with start(tmp_path / "whole", "new", tmp_path / "whole.pt") as process:
+        assert process.wait(120) == 0, process.stderr
     root, kills = tmp_path / "killed", 0
     process = start(root, "new", tmp_path / "killed.pt")
     for checkpoints in (1, 9, 17, 26):
@@ -216,11 +213,11 @@ def test_killed_at_any_moment_and_resumed_equals_never_killed(tmp_path):
             time.sleep(0.005)
         time.sleep(0.007 * kills)
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.close()
             kills += 1
             process = start(root, "resume", tmp_path / "killed.pt")
-    assert process.wait(120) == 0
+    with process:
+        assert process.wait(120) == 0, process.stderr
     assert kills >= 3
     one = torch.load(tmp_path / "whole.pt", weights_only=True)
     other = torch.load(tmp_path / "killed.pt", weights_only=True)

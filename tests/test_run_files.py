@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import lightning as L
 import pytest
 import torch
@@ -132,14 +128,12 @@ with only_run_in(Path(sys.argv[1])):
 
 
 def test_a_killed_run_holds_no_folder(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
-    )
-    assert process.stdout.readline() == b"held\n"
-    with pytest.raises(RuntimeError, match="another run"), only_run_in(tmp_path):
-        pass
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with forked.start("-c", HOLD, tmp_path) as process:
+        process.wait_for_output("held\n")
+        with pytest.raises(RuntimeError, match="another run"), only_run_in(tmp_path):
+            pass
+        process.kill()
+        process.wait()
     assert (tmp_path / ".run.lock").exists()
     with only_run_in(tmp_path):
         pass

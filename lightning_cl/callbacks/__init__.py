@@ -14,12 +14,17 @@ from lightning_cl.callbacks.merging.interpolate import Interpolate
 from lightning_cl.callbacks.merging.merge import Merge
 from lightning_cl.callbacks.merging.weight_average import WeightAverage
 from lightning_cl.callbacks.monitoring.forgetting_budget import ForgettingBudget
+from lightning_cl.callbacks.monitoring.general_probe import GeneralProbe
 from lightning_cl.callbacks.monitoring.kl_to_base import KLToBase
+from lightning_cl.callbacks.monitoring.lm_eval_probe import LMEvalProbe
+from lightning_cl.callbacks.monitoring.loss_curves import LossCurves
 from lightning_cl.callbacks.monitoring.progress import TaskProgress
 from lightning_cl.callbacks.monitoring.prompts import PromptSamples
+from lightning_cl.callbacks.monitoring.recovery_probe import RecoveryProbe
 from lightning_cl.callbacks.monitoring.task_matrix import TaskMatrix
 from lightning_cl.callbacks.regularization.ewc import EWC
 from lightning_cl.callbacks.regularization.kfac import KFACEWC
+from lightning_cl.callbacks.regularization.kl_budget import KLBudget
 from lightning_cl.callbacks.regularization.l2sp import L2SP
 from lightning_cl.callbacks.regularization.lwf import LwF
 from lightning_cl.callbacks.regularization.mas import MAS
@@ -47,11 +52,15 @@ __all__ = [
     "ContinualCallback",
     "DERpp",
     "ForgettingBudget",
+    "GeneralProbe",
     "GeneralReplay",
     "InfLoRA",
     "InputFreeze",
     "Interpolate",
+    "KLBudget",
     "KLToBase",
+    "LMEvalProbe",
+    "LossCurves",
     "LwF",
     "MemoryCallback",
     "Merge",
@@ -62,6 +71,7 @@ __all__ = [
     "PromptSamples",
     "QuadraticPenalty",
     "RWalk",
+    "RecoveryProbe",
     "Replay",
     "SelfReplay",
     "SubspaceFreeze",

@@ -1,19 +1,23 @@
-"""The command line: ``lightning-cl fit|validate|test|predict|preview``, on LightningCLI."""
+"""The command line: ``lightning-cl fit|validate|test|predict|preview|compare|runs``, on LightningCLI."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -24,15 +28,17 @@ from typing_extensions import override
 # Imported for their names: `--trainer.callbacks+=EWC` finds classes that are loaded.
 from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
+from lightning_cl.cli.compare import run_compare
 from lightning_cl.cli.earlier_run import EarlierRun, expand_run
 from lightning_cl.cli.first_help import first_help, wants_all
 from lightning_cl.cli.gate import run_gate
 from lightning_cl.cli.overlays import merged_overlays
 from lightning_cl.cli.parser import EarlyOption, HelpFormatter, HelpfulParser, take_option
-from lightning_cl.cli.processes import tell_folder
+from lightning_cl.cli.processes import asked_trial, tell_folder
 from lightning_cl.cli.run_list import run_list
-from lightning_cl.cli.seeds import run_seeds
-from lightning_cl.cli.strengths import asked_trial, keep_first, run_search, set_strength
+from lightning_cl.cli.seeds import PERMUTE, run_seeds
+from lightning_cl.cli.strengths import keep_first, run_search, set_strength
+from lightning_cl.cli.task_order import set_order
 from lightning_cl.cli.threads import SensibleThreads
 from lightning_cl.cli.yaml_files import check_files
 from lightning_cl.core.loops import plan_limits
@@ -58,6 +64,7 @@ forgot.
   lightning-cl fit --run runs/quickstart/version_0 --add mails=data/mails.jsonl       one more task after a run's
   lightning-cl fit --config configs/quickstart.yaml --seeds 3            mean and 95 % interval over three seeds
   lightning-cl fit --config configs/quickstart.yaml --config configs/methods/ewc.yaml --strengths 0.001,0.01,0.1
+  lightning-cl compare --config configs/quickstart.yaml --methods configs/methods/replay.yaml,configs/methods/ewc.yaml
   lightning-cl preview --config configs/quickstart.yaml                  a sample of each task, with what bears loss
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl runs runs                                                 what is in each run, and which others it needs
@@ -92,6 +99,7 @@ _EARLY_OPTIONS = {
         "Runs the command for the seeds 0 to N - 1, or for those given, and reports mean and confidence interval over"
         " them. Sets --seed_everything and --data.seed of each run.",
     ),
+    PERMUTE: (None, "With --seeds: each seed has an order of the tasks of its own, which the plan shows."),
     "--strengths": (
         "S,S,…|CALLBACK=S,S,…",
         "Tries each strength of a callback on the first tasks alone, then trains all tasks with the best.",
@@ -167,7 +175,8 @@ class ContinualCLI(LightningCLI):
             else {"--run": ("RUN", _RUN.format("checkpoint of its last task", "Predictions are written there."))}
         )
         for option, (metavar, text) in options.items():
-            parser.add_argument(option, action=EarlyOption, metavar=metavar, help=text)
+            form: dict[str, Any] = {"metavar": metavar} if metavar is not None else {"nargs": 0}
+            parser.add_argument(option, action=EarlyOption, help=text, **form)
         # The other subcommands read them in the configuration of a run, and have no use for them.
         best, keep = (_LOAD_BEST, _KEEP) if subcommand == "fit" else (argparse.SUPPRESS, argparse.SUPPRESS)
         parser.add_argument("--load_best", type=bool, default=False, help=best)
@@ -185,8 +194,10 @@ class ContinualCLI(LightningCLI):
         with tempfile.TemporaryDirectory() as folder:
             self.config = parser.parse_args(merged_overlays(arguments, Path(folder)))
         trial = asked_trial()
-        if trial is not None:
+        if trial is not None and "strength" in trial:
             set_strength(self.config.fit.trainer.callbacks, trial)
+        if trial is not None and "order" in trial:
+            set_order(self.config.fit.data, trial["order"])
 
     def _show_first_help(self) -> None:
         """Ends with the short help of a subcommand where it is asked for; ``--help all`` is left to the parser."""
@@ -238,7 +249,7 @@ class ContinualCLI(LightningCLI):
     def fit(self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any) -> None:
         """All tasks, one after another; the trained model as a Hugging Face folder at the end."""
         trial = asked_trial()
-        keep_first(datamodule, trial["first"] if trial is not None else None)
+        keep_first(datamodule, trial.get("first") if trial is not None else None)
         own = _has_own_folder(self.trainer)
         folder = run_folder(self.trainer)
         if self.earlier is not None:
@@ -316,11 +327,13 @@ def main(args: list[str] | None = None) -> None:
         arguments = sys.argv[1:] if args is None else args
         code = run_list(arguments)
         if code is None:
+            code = run_compare(arguments, settings_of)
+        if code is None:
             code = run_gate(arguments)
         if code is None:
             code = run_search(arguments)
         if code is None:
-            code = run_seeds(arguments)
+            code = run_seeds(arguments, settings_of)
         if code is None:
             ContinualCLI(args)
     except KeyboardInterrupt:
@@ -333,6 +346,23 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     if code:
         sys.exit(code)
+
+
+def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings of a ``fit`` command line as ``--print_config`` shows them; nothing is built.
+
+    Raises:
+        SystemExit: if the command line is wrong; the message is on stderr.
+    """
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            ContinualCLI([*arguments, "--print_config"])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    result: dict[str, Any] = yaml.safe_load(out.getvalue())
+    return result
 
 
 def _has_own_folder(trainer: L.Trainer) -> bool:

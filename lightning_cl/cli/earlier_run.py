@@ -166,6 +166,10 @@ def _add(config: dict[str, Any], addition: str) -> str:
     if not (name and equals and path):
         raise ValueError(f"--add={addition}: expected name=path, as in {_ADD} or --add cpp=sample:cpp")
     tasks = config["data"].get("tasks") or {}
+    if isinstance(tasks, dict) and {"benchmark", "folder"} <= tasks.keys():
+        # The tasks are those of a folder, and `more` has those after them.
+        config["data"]["tasks"] = {**tasks, "more": {**(tasks.get("more") or {}), name: path}}
+        return name
     names = list(tasks) if isinstance(tasks, dict) else [_name(task) for task in tasks]
     if name in map(str, names):
         raise ValueError(

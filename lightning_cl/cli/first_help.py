@@ -26,6 +26,7 @@ _GROUPS = {
         "ckpt_path",
         "seeds",
         "against",
+        "permute-tasks",
         "strengths",
         "first",
         "load_best",

@@ -13,21 +13,28 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.cli.parser import take_option
+from lightning_cl.cli.parser import take_flag, take_option
 from lightning_cl.cli.processes import new_file, report_of, run_process, start, why_not, write_json
+from lightning_cl.cli.task_order import order_for, trained_names
 from lightning_cl.data.measured_on import difference
-from lightning_cl.evaluation.seeds import SCORES, format_seeds, paired_rows, summarize
+from lightning_cl.evaluation.seeds import format_seeds, paired_rows, run_result, summarize
+
+SettingsOf = Callable[[Sequence[str]], dict[str, Any]]
+"""Gives the settings of a ``fit`` command line as the run would have them."""
+
+PERMUTE = "--permute-tasks"
 
 
-def run_seeds(arguments: Sequence[str]) -> int | None:
+def run_seeds(arguments: Sequence[str], settings_of: SettingsOf) -> int | None:
     """Runs a command once for each of its ``--seeds``, and reports over them.
 
     Args:
         arguments: the command line.
+        settings_of: gives the settings of a command line.
 
     Returns:
         the exit code; None if the command line asks for a single run.
@@ -37,7 +44,10 @@ def run_seeds(arguments: Sequence[str]) -> int | None:
     """
     given, rest = take_option(arguments, "--seeds 3")
     against, rest = take_option(rest, "--against runs/quickstart/seeds-0/seeds.json")
+    permute, rest = take_flag(rest, PERMUTE)
     if not given:
+        if permute:
+            raise ValueError(f"{PERMUTE}: gives each seed an order of the tasks; give seeds, as in --seeds 3")
         if against:
             raise ValueError(f"--against={against[0]}: compares seeds in pairs; give the same seeds, as in --seeds 3")
         return None
@@ -46,19 +56,20 @@ def run_seeds(arguments: Sequence[str]) -> int | None:
     if {"-h", "--help"} & set(rest) or any(argument.split("=")[0] == "--print_config" for argument in rest):
         return start(rest, os.environ.copy())
     other = read_seeds(against[-1], seeds) if against else None
+    orders = task_orders(settings_of(rest), seeds) if permute else None
     runs: list[dict[str, Any]] = []
     failed: dict[str, Any] | None = None
     path: Path | None = None
     for number, seed in enumerate(seeds, start=1):
         print(f"\n  seed {seed}, run {number} of {len(seeds)}", flush=True)
-        code, folder = _run(rest, seed)
+        code, folder = _run(rest, seed, orders[seed] if orders else None)
         if code != 0:
             failed = {"seed": seed, "exit_code": code, "folder": str(folder) if folder else None}
         else:
             runs.append(_result(seed, folder))
             path = path or new_file(Path(runs[0]["folder"]).parent, "seeds")
         if path is not None:
-            table = summarize(runs, list(arguments), seeds, failed)
+            table = summarize(runs, list(arguments), seeds, failed, orders)
             write_json(path, table)
         if failed is not None:
             break
@@ -143,7 +154,7 @@ def read_seeds(path: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def _check_pair(table: dict[str, Any], other: dict[str, Any], path: str) -> None:
-    for key in ("tasks", "watched", "monitor", "mode"):
+    for key in ("tasks", "watched", "monitor", "mode", "orders"):
         if table[key] != other.get(key):
             raise ValueError(
                 f"--against={path}: its {key} is {other.get(key)}, of these runs {table[key]}: there is nothing to"
@@ -164,27 +175,31 @@ def _check_pair(table: dict[str, Any], other: dict[str, Any], path: str) -> None
 # ---------------------------------------------------------------------- one run
 
 
-def _run(arguments: Sequence[str], seed: int) -> tuple[int, Path | None]:
+def _run(arguments: Sequence[str], seed: int, order: list[str] | None) -> tuple[int, Path | None]:
     """One seed, as a process: its exit code and its folder, if it came that far."""
-    return run_process([*arguments, f"--seed_everything={seed}", f"--data.seed={seed}"], os.environ.copy(), "--seeds")
+    trial = {"order": order} if order else None
+    return run_process([*arguments, *seed_options(seed)], os.environ.copy(), "--seeds", trial)
 
 
-def diverged(report: dict[str, Any]) -> list[str]:
-    """The tasks whose score was measured and not finite, from their own training on (watched ones: at the end)."""
-    trained = [name for name in report["tasks"] if name not in report["watched"]]
-    last = len(report["matrix"]) - 1
-    found = {
-        entry["task"]
-        for entry in report.get("not_finite", ())  # earlier reports do not have it
-        if entry["row"] >= (trained.index(entry["task"]) + 1 if entry["task"] in trained else last)
-    }
-    return [name for name in report["tasks"] if name in found]
+def seed_options(seed: int) -> list[str]:
+    """The options that set a run's seed: of weights and dropout, and of the data's order and split."""
+    return [f"--seed_everything={seed}", f"--data.seed={seed}"]
+
+
+def task_orders(settings: dict[str, Any], seeds: Sequence[int]) -> dict[int, list[str]]:
+    """For each seed the order of the tasks, which is printed.
+
+    Raises:
+        ValueError: if there is one task alone.
+    """
+    names = trained_names(settings["data"]["tasks"])
+    if len(names) < 2:
+        raise ValueError(f"{PERMUTE}: there is one task, {', '.join(names)}, and so one order")
+    orders = {seed: order_for(names, seed) for seed in seeds}
+    print("\n" + "\n".join(f"  seed {seed}: {', '.join(order)}" for seed, order in orders.items()), flush=True)
+    return orders
 
 
 def _result(seed: int, folder: Path | None) -> dict[str, Any]:
     report = report_of(folder, "--seeds", f"seed {seed}")
-    final = dict(zip(report["tasks"], report["matrix"][-1], strict=True))
-    kept = ("matrix", "tasks", "watched", "monitor", "mode", "definitions", "measured_on")
-    scores = {name: report.get(name) for name in SCORES}
-    about = {key: report[key] for key in kept if key in report}
-    return {"seed": seed, "folder": str(folder), "final": final, "diverged": diverged(report), **scores, **about}
+    return {"seed": seed, "folder": str(folder), **run_result(report)}

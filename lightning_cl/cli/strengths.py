@@ -17,10 +17,8 @@ from typing import Any
 
 from lightning_cl.cli.parser import take_option
 from lightning_cl.cli.processes import new_file, report_of, run_process, write_json
-from lightning_cl.cli.seeds import diverged
-from lightning_cl.evaluation.tables import format_number, format_table
-
-_TRIAL = "LIGHTNING_CL_TRIAL"
+from lightning_cl.evaluation.seeds import diverged
+from lightning_cl.evaluation.tables import SCORES, format_number, format_table
 
 
 def run_search(arguments: Sequence[str]) -> int | None:
@@ -55,7 +53,8 @@ def run_search(arguments: Sequence[str]) -> int | None:
         report = report_of(folder, "--strengths", f"strength {strength:g}")
         trials.append(_trial(strength, folder, report))
         path = path or new_file(Path(trials[0]["folder"]).parent, "search")
-        write_json(path, {"format": 1, "first": first, "monitor": report["monitor"], "trials": trials})
+        about = {"monitor": report["monitor"], "definitions": report["definitions"]}
+        write_json(path, {"format": 1, "first": first, **about, "trials": trials})
     best = _best(trials, report["mode"])
     assert path is not None
     print(_table(trials, first, best, report["monitor"], report["mode"], path), flush=True)
@@ -74,16 +73,22 @@ def parse_strengths(text: str) -> tuple[str | None, list[float]]:
         ValueError: if they are no strengths, or fewer than two.
     """
     method, equals, numbers = text.rpartition("=")
-    try:
-        strengths = [float(part) for part in numbers.split(",")]
-    except ValueError:
-        strengths = []
-    if len(set(strengths)) < 2 or not all(0 <= strength < float("inf") for strength in strengths):
+    strengths = read_numbers(numbers)
+    if len(set(strengths)) < 2:
         raise ValueError(
             f"--strengths={text}: expected at least two different numbers of at least 0, as in 0.001,0.01,0.1, or with"
             " a callback's name, as in EWC=0.001,0.01"
         )
     return (method if equals else None), strengths
+
+
+def read_numbers(text: str) -> list[float]:
+    """Strengths from ``0.001,0.01``; an empty list if one of them is none."""
+    try:
+        strengths = [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return strengths if all(0 <= strength < float("inf") for strength in strengths) else []
 
 
 def parse_first(text: str) -> int:
@@ -110,13 +115,13 @@ def _check_options(arguments: Sequence[str]) -> None:
 
 
 def _run(arguments: Sequence[str], trial: dict[str, Any]) -> tuple[int, Path | None]:
-    return run_process(arguments, {**os.environ, _TRIAL: json.dumps(trial)}, "--strengths")
+    return run_process(arguments, os.environ.copy(), "--strengths", trial)
 
 
 def _trial(strength: float, folder: Path | None, report: dict[str, Any]) -> dict[str, Any]:
     final = dict(zip(report["tasks"], report["matrix"][-1], strict=True))
     unknown = [name for name in report["tasks"] if final[name] is None and name not in report["watched"]]
-    scores = {name: report.get(name) for name in ("average", "mean_when_learnt", "forgetting")}
+    scores = {name: report.get(name) for name in SCORES}
     about = {"final": final, "diverged": diverged(report), "unknown": unknown}
     return {"strength": strength, "folder": str(folder), **about, **scores}
 
@@ -161,18 +166,12 @@ def _table(trials: Sequence[dict[str, Any]], first: int, best: float, monitor: s
 # ---------------------------------------------------------------------- inside a run
 
 
-def asked_trial() -> dict[str, Any] | None:
-    """Returns what a search that started this run asks of it; None if none did."""
-    text = os.environ.get(_TRIAL)
-    return json.loads(text) if text else None
-
-
 def set_strength(callbacks: Any, trial: dict[str, Any]) -> None:
     """Puts a trial's strength into the configuration of the callback that it is for.
 
     Args:
         callbacks: ``trainer.callbacks`` as parsed: a list with ``class_path`` and ``init_args``.
-        trial: of :func:`asked_trial`.
+        trial: of :func:`~lightning_cl.cli.processes.asked_trial`.
 
     Raises:
         ValueError: if there is no such callback, or several.

@@ -91,15 +91,31 @@ def _check_pairs(methods: list[Questions]) -> None:
                     rank_zero_warn(f"{others_name} with {name}: {method.weakens[trait]}")
 
 
-def refuse_sharded(trainer: L.Trainer, reason: str) -> None:
+def refuse_sharded(trainer: L.Trainer, reason: str, rows_are_fine: bool = False) -> None:
     """Refuses strategies that give each process only a part of the parameters.
+
+    Args:
+        trainer: in its setup.
+        reason: the beginning of the message.
+        rows_are_fine: whether each process may have some rows of each parameter, as FSDP2 shares them out.
 
     Raises:
         MisconfigurationException: with `reason`, the strategy's name, and what to use instead.
     """
     strategy = type(trainer.strategy).__name__
-    if strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
-        raise MisconfigurationException(f"{reason} parameters sharded by {strategy}; use strategy='ddp' or one device")
+    if strategy not in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+        return
+    use = "strategy='ddp' or one device"
+    if rows_are_fine:
+        if strategy == "ModelParallelStrategy" and _only_rows(trainer.strategy):
+            return
+        use = "FSDP2 (ModelParallelStrategy with tensor_parallel_size=1), strategy='ddp' or one device"
+    raise MisconfigurationException(f"{reason} parameters sharded by {strategy}; use {use}")
+
+
+def _only_rows(strategy: Any) -> bool:
+    mesh = strategy.device_mesh
+    return "tensor_parallel" not in mesh.mesh_dim_names or mesh["tensor_parallel"].size() == 1
 
 
 def refuse_several_loaders(loader: Any, task: str, method: str) -> None:

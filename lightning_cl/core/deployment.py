@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import lightning as L
 
 from lightning_cl.core.checks import methods_of
+from lightning_cl.core.precision import reshard
 from lightning_cl.core.questions import answers
 from lightning_cl.data import TaskDataModule
 
 
-def deployed(trainer: L.Trainer, pl_module: L.LightningModule, task: str | None = None) -> AbstractContextManager[None]:
-    """Returns a context in which a module computes what its user would get.
+@contextmanager
+def deployed(trainer: L.Trainer, pl_module: L.LightningModule, task: str | None = None) -> Iterator[None]:
+    """A context in which a module computes what its user would get.
 
     All code that runs the model between tasks does so in this context. At most one method of a Trainer chooses it.
 
@@ -22,7 +25,15 @@ def deployed(trainer: L.Trainer, pl_module: L.LightningModule, task: str | None 
         task: the task whose data the module gets; None: unknown.
     """
     deciding = [method for method in methods_of(trainer) if answers(method, "deployed")]
-    return deciding[0].deployed(trainer, pl_module, task) if deciding else nullcontext()
+    if not deciding:
+        yield
+        return
+    reshard(pl_module)
+    with deciding[0].deployed(trainer, pl_module, task):
+        try:
+            yield
+        finally:
+            reshard(pl_module)  # the weights that are put back are the shards
 
 
 class View:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -84,6 +85,40 @@ def local(tensor: Tensor) -> Tensor:
     """Returns this process's part of a sharded tensor; an ordinary tensor is returned unchanged."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
+
+
+@torch.no_grad()
+def set_weight_(parameter: Tensor, value: Tensor) -> None:
+    """Sets a parameter, which may be sharded, to a value that is sharded alike or whole; of a whole one, rank 0's."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None and not hasattr(value, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)
+
+
+def placed_along(basis: Tensor, matrix: Tensor, side: int | None) -> Tensor:
+    """Brings a basis to a matrix's device, and shards its rows as that side of the matrix is.
+
+    Args:
+        basis: ``[width, directions]``, whole and the same on all ranks, or already sharded.
+        matrix: of which one side has that width.
+        side: 0 for its rows, 1 for its columns; None: each rank gets the whole, of whatever shape.
+    """
+    mesh = getattr(matrix, "device_mesh", None)
+    if mesh is None:
+        return basis.to(matrix.device)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(basis, DTensor):
+        everywhere = [Replicate()] * mesh.ndim
+        basis = DTensor.from_local(basis.to(matrix.device), mesh, everywhere, run_check=False)
+    of_matrix: Any = matrix
+    rows = [
+        Shard(0) if side is not None and placement.is_shard(side) else Replicate() for placement in of_matrix.placements
+    ]
+    return basis.redistribute(mesh, rows)
 
 
 def trainable_parameters(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,11 @@ def reshard(pl_module: L.LightningModule) -> None:
             module.reshard()
 
 
+def passes_in_step(pl_module: L.LightningModule) -> bool:
+    """Returns True under FSDP2: a forward pass gathers weights from all ranks, so all must make it."""
+    return any(isinstance(module, FSDPModule) for module in pl_module.modules())
+
+
 def amp_scale(trainer: L.Trainer) -> float:
     """The factor of the loss scaler in fp16, else 1."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

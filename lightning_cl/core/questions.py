@@ -273,7 +273,10 @@ class Questions(Callback):
         return 0
 
     def report(self) -> dict[str, Any]:
-        """Returns the numbers and texts of this method for the run's report."""
+        """Returns the numbers and texts of this method for the run's report.
+
+        ``sentences`` are printed. What is under ``sections`` gets a key of its own in ``report.json``.
+        """
         return {}
 
     def advice(self, need: Need) -> str | None:

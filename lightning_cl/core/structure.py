@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.core.checks import named, refuse_sharded
+from lightning_cl.core.precision import reshard
 from lightning_cl.core.questions import Questions, answers
 from lightning_cl.core.run_state import RunState
 from lightning_cl.random_state import untouched_random_state
@@ -107,6 +108,7 @@ class Structure:
             trains: False while a checkpoint is about to be loaded: nothing is chosen yet.
         """
         self.built, run.loading = len(names), not trains
+        reshard(pl_module)
         with untouched_random_state():
             for method in _builders(run.methods):
                 method.build(trainer, pl_module, names)

@@ -74,6 +74,25 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return ", ".join(causes + ["the validation samples"] * (own or not causes))
 
 
+def fingerprint(
+    columns: Mapping[str, Mapping[str, Any]], names: Sequence[str], settings: Mapping[str, Any]
+) -> str | None:
+    """A hash of what several columns are measured on, and of settings; the folders and the order do not count.
+
+    Args:
+        columns: for each task the answer of :func:`measured_on`.
+        names: the tasks that count.
+        settings: what else counts.
+
+    Returns:
+        16 hexadecimal digits; None if a column is missing, or its samples cannot be read by index.
+    """
+    if any(name not in columns or columns[name]["data"] is None for name in names):
+        return None
+    compared = ("data", "samples", "batches", "batch_size", "processes", "packing")
+    return _digest([[name, *(columns[name][key] for key in compared)] for name in names], dict(settings))
+
+
 def _from_to(then: Any, now: Any) -> str:
     shown = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (then, now)]
     return f" {shown[0]} → {shown[1]}" if all(len(text) <= 12 for text in shown) else ""

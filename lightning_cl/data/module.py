@@ -62,7 +62,8 @@ class TaskDataModule(L.LightningDataModule):
     Args:
         tasks: what to learn, in order, as ``{name: data}``, such as ``{mails: mails.jsonl, notes: notes.txt}``, or as a
             list of ``Task``. In the dictionary, data is what ``Task.train`` takes, or a dictionary of ``Task``'s
-            arguments.
+            arguments. ``{benchmark: trace, folder: …}`` reads the folder of a published benchmark: ``trace``,
+            ``cl_benchmark`` or ``superni`` (:mod:`lightning_cl.data.benchmarks`).
         tokenizer: needed for tasks that are text. It is the name of a tokenizer on the hub, a folder, a ``.gguf`` file,
             ``sample:SmolLM2-135M-Instruct``, a ``transformers`` tokenizer, or :class:`~lightning_cl.data.TrainedBPE`,
             which trains a new vocabulary.
@@ -195,6 +196,11 @@ class TaskDataModule(L.LightningDataModule):
             TypeError: if a task's data is none of the known kinds.
         """
         for task in self.tasks:
+            if task.metrics and not any(is_text_source(getattr(task, role)) for role in ("train", "val")):
+                raise ValueError(
+                    f"task {task.name!r}, metrics={task.metrics}: they score answers to prompts, and its data is no"
+                    ' text: give records such as {"prompt", "answer"}, or no metrics'
+                )
             for role in ("train", "val", "test"):
                 source = Layout.of(task.columns, task.field).renamed(getattr(task, role))
                 check_text_source(source, task.name, role)
@@ -376,7 +382,7 @@ class TaskDataModule(L.LightningDataModule):
             return source
         task = Task(name, train=source)
         sources = {**split_sources(task), "val": False, "test": None}  # nothing is held out
-        return prepare_texts(task, sources, self.tokenizer, self._text_settings(task))["train"]
+        return prepare_texts(task, sources, self.tokenizer, self.text_settings(task))["train"]
 
     def validated_on_training_data(self, task: Task) -> bool:
         """Returns True if a task's column of the matrix is measured on the task's training data."""
@@ -447,7 +453,7 @@ class TaskDataModule(L.LightningDataModule):
 
     def _prepare(self, task: Task) -> _Prepared:
         sources = split_sources(task)
-        texts = prepare_texts(task, sources, self.tokenizer, self._text_settings(task))
+        texts = prepare_texts(task, sources, self.tokenizer, self.text_settings(task))
         data = {**sources, **texts}
         held_out = "val" in texts and sources["val"] is None
         if held_out and len(texts["val"]) == 0:
@@ -457,7 +463,8 @@ class TaskDataModule(L.LightningDataModule):
             warn_odd_split(task.name, texts["train"], self.val_fraction, task.batch_size or self.batch_size)
         return _Prepared(data["train"], data["val"], data["test"], held_out, texts)
 
-    def _text_settings(self, task: Task) -> TextSettings:
+    def text_settings(self, task: Task) -> TextSettings:
+        """Returns the settings that decide how a task's text becomes samples."""
         return TextSettings(
             self.max_length,
             self.val_fraction,

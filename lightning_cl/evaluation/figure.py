@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_cl.evaluation.fonts import readable
 from lightning_cl.evaluation.sentences import row_names
-from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number, text_width
+from lightning_cl.evaluation.tables import HEADLINE, UNSIGNED, format_number, text_width
 from lightning_cl.files import replace_file
 
 _LONGEST = 18  # characters of a name; a longer one is shortened
@@ -19,7 +19,7 @@ _LEAST = 0.1  # of the highest score: a change of so much has the full colour, i
 _BETTER, _WORSE, _NOT_YET, _BROKEN = "#2166ac", "#b2182b", "#d9d9d9", "#3f0010"
 _OTHER_DATA = "#e67e00"
 _MOST_KINDS = 14  # rows of a panel of importance
-_COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
+COLORS = ("#3b6fb6", "#d1782f", "#4a9c5d", "#9a5fb5", "#b8474f", "#6b6b6b", "#2f9c9c", "#b59a2f")
 
 
 def draw_matrix(report: dict[str, Any], path: Path) -> None:
@@ -29,7 +29,19 @@ def draw_matrix(report: dict[str, Any], path: Path) -> None:
         report: of :func:`~lightning_cl.evaluation.build_report`.
         path: the file to write.
     """
-    matrix_figure(report).savefig(path, format="png")
+    save(matrix_figure(report), path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure with an Agg canvas as a PNG.
+
+    ``Figure.savefig`` would draw it twice, the first time for a layout that drawing makes by itself.
+
+    Args:
+        figure: a ``matplotlib.figure.Figure``.
+        path: the file to write.
+    """
+    figure.canvas.print_png(path, pil_kwargs={"compress_level": 1})
 
 
 def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
@@ -68,8 +80,8 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
     _curves(right, tasks, rows, matrix, report)
     scores = " · ".join(
         f"{name.replace('_', ' ')} {format_number(report[name], signed=name not in UNSIGNED)}"
-        for name in SCORES
-        if name != "forward_transfer" and not math.isnan(report[name])
+        for name in HEADLINE
+        if not math.isnan(report[name])
     )
     methods = [name for name in report["methods"] if name != "PromptSamples"]
     title = title or (" + ".join(methods) if methods else "no protection")
@@ -189,7 +201,7 @@ def _curves(axes: Any, tasks: list[str], rows: list[str], matrix: list[list[floa
     trained = [name for name in tasks if name not in report["watched"]]
     handles = []
     for j, name in enumerate(tasks):
-        color = _COLORS[j % len(_COLORS)]
+        color = COLORS[j % len(COLORS)]
         values = [row[j] if math.isfinite(row[j]) else math.nan for row in matrix]
         style = ":" if name in report["watched"] else "-"
         changes = sorted({change["row"] for change in report["data_changes"] if change["task"] == name})
@@ -258,7 +270,7 @@ def draw_importance(panels: list[tuple[str, dict[str, Any]]], path: Path) -> Non
     families = readable([f"{name} {diagnosis['task']}" for name, diagnosis in panels])[1]
     for axes in rows:
         axes.title.set(fontfamily=families, parse_math=False)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _layer_table(by_kind: dict[str, dict[str, float]]) -> tuple[list[str], list[str], list[list[float]]]:

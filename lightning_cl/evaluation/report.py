@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_cl.evaluation import figure
+from lightning_cl.evaluation.metric_tables import format_metrics, write_metrics
+from lightning_cl.evaluation.probe_table import format_probe
 from lightning_cl.evaluation.sentences import Method, sentence
 from lightning_cl.evaluation.sentences import row_names as row_names
-from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table
+from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table, plain_cell
 from lightning_cl.files import replace_file
 
 
@@ -39,10 +41,12 @@ def build_report(
     summary = matrix.summary()
     trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
     told = {name: method.report() for method, name in methods if method is not matrix}
+    sections = [method.pop("sections", {}) for method in told.values()]  # of the whole report, by their key
     guard = [entry for one in told.values() for entry in one.pop("guard", [])]
     return {
         "format": 1,
         **summary,
+        **{key: value for section in sections for key, value in section.items()},
         "sentences": [
             sentence(summary, name, [method for method, _ in methods]) for name in [*trained, *summary["watched"]]
         ],
@@ -54,6 +58,8 @@ def build_report(
             "state_bytes": {name: method.state_bytes() for method, name in methods},
         },
         "methods": told,
+        # What probes have measured is evidence as the matrix is, and no property of a method.
+        "probe": {name: method.pop("probe") for name, method in told.items() if "probe" in method},
         **({"guard": guard} if guard else {}),
     }
 
@@ -65,20 +71,16 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     def write_csv(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["after", *map(_cell, report["tasks"])])
+            writer.writerow(["after", *map(plain_cell, report["tasks"])])
             for i, (name, row) in enumerate(zip(row_names(report), report["matrix"], strict=True)):
                 if changed := _changed_at(report, i):
                     writer.writerow([f"(above: other data of {', '.join(changed)})", *("" for _ in row)])
                 # Empty is what was never measured; what is not finite stands as inf or -inf.
-                writer.writerow([_cell(name), *("" if math.isnan(value) else repr(value) for value in row)])
+                writer.writerow([plain_cell(name), *("" if math.isnan(value) else repr(value) for value in row)])
 
     replace_file(folder / "matrix.csv", write_csv)
+    write_metrics(report, folder)
     replace_file(folder / "matrix.png", lambda path: figure.draw_matrix(report, path))
-
-
-def _cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def format_report(report: dict[str, Any], folder: Path | None) -> str:
@@ -91,12 +93,16 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
         rows.append([name, *(format_number(value) for value in row)])
     lines = ["", f"{monitor} of every task after every task ({better} is better)", "", *format_table(rows), ""]
     scores = [
-        [name.replace("_", " "), format_number(report[name], signed=name not in UNSIGNED), report["definitions"][name]]
+        [_score_name(report, name), format_number(report[name], name not in UNSIGNED), report["definitions"][name]]
         for name in SCORES
+        if name in report
     ]
     lines += [*format_table(scores), ""]
+    lines += format_metrics(report)
     lines += [f"  {words}" for words in _data_changes(report)]
     lines += [f"  {words}" for words in report["sentences"]]
+    for name, probe in report.get("probe", {}).items():
+        lines += format_probe(name, probe, row_names(report))
     told = [words for method in report["methods"].values() for words in method.get("sentences", [])]
     lines += ["", *(f"  {words}" for words in told)] if told else []
     lines += _format_answers(report)
@@ -110,6 +116,11 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
         lines += ["", f"  {folder / 'report.json'}, matrix.csv, matrix.png"]
         lines += _kept_on_disk(report)
     return "\n".join(lines) + "\n"
+
+
+def _score_name(report: dict[str, Any], name: str) -> str:
+    task = report["worst"].get(name)
+    return name.replace("_", " ") + (f" ({task})" if task else "")
 
 
 def _kept_on_disk(report: dict[str, Any]) -> list[str]:

@@ -16,11 +16,48 @@ from typing import Any
 from lightning_cl.evaluation.tables import SCORES as SCORES
 from lightning_cl.evaluation.tables import format_number, format_table
 
-_FEWEST = 3  # the interval of two seeds is twelve times their spread
+ABOUT = ("tasks", "watched", "monitor", "mode", "definitions")
+"""What all runs of a table have in common."""
+
+FEWEST = 3  # the interval of two seeds is twelve times their spread
+
+
+def run_result(report: dict[str, Any]) -> dict[str, Any]:
+    """What a table of several runs keeps of one run's report.
+
+    Args:
+        report: as it was read from ``report.json``.
+
+    Returns:
+        ``final`` (each task's score at the end), ``diverged``, the scores, the matrix and what they are about.
+    """
+    kept = ("matrix", "tasks", "watched", "monitor", "mode", "preset", "definitions", "measured_on", "fingerprints")
+    return {
+        "final": dict(zip(report["tasks"], report["matrix"][-1], strict=True)),
+        "diverged": diverged(report),
+        **{name: report.get(name) for name in SCORES},
+        **{key: report[key] for key in kept if key in report},
+    }
+
+
+def diverged(report: dict[str, Any]) -> list[str]:
+    """The tasks whose score was measured and not finite, from their own training on (watched ones: at the end)."""
+    trained = [name for name in report["tasks"] if name not in report["watched"]]
+    last = len(report["matrix"]) - 1
+    found = {
+        entry["task"]
+        for entry in report.get("not_finite", ())  # earlier reports do not have it
+        if entry["row"] >= (trained.index(entry["task"]) + 1 if entry["task"] in trained else last)
+    }
+    return [name for name in report["tasks"] if name in found]
 
 
 def summarize(
-    runs: Sequence[dict[str, Any]], arguments: list[str], seeds: Sequence[int], failed: dict[str, Any] | None = None
+    runs: Sequence[dict[str, Any]],
+    arguments: list[str],
+    seeds: Sequence[int],
+    failed: dict[str, Any] | None = None,
+    orders: dict[int, list[str]] | None = None,
 ) -> dict[str, Any]:
     """Everything that is in ``seeds.json``.
 
@@ -29,9 +66,12 @@ def summarize(
         arguments: the command line.
         seeds: all seeds that were asked for.
         failed: which one failed, and how.
+        orders: for each seed the order of its tasks, if they are not those of the configuration.
     """
-    about = {key: runs[0][key] for key in ("tasks", "watched", "monitor", "mode", "definitions")}
-    results = [{key: value for key, value in run.items() if key not in about} for run in runs]
+    about = {key: runs[0][key] for key in ABOUT}
+    # In another order, the columns of a run's matrix are its own.
+    own = ("tasks",) if orders else ()
+    results = [{key: value for key, value in run.items() if key in own or key not in about} for run in runs]
     return {
         "format": 1,
         "complete": len(runs) == len(seeds),
@@ -39,7 +79,8 @@ def summarize(
         "seeds": list(seeds),
         "failed": failed,
         **about,
-        "rows": [row | interval(row["values"]) for row in _rows(results)],
+        "orders": {str(seed): order for seed, order in orders.items()} if orders else None,
+        "rows": score_rows(results),
         "runs": results,
         "against": None,
     }
@@ -57,11 +98,18 @@ def paired_rows(runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
     return paired
 
 
+def score_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each task's score at the end, and each score, the values of the runs with their mean and interval."""
+    return [row | interval(row["values"]) for row in _rows(runs)]
+
+
 def _rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"measure": "final", "task": task, "values": [run["final"][task] for run in runs]} for task in runs[0]["final"]
     ]
-    return rows + [{"measure": name, "task": None, "values": [run.get(name) for run in runs]} for name in SCORES]
+    scores = [{"measure": name, "task": None, "values": [run.get(name) for run in runs]} for name in SCORES]
+    # Without a reference there is no intransigence.
+    return rows + [row for row in scores if row["measure"] != "intransigence" or row["values"] != [None] * len(runs)]
 
 
 def interval(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -117,6 +165,7 @@ def format_seeds(table: dict[str, Any], path: Path) -> str:
     better = "lower" if table["mode"] == "min" else "higher"
     lines = ["", f"{table['monitor']} over the seeds {', '.join(map(str, seeds))} ({better} is better)", ""]
     lines += _lines(table["rows"], "at the end")
+    lines += [f"  seed {seed}: {', '.join(order)}" for seed, order in (table["orders"] or {}).items()]
     lines += ["", *(f"  {name.replace('_', ' ')}: {words}" for name, words in table["definitions"].items())]
     if table["against"] is not None:
         lines += ["", f"the same, less that of {table['against']['path']}, seed by seed", ""]
@@ -135,7 +184,7 @@ def _lines(rows: Sequence[dict[str, Any]], title: str) -> list[str]:
     cells = [[title, "mean", "sd", "95 % interval"]]
     for row in rows:
         low, high, mean, sd = (format_number(row[key]) for key in ("low", "high", "mean", "sd"))
-        few = len(row["values"]) < _FEWEST
+        few = len(row["values"]) < FEWEST
         ends = "too few seeds" if few else f"{low} to {high}" if row["low"] is not None else "–"
         cells.append([row["task"] or row["measure"].replace("_", " "), mean, sd, ends])
     return format_table(cells)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from lightning_cl.evaluation.tables import format_number
+from lightning_cl.functional.retention import LEARNT
 
 Need = Literal["keep", "learn", "begin"]
 """The aim that a report asks a method's advice for: keep more of earlier tasks, learn more of a new one, or begin to
 keep, where no method of the run has an answer."""
 
 
-_LEARNT = 0.005  # the least gain, relative to the score before, that is called learning
 _KEPT = 0.9  # no advice for a task of which more than this share was kept
 _TO_BEGIN_WITH = "add a method that replays earlier samples or holds the weights"
 _DIVERGED = "The run diverged: try a lower learning rate, or Trainer(gradient_clip_val=1.0)."
@@ -82,7 +82,7 @@ def _history(summary: dict[str, Any], values: list[float], row: int, methods: Se
     before = values[0] if math.isnan(values[row - 1]) else values[row - 1]
     gain = sign * (learnt - before) if math.isfinite(before) else math.nan
     lost = sign * (learnt - last)
-    least = _LEARNT * abs(before)
+    least = LEARNT * abs(before)
     if gain < least or gain == 0:
         ends = f"{format_number(before)} before and {format_number(learnt)} after"
         worse = gain < 0 and gain <= -least

@@ -5,11 +5,25 @@ from __future__ import annotations
 import math
 import unicodedata
 
-SCORES = ("average", "mean_when_learnt", "forgetting", "backward_transfer", "forward_transfer")
-"""The scores of a run, in the order in which they are shown."""
+SCORES = (
+    "average",
+    "average_over_rows",
+    "worst_task",
+    "mean_when_learnt",
+    "share_kept",
+    "forgetting",
+    "largest_drop",
+    "backward_transfer",
+    "forward_transfer",
+    "intransigence",
+)
+"""The scores of a run, in the order in which they are shown; the last one only where a reference is given."""
 
-UNSIGNED = ("average", "mean_when_learnt")
-"""Those that are scores of the task's own kind; the others are differences."""
+UNSIGNED = ("average", "average_over_rows", "worst_task", "mean_when_learnt", "share_kept")
+"""Those that are no differences."""
+
+HEADLINE = ("average", "mean_when_learnt", "forgetting", "backward_transfer")
+"""Those that stand above a picture."""
 
 
 def format_table(rows: list[list[str]]) -> list[str]:
@@ -54,3 +68,8 @@ def format_bytes(value: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"
+
+
+def plain_cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -42,12 +42,18 @@ from lightning_cl.functional.product_penalty import (
 )
 from lightning_cl.functional.progressive import fold_gated_adapters, lateral_sum
 from lightning_cl.functional.retention import (
+    average_over_rows,
     average_score,
     backward_transfer,
     forgetting,
     forward_transfer,
+    intransigence,
+    kept_shares,
+    largest_drop,
     mean_when_learnt,
+    share_kept,
     with_worst,
+    worst_task,
 )
 from lightning_cl.functional.sample_gradients import SampleGradients
 from lightning_cl.functional.selection import herding, k_center
@@ -71,6 +77,7 @@ __all__ = [
     "add_penalty_gradient_",
     "add_product_penalty_gradient_",
     "add_second_moment_",
+    "average_over_rows",
     "average_score",
     "averaging_steps",
     "backward_transfer",
@@ -86,8 +93,11 @@ __all__ = [
     "grow_basis",
     "herding",
     "interpolate",
+    "intransigence",
     "k_center",
+    "kept_shares",
     "kl_divergence",
+    "largest_drop",
     "lateral_sum",
     "low_rank_product",
     "low_rank_sum",
@@ -118,11 +128,13 @@ __all__ = [
     "relative_damping",
     "remove_span_",
     "sampled_label_loss",
+    "share_kept",
     "squared_gradients",
     "subspace_overlap",
     "task_vector",
     "to_low_rank",
     "top_logits",
     "with_worst",
+    "worst_task",
     "zero_non_finite_",
 ]

@@ -32,6 +32,9 @@ from torch import Tensor
 Mode = Literal["max", "min"]
 Preset = Literal["gem", "trace", "sapt"]
 
+LEARNT = 0.005
+"""The least gain, relative to the score before, that is called learning."""
+
 
 def with_worst(scores: Tensor, mode: Mode = "max") -> Tensor:
     """Measured scores, with the worst one where they are NaN or infinite.
@@ -50,6 +53,29 @@ def average_score(matrix: Tensor) -> Tensor:
         matrix: ``[tasks + 1, tasks]``, see the module's docstring.
     """
     return matrix[-1, : _trained(matrix)].nanmean()
+
+
+def average_over_rows(matrix: Tensor) -> Tensor:
+    """``1/T Σ_t 1/t Σ_{j≤t} R[t, j]``: the mean over the rows of the score over the tasks so far.
+
+    Also called average incremental accuracy (Rebuffi et al. 2017). Two runs with the same end differ in it if one of
+    them lost more on the way.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``, see the module's docstring.
+    """
+    return torch.stack([matrix[row, :row].nanmean() for row in range(1, _trained(matrix) + 1)]).nanmean()
+
+
+def worst_task(matrix: Tensor, mode: Mode = "max") -> Tensor:
+    """``min_j R[T, j]`` (mode ``min``: ``max_j``): the score of the worst task at the end.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+    """
+    sign = _sign(mode)
+    return sign * _least(sign * matrix[-1, : _trained(matrix)])
 
 
 def mean_when_learnt(matrix: Tensor) -> Tensor:
@@ -95,6 +121,86 @@ def forgetting(matrix: Tensor, mode: Mode = "max") -> Tensor:
     return -_gain(matrix[tasks, : tasks - 1], best, mode).nanmean()
 
 
+def largest_drop(matrix: Tensor, mode: Mode = "max") -> Tensor:
+    """``max_{j<T} (R[j, j] − R[T, j])``: the loss of the task that lost most since it was learnt; positive is bad.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+    """
+    tasks = _trained(matrix)
+    return -_least(_gain(matrix[tasks, : tasks - 1], matrix.diagonal(offset=-1)[: tasks - 1], mode))
+
+
+def kept_shares(matrix: Tensor, mode: Mode = "max") -> Tensor:
+    """``(R[T, j] − R[j−1, j]) / (R[j, j] − R[j−1, j])``: of what its own training gave a task, the share still there.
+
+    1 is all of it, 0 is the score from just before the training, and above 1 later tasks helped. It is NaN for the last
+    task, and for a task that was not learnt: its gain is less than :data:`LEARNT` of the score before. It is ``-inf``
+    for a task that diverged. A score before that was never measured is replaced by that before all training.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+
+    Returns:
+        one share for each task trained so far.
+    """
+    gain, now = _kept(matrix, mode)
+    return torch.where(now.isinf(), now, now / gain)
+
+
+def share_kept(matrix: Tensor, mode: Mode = "max") -> Tensor:
+    """``Σ_{j<T} (R[T, j] − R[j−1, j]) / Σ_{j<T} (R[j, j] − R[j−1, j])``, over the tasks that were learnt.
+
+    A sum over sums, since the share of a task that learnt little says little. The shares of the tasks are in
+    :func:`kept_shares`.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+    """
+    gain, now = _kept(matrix, mode)
+    if bool(now.isinf().any()):
+        return matrix.new_tensor(-torch.inf)
+    known = ~now.isnan()
+    return now[known].sum() / gain[known].sum() if bool(known.any()) else matrix.new_tensor(torch.nan)
+
+
+def _kept(matrix: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+    """What its training gave each task, and what of it is there at the end; NaN where there is nothing to say."""
+    tasks, sign = _trained(matrix), _sign(mode)
+    learnt, last = matrix.diagonal(offset=-1)[:tasks], matrix[tasks, :tasks]
+    before = torch.where(matrix.diagonal()[:tasks].isnan(), matrix[0, :tasks], matrix.diagonal()[:tasks])
+    gain = sign * (learnt - before)
+    was_learnt = gain.isfinite() & (gain > 0) & (gain >= LEARNT * before.abs())
+    now = torch.where(was_learnt, sign * (last - before), torch.nan)
+    broken = (learnt.isinf() | last.isinf()) & ~(learnt.isnan() | last.isnan())
+    now = torch.where(broken, -torch.inf, now)
+    now[tasks - 1] = torch.nan
+    return gain, now
+
+
+def intransigence(matrix: Tensor, reference: Tensor, mode: Mode = "max") -> Tensor:
+    """``mean_j (s_j − R[j, j])``: what each task is worse than its reference when it was learnt; positive is bad.
+
+    Chaudhry et al. 2018, eq. 4, with a model that was trained on all tasks together as the reference. With models that
+    were trained on one task alone it is the forward transfer of ``sapt`` with the other sign.
+
+    Args:
+        matrix: ``[tasks + 1, tasks]``.
+        reference: ``s``, shape ``[tasks]``: the score that each task can reach.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+
+    Raises:
+        ValueError: if there is not one reference for each task.
+    """
+    if reference.shape != matrix.shape[1:]:
+        raise ValueError(f"reference: expected one score for each of the {matrix.shape[1]} tasks")
+    tasks = _trained(matrix)
+    return -_gain(matrix.diagonal(offset=-1)[:tasks], reference[:tasks], mode).nanmean()
+
+
 def forward_transfer(
     matrix: Tensor, mode: Mode = "max", preset: Preset = "gem", single_task: Tensor | None = None
 ) -> Tensor:
@@ -129,6 +235,12 @@ def _gain(now: Tensor, then: Tensor, mode: Mode) -> Tensor:
     """Gain since `then`, positive is good; the worst where one of the two is not finite."""
     change = _sign(mode) * (now - then)
     return torch.where((now.isinf() | then.isinf()) & ~(now.isnan() | then.isnan()), -torch.inf, change)
+
+
+def _least(values: Tensor) -> Tensor:
+    """The least of the values that are known; NaN if none is."""
+    known = values[~values.isnan()]
+    return known.min() if len(known) else values.new_tensor(torch.nan)
 
 
 def _trained(matrix: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Average, backward transfer, forward transfer and forgetting as torchmetrics classes.
+"""The scores of a matrix as torchmetrics classes: averages, transfer, forgetting, intransigence.
 
 The mathematics and the presets are in :mod:`lightning_cl.functional.retention`.
 """
@@ -15,12 +15,17 @@ from lightning_cl.arguments import check_choice
 from lightning_cl.functional.retention import (
     Mode,
     Preset,
+    average_over_rows,
     average_score,
     backward_transfer,
     check_preset,
     forgetting,
     forward_transfer,
+    intransigence,
+    largest_drop,
     mean_when_learnt,
+    share_kept,
+    worst_task,
 )
 
 
@@ -43,6 +48,14 @@ class _MatrixMetric(Metric):
         check_choice("mode", mode, ("max", "min"), "'max' (higher is better) or 'min' (lower is better)")
         self.mode: Mode = mode
         self.add_state("rows", default=[], dist_reduce_fx=None)
+
+    @property
+    def _better(self) -> str:
+        return "higher is better" if self.mode == "max" else "lower is better"
+
+    def _minus(self, first: str, second: str) -> str:
+        """A difference whose sign has one meaning in both modes."""
+        return f"({first} − {second})" if self.mode == "max" else f"({second} − {first})"
 
     def update(self, rows: Tensor) -> None:
         """Adds one row or several."""
@@ -67,7 +80,10 @@ class AverageAccuracy(_MatrixMetric):
         kwargs: of ``torchmetrics.Metric``.
     """
 
-    definition = "mean over the tasks at the end"
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return f"mean_j R[T, j]: mean over the tasks at the end; {self._better}"
 
     def compute(self) -> Tensor:
         """The mean."""
@@ -82,11 +98,113 @@ class MeanWhenLearnt(_MatrixMetric):
         kwargs: of ``torchmetrics.Metric``.
     """
 
-    definition = "mean over the tasks, each right after its own training: what there was to keep"
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return f"mean_j R[j, j]: mean over the tasks, each right after its own training; {self._better}"
 
     def compute(self) -> Tensor:
         """The mean."""
         return mean_when_learnt(self.matrix())
+
+
+class AverageOverRows(_MatrixMetric):
+    """``1/T Σ_t 1/t Σ_{j≤t} R[t, j]``: the mean over the rows of the score over the tasks so far.
+
+    Args:
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are; the mean is the same.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return f"mean_t mean_{{j≤t}} R[t, j]: mean over the tasks so far, over all rows after training; {self._better}"
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return average_over_rows(self.matrix())
+
+
+class WorstTask(_MatrixMetric):
+    """``min_j R[T, j]`` (mode ``min``: ``max_j``): the score of the worst task at the end.
+
+    Args:
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        worst = "min_j" if self.mode == "max" else "max_j"
+        return f"{worst} R[T, j]: the score of the worst task at the end; {self._better}"
+
+    def compute(self) -> Tensor:
+        """The score."""
+        return worst_task(self.matrix(), self.mode)
+
+
+class LargestDrop(_MatrixMetric):
+    """``max_{j<T} (R[j, j] − R[T, j])``: what the task lost that lost most since it was learnt; positive is bad.
+
+    Args:
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        lost = self._minus("R[j, j]", "R[T, j]")
+        return f"max_{{j<T}} {lost}: what the task lost that lost most since it was learnt; positive is bad"
+
+    def compute(self) -> Tensor:
+        """The loss."""
+        return largest_drop(self.matrix(), self.mode)
+
+
+class ShareKept(_MatrixMetric):
+    """``Σ_{j<T} (R[T, j] − R[j−1, j]) / Σ_{j<T} (R[j, j] − R[j−1, j])``, over the tasks that were learnt.
+
+    Args:
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are; the share is the same.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    definition = (
+        "Σ_{j<T} (R[T, j] − R[j−1, j]) / Σ_{j<T} (R[j, j] − R[j−1, j]) over tasks that were learnt: what is left"
+        " of what their training gave; 1 is all of it"
+    )
+
+    def compute(self) -> Tensor:
+        """The share."""
+        return share_kept(self.matrix(), self.mode)
+
+
+class Intransigence(_MatrixMetric):
+    """``mean_j (s_j − R[j, j])``: what each task is worse than its reference when it was learnt; positive is bad.
+
+    Args:
+        reference: ``s``, ``[tasks]``: scores of a model that was trained on all tasks together, or of models that were
+            trained on one task alone.
+        mode: ``max`` if higher scores are better, ``min`` if lower ones are.
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    def __init__(self, reference: Tensor, mode: Mode = "max", **kwargs: Any) -> None:
+        super().__init__(mode, **kwargs)
+        self.reference = reference
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        missing = self._minus("s_j", "R[j, j]")
+        return f"mean_j {missing}: what each task is worse than its reference s when it was learnt; positive is bad"
+
+    def compute(self) -> Tensor:
+        """The intransigence."""
+        return intransigence(self.matrix(), self.reference, self.mode)
 
 
 class BackwardTransfer(_MatrixMetric):
@@ -107,7 +225,11 @@ class BackwardTransfer(_MatrixMetric):
     def definition(self) -> str:
         """The definition in words."""
         over = "T - 1" if self.preset == "gem" else "T"
-        return f"change on earlier tasks since each was learnt (over {over}, {self.preset}); positive is good"
+        change = self._minus("R[T, j]", "R[j, j]")
+        return (
+            f"Σ_{{j<T}} {change} over {over}: change on earlier tasks since each was learnt ({self.preset}); positive"
+            " is good"
+        )
 
     def compute(self) -> Tensor:
         """The backward transfer."""
@@ -138,8 +260,13 @@ class ForwardTransfer(_MatrixMetric):
     def definition(self) -> str:
         """The definition in words."""
         if self.preset == "sapt":
-            return "gain over a model trained on the task alone (mean over T, sapt); positive is good"
-        return f"what tasks 2 to T had gained before their own training (mean, {self.preset}); positive is good"
+            gain = self._minus("R[j, j]", "s_j")
+            return f"mean_j {gain}: gain over s, a model trained on the task alone (sapt); positive is good"
+        gain = self._minus("R[j−1, j]", "R[0, j]")
+        return (
+            f"mean_{{j≥2}} {gain}: what tasks 2 to T had gained before their own training ({self.preset}); positive is"
+            " good"
+        )
 
     def compute(self) -> Tensor:
         """The forward transfer."""
@@ -154,7 +281,11 @@ class Forgetting(_MatrixMetric):
         kwargs: of ``torchmetrics.Metric``.
     """
 
-    definition = "what earlier tasks lost since their best (mean over T - 1); positive is bad"
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        lost = self._minus("best_{i<T} R[i, j]", "R[T, j]")
+        return f"{lost}, mean over T - 1 (j < T): what earlier tasks lost since their best; positive is bad"
 
     def compute(self) -> Tensor:
         """The forgetting."""

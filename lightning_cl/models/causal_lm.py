@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_cl.core.loops import steps_of_task
+from lightning_cl.evaluation.model_card import Kind, describe_base
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.models.adapters import use_adapter
 from lightning_cl.models.expansion import Structure, moved_names, structure_of
@@ -27,7 +28,7 @@ from lightning_cl.models.frozen_base import (
 )
 from lightning_cl.models.loading import Precision, Quantization, add_lora, check_lora, load_pretrained
 from lightning_cl.models.positions import check_positions
-from lightning_cl.models.saving import save_adapters, save_whole
+from lightning_cl.models.saving import check_card, save_adapters, save_whole, write_cards
 from lightning_cl.models.schedule import WarmupDecay
 from lightning_cl.models.scratch import from_config
 from lightning_cl.models.visibility import check_causality, check_isolation
@@ -132,6 +133,7 @@ class CausalLM(L.LightningModule):
         self._loaded_as: torch.dtype | None = None
         self._as_loaded = False  # True until weights are trained, or come from a checkpoint
         self._scale = ""  # of the adapter that the model is built with
+        self.run_report: dict[str, Any] | None = None  # of the run that has left these weights, for the model card
         self._head: SplitHead | None = None
         self._causality_checked = self._isolation_checked = False
 
@@ -237,7 +239,7 @@ class CausalLM(L.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        self._as_loaded = False
+        self._as_loaded, self.run_report = False, None
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -362,8 +364,16 @@ class CausalLM(L.LightningModule):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(self, folder: str | Path, task: str | None = None, merge: bool = False) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        task: str | None = None,
+        merge: bool = False,
+        card: Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
         """Saves model and tokenizer as a folder that transformers or peft loads; reads it again and compares.
+
+        A model card, ``README.md``, is written too: base, tasks, matrix with definitions, fingerprints of the data.
 
         Args:
             folder: made if it is not there.
@@ -372,9 +382,12 @@ class CausalLM(L.LightningModule):
                 only adapter there is, or ``all``.
             merge: under LoRA: merge the adapter into its base, loaded for it in 16 or 32 bits and never into quantised
                 weights; else the adapter alone is saved.
+            card: the report of the run that the model card shows, or the path of its ``report.json``. None: that of
+                ``fit_tasks``, if these are the weights that it left.
 
         Raises:
-            ValueError: if there is nothing to merge, no such adapter, or several to merge and no `task`.
+            ValueError: if there is nothing to merge, no such adapter, several to merge and no `task`, or `card` is no
+                report.
             RuntimeError: if there is no model yet, or what was written is not what is in memory.
         """
         if self.lm is None:
@@ -385,7 +398,8 @@ class CausalLM(L.LightningModule):
                 f"save_pretrained: {trained[:3]} of the frozen base were trained beside the adapter, and would be lost;"
                 " freeze them, or save the whole model with module.lm.merge_and_unload().save_pretrained(folder)"
             )
-        folders = [Path(folder)]
+        check_card(card)
+        folders: dict[Path, str | None] = {Path(folder): None}
         if self.lora is None:
             if merge or task is not None:
                 given, wanted = ("merge=True", "merge") if merge else (f"task={task!r}", "save")
@@ -402,6 +416,9 @@ class CausalLM(L.LightningModule):
         if self.tokenizer is not None:
             for place in folders:
                 self.tokenizer.save_pretrained(place)
+        kind: Kind = "model" if self.lora is None else "merged" if merge else "adapter"
+        base = describe_base(self.source, self._base_checksum)
+        write_cards(folders, base, kind, card if card is not None else self.run_report, {"LoRA": self._scale or None})
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -444,7 +461,7 @@ class CausalLM(L.LightningModule):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self._as_loaded = False
+        self._as_loaded, self.run_report = False, None
         if not self._base:
             return super().load_state_dict(state_dict, strict, assign)
         return load_without_base(self, state_dict, self._base_now(), strict, assign)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_cl.evaluation.model_card import Base, Kind, model_card
+from lightning_cl.files import replace_file
 from lightning_cl.models.adapter_factors import mean_factors
 from lightning_cl.models.adapter_gates import is_gated
 from lightning_cl.models.adapter_names import task_name
@@ -48,7 +51,7 @@ def save_adapters(
     merge: bool = False,
     dtype: str | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> list[Path]:
+) -> dict[Path, str | None]:
     """LoRA adapters as folders that peft loads, or merged into their base as folders that transformers loads.
 
     Args:
@@ -63,7 +66,7 @@ def save_adapters(
         settings: further arguments of ``from_pretrained``, with `merge`.
 
     Returns:
-        the folders that were written.
+        the folders that were written, each with its task (or ``mean``); None for the only adapter there is.
 
     Raises:
         ValueError: if there is no such adapter, or several and nothing says which one to merge.
@@ -97,7 +100,9 @@ def save_adapters(
             _write(model, place, names, mean=task == "mean", base=base)
         else:
             save_merged(model, source, dtype, settings, place, names, mean=task == "mean")
-    return list(chosen)
+    if len(adapters) == 1:
+        return dict.fromkeys(chosen)
+    return {place: "mean" if task == "mean" else task_name(names[0]) for place, names in chosen.items()}
 
 
 def _trained(model: Any) -> list[str]:
@@ -230,6 +235,45 @@ def _merge_layer(name: str, layer: Any, folder: str | Path) -> None:
     allowed = torch.finfo(before.dtype).eps * (expected.abs() + delta.abs()) + torch.finfo(before.dtype).tiny
     if merged.dtype != before.dtype or bool(((merged.float() - expected).abs() > allowed).any()):
         raise RuntimeError(f"{folder}: the merged weight {name} is not the base's plus the adapter's")
+
+
+def write_cards(
+    folders: Mapping[Path, str | None],
+    base: Base,
+    kind: Kind,
+    card: Mapping[str, Any] | str | Path | None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model card, ``README.md``, into each folder, in place of the one that peft has written.
+
+    Args:
+        folders: each with the task whose adapter it has; None: it is the only one.
+        base: what the model was before.
+        kind: what is in the folders.
+        card: the run's report, or the path of its ``report.json``; None: unknown.
+        settings: further ones to show.
+
+    Raises:
+        ValueError: if `card` is no report.
+    """
+    report = json.loads(Path(card).read_text(encoding="utf-8")) if isinstance(card, (str, Path)) else card
+    for folder, task in folders.items():
+        text = model_card(base, kind, report, task, settings)
+        replace_file(folder / "README.md", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+def check_card(card: Any) -> None:
+    """Checks that an argument can be the report of a run.
+
+    Raises:
+        ValueError: if it is something else, or a path of no such file.
+    """
+    if isinstance(card, (str, Path)):
+        if not Path(card).is_file():
+            raise ValueError(f"card={str(card)!r}: there is no such file; expected the report.json of a run")
+        card = json.loads(Path(card).read_text(encoding="utf-8"))
+    if card is not None and not (isinstance(card, Mapping) and {"matrix", "tasks", "sentences", "costs"} <= set(card)):
+        raise ValueError(f"card={card!r:.80}: expected the report of a run, as report.json has it")
 
 
 def _compare(memory: dict[str, Any], disk: dict[str, Any], folder: str | Path) -> None:

@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_cl.core.precision import passes_in_step
+from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.functional.input_space import add_second_moment_
 from lightning_cl.passes.passes import leaving_no_trace, training_loss
 from lightning_cl.passes.task_samples import TaskSamples
@@ -68,8 +70,11 @@ def input_moments(
     device = trainer.strategy.root_device
     totals = {name: torch.zeros(widths[name], widths[name], device=device) for name in layers}
     mask: Tensor | None = None
+    counts = True
 
     def look(name: str, inputs: Tensor) -> None:
+        if not counts:
+            return
         fits = mask
         if mask is not None and inputs.shape[:-1] != mask.shape:
             # Rows may have been laid one after the other. Others, as an expert's, have no place in the batch.
@@ -77,7 +82,7 @@ def input_moments(
         add_second_moment_(totals[name], inputs, fits, normalize)
 
     with leaving_no_trace(pl_module), torch.no_grad(), _looking(layers, look):
-        for _, batch in samples.batches():
+        for batch, counts in _batches(pl_module, samples):  # noqa: B007 (`look` reads it)
             mask = real_positions(batch)
             training_loss(trainer, pl_module, batch)
     return {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in totals.items()}
@@ -102,6 +107,16 @@ def real_positions(batch: Any) -> Tensor | None:
     last = places >= start
     bears_loss = ((labels != -100) & last).any(1, keepdim=True)
     return bears_loss | ~last
+
+
+def _batches(pl_module: L.LightningModule, samples: TaskSamples) -> Iterator[tuple[Any, bool]]:
+    """Gives batches, and whether they count: where all ranks pass in step, one that is done repeats a sample."""
+    if not passes_in_step(pl_module):
+        yield from ((batch, True) for _, batch in samples.batches())
+        return
+    own = samples.batches()
+    while any(from_all_ranks((item := next(own, None)) is not None)):
+        yield (item[1], True) if item is not None else (samples.one(), False)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from lightning_cl.core.precision import reshard
 from lightning_cl.lightning_internals import before_transfer
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.stopping import heed
@@ -69,6 +70,7 @@ def leaving_no_trace(pl_module: L.LightningModule) -> Iterator[None]:
         try:
             yield
         finally:
+            reshard(pl_module)
             for module, training in modes.items():
                 module.training = training
             current = dict(pl_module.named_buffers())

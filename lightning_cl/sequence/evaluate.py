@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,10 @@ from lightning_cl.core.checkpoint_io import resolve_checkpoint
 from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.loops import planned_steps
 from lightning_cl.data.batch_source import is_indexed
+from lightning_cl.data.exercises import exercises_of
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.data.preview import LEGEND, sample_lines, wants_colour
+from lightning_cl.passes.exam import hold_exam, new_tokens
 from lightning_cl.sequence.end_cost import describe_end
 from lightning_cl.tasks import TaskPosition
 
@@ -27,7 +30,7 @@ def evaluate_tasks(
     stage: Literal["validate", "test"] = "validate",
     ckpt_path: str | Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluates a module on each task by itself.
+    """Evaluates a module on each task by itself: what it logs, and the task's ``metrics`` on all samples.
 
     Args:
         trainer: any Trainer.
@@ -37,7 +40,7 @@ def evaluate_tasks(
         ckpt_path: the checkpoint to load the weights from; ``"last"`` for the newest complete one.
 
     Returns:
-        the logged metrics of each task.
+        the logged metrics and the task's own metrics, by task.
 
     Raises:
         ValueError: if no task has test data.
@@ -52,6 +55,10 @@ def evaluate_tasks(
             run(module, datamodule=data, ckpt_path=str(weights) if weights is not None else None, verbose=False)
         weights = None  # the module has them now
         results[task.name] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if task.metrics:
+            exercises = exercises_of(data, task, "val" if stage == "validate" else "test")
+            exam = hold_exam(trainer, module, data, task, exercises, new_tokens(task, exercises))
+            results[task.name] |= {name: statistics.fmean(scores) for name, scores in exam.scores.items()}
     if not results:
         raise ValueError("no task has test data: give Task(test=…)")
     names = sorted({name for metrics in results.values() for name in metrics})

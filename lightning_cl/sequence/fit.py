@@ -101,6 +101,9 @@ def fit_tasks(
         raise
     finally:
         coordinator.end_sequence()
+    if hasattr(module, "run_report"):  # what it shows when it is saved
+        reports = (getattr(method, "last_report", None) for method in methods_of(trainer))
+        module.run_report = next((report for report in reports if report is not None), None)
     return next((method.summary() for method in methods_of(trainer) if hasattr(method, "summary")), {})
 
 
@@ -116,8 +119,10 @@ def _train(
     """Trains on the tasks one after another; returns True if the plan was printed first."""
     if checkpoint_path is not None:
         _load(trainer, data, coordinator, checkpoint_path)
-    elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        set_aside(run_folder(trainer))
+    elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = run_folder(trainer)  # on all ranks
+        if trainer.is_global_zero:
+            set_aside(folder)
     told, coordinator.run.run_limits = _tell_plan_first(trainer, data), limits
     tasks = data.trained_tasks
     start = coordinator.run.position.index if checkpoint_path is not None else 0
@@ -342,8 +347,10 @@ def _save_boundary(
 
 def _alone(trainer: L.Trainer) -> Any:
     """A lock on the folder if the run has no logger, and so no folder of its own."""
-    shared = not trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    return only_run_in(run_folder(trainer)) if shared else nullcontext()
+    if trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return nullcontext()
+    folder = run_folder(trainer)  # on all ranks: in a process's second sequence it is agreed on
+    return only_run_in(folder) if trainer.is_global_zero else nullcontext()
 
 
 def _how_to_resume(trainer: L.Trainer, coordinator: TaskCoordinator, methods: set[str]) -> str:

@@ -19,7 +19,7 @@ if sys.platform != "win32":
 
 
 _LOCK = ".run.lock"
-_REPORTS = ("report.json", "matrix.csv", "matrix.png", "importance.png", "predictions.jsonl")
+_REPORTS = ("report.json", "matrix.csv", "matrix_*.csv", "matrix.png", "importance.png", "predictions.jsonl")
 _OF_A_START = ("config.yaml", "hparams.yaml", "metrics.csv")  # files that exist before the first step
 
 
@@ -106,7 +106,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 def set_aside(folder: Path) -> None:
     """Moves checkpoints and reports of an earlier run in this folder to ``tasks-v1`` (``-v2``, …), and warns of it."""
     tasks = folder / "tasks"
-    reports = [folder / name for name in _REPORTS if (folder / name).is_file()]
+    reports = [path for name in _REPORTS for path in sorted(folder.glob(name)) if path.is_file()]
     if not reports and not (tasks.is_dir() and any(tasks.iterdir())):
         return
     aside = next(path for v in itertools.count(1) if not (path := folder / f"tasks-v{v}").exists())

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from summing import NAMES, Adapted, EachStep, Rows, assert_equal, data, run, state
 from toys import trainer
 
-from lightning_cl import InfLoRA, LwF, TaskMatrix
+from lightning_cl import InfLoRA, TaskMatrix
 from lightning_cl.callbacks.architecture.summed_adapters import adapted_layers, down_projections
 from lightning_cl.models.adapters import adapter_of, list_adapters
 from lightning_cl.sequence.evaluate import evaluate_tasks
@@ -80,6 +80,22 @@ def test_protected_inputs_get_nothing_of_later_adapters(tmp_path):
         assert (basis[:, :-1] * (moment @ basis[:, :-1])).sum() < 0.8 * moment.trace()
 
 
+def test_the_threshold_rises_task_by_task_and_then_stays(tmp_path):
+    """As in the authors' code, ``(lame − lamb) · t / T + lamb``; each basis is the smallest with that share."""
+    assert [InfLoRA(0.6, rises_to=1.0, over_tasks=2).threshold_of(i) for i in range(4)] == [0.6, 0.8, 1.0, 1.0]
+    assert InfLoRA(0.6).threshold_of(7) == 0.6
+    module, (method, *_) = run(tmp_path, InfLoRA(0.5, rises_to=0.9, over_tasks=2), names=NAMES[:2], max_epochs=3)
+    history = method.report()["tasks"]
+    assert [history[name]["threshold"] for name in NAMES[:2]] == [0.5, 0.7]
+    fewest = []
+    for path, moment in moments_by_hand(module, Rows(1)).items():
+        basis = method.inputs.of(path).double()
+        held = (basis * (moment @ basis)).sum(0).cumsum(0) / moment.trace()
+        assert held[-1] >= 0.7 - 1e-5
+        fewest.append(held[-2] < 0.7)
+    assert any(fewest)  # others had as much before the task
+
+
 def test_layers_that_read_the_same_input_share_a_basis(tmp_path):
     module, (method, *_) = run(tmp_path, InfLoRA(), names=["a"])
     assert {path.rpartition(".")[2] for path in method.inputs.bases} == {"q_proj", "up_proj"}
@@ -115,13 +131,13 @@ def test_resumed_anywhere_equals_never_stopped(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(Exception, match="LwF with InfLoRA: the teacher is a copy"):
-        run(tmp_path / "lwf", InfLoRA(), more=[LwF()])
     with pytest.raises(Exception, match="3 tasks of rank 12 are more than the 32 inputs"):
         run(tmp_path / "full", InfLoRA(rank=12))
     for settings, words in (
         ({"threshold": 0}, "threshold=0"),
         ({"batches": 0}, "batches=0"),
+        ({"rises_to": 0.5}, "rises_to=0.5: expected a share from threshold=0.95"),
+        ({"rises_to": 1.5}, "rises_to=1.5"),
         ({"scale": 0}, "scale=0"),
     ):
         with pytest.raises(ValueError, match=words):

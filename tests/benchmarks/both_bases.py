@@ -56,6 +56,7 @@ class Arm(NamedTuple):
     lora: bool = False
     lr: float = 1e-3
     knows_task: bool = False
+    embeddings_frozen: bool = False
 
 
 def _adapters(**settings: Any) -> Arm:
@@ -65,6 +66,7 @@ def _adapters(**settings: Any) -> Arm:
 ARMS: dict[str, Arm] = {
     "naive": Arm(),
     "naive, a quarter of the learning rate": Arm(lr=2.5e-4),
+    "naive, embeddings frozen": Arm(embeddings_frozen=True),
     "joint": Arm(),
     "one LoRA": Arm(lora=True, lr=5e-3),
     "EWC(10)": Arm(lambda general: [cl.EWC(10.0, normalize=False, samples=256)]),
@@ -116,6 +118,15 @@ class Texts(NamedTuple):
     held: dict[str, list[str]]
     general: list[str]
     general_held: list[str]
+
+
+class FrozenEmbeddings(CausalLM):
+    """A model whose embeddings stay, and with them its head: the weights are tied."""
+
+    def configure_model(self) -> None:
+        """Builds the model, and freezes the embeddings."""
+        super().configure_model()
+        self.lm.get_input_embeddings().requires_grad_(False)
 
 
 def read_texts() -> Texts:
@@ -188,7 +199,8 @@ def run(name: str, kind: str, seed: int, texts: Texts, base: Path) -> dict[str, 
     """One run: the matrix and what it cost."""
     arm = ARMS[name]
     L.seed_everything(seed, verbose=False)
-    model = CausalLM(
+    kind_of_model = FrozenEmbeddings if arm.embeddings_frozen else CausalLM
+    model = kind_of_model(
         str(base), lora=LORA if arm.lora else None, optimizer=lambda p: torch.optim.AdamW(p, lr=arm.lr), schedule=None
     )
     watched = Task("general", val=texts.general_held)

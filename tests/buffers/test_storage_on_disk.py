@@ -10,14 +10,12 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import textwrap
 import time
 import tracemalloc
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -85,17 +83,9 @@ def in_order(buffer) -> list:
     return sorted(buffer.items, key=lambda sample: int(sample["input_ids"][0]))
 
 
-def in_another_process(code: str, *arguments) -> subprocess.Popen:
+def in_another_process(code: str, *arguments) -> forked.Started:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(code)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+    return forked.start("-c", code, *arguments)
 
 
 def size_on_disk(folder) -> int:
@@ -136,9 +126,8 @@ WRITE = """
 @pytest.fixture(scope="module")
 def written_elsewhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
-    process = in_another_process(WRITE, folder)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    with in_another_process(WRITE, folder) as process:
+        assert process.wait(60) == 0, process.stderr
     return folder / "0000"
 
 
@@ -240,10 +229,9 @@ READ = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident memory is read from /proc")
 def test_resident_memory_does_not_grow_with_the_file(tmp_path):
-    process = in_another_process(READ, tmp_path)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    wrote, read = map(float, output.split())
+    with in_another_process(READ, tmp_path) as process:
+        assert process.wait(120) == 0, process.stderr
+        wrote, read = map(float, process.stdout.split())
     assert size_on_disk(tmp_path) > 125e6
     assert wrote < 50
     assert read < 50
@@ -443,16 +431,16 @@ def test_killed_while_it_writes_all_that_was_committed_is_there(tmp_path):
     folder, checkpoint = tmp_path / "buffer", tmp_path / "state.pt"
     seen = 0
     for kill in range(3):
-        process = in_another_process(KILLED, folder, checkpoint)
-        end, last, changes = time.monotonic() + 60, checkpoint.exists() and checkpoint.stat().st_mtime_ns, 0
-        while changes < 2 + kill and process.poll() is None and time.monotonic() < end:
-            now = checkpoint.exists() and checkpoint.stat().st_mtime_ns
-            changes, last = changes + (now != last), now
-            time.sleep(0.001)
-        time.sleep(0.004 * kill)
-        assert process.poll() is None, process.communicate()[0]
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with in_another_process(KILLED, folder, checkpoint) as process:
+            end, last, changes = time.monotonic() + 60, checkpoint.exists() and checkpoint.stat().st_mtime_ns, 0
+            while changes < 2 + kill and process.poll() is None and time.monotonic() < end:
+                now = checkpoint.exists() and checkpoint.stat().st_mtime_ns
+                changes, last = changes + (now != last), now
+                time.sleep(0.001)
+            time.sleep(0.004 * kill)
+            assert process.poll() is None, process.stderr
+            process.kill()
+            process.wait()
         buffer = resumed(torch.load(checkpoint, weights_only=True), folder, 20)
         assert buffer.seen > seen  # the run before was gone on with
         seen = buffer.seen

@@ -19,10 +19,10 @@ from toys import TINY_LLAMA, Classifier, classification, trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_cl import CausalLM, KLToBase, Replay, Task, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
-from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
 from lightning_cl.core.checks import named
 from lightning_cl.data.stream import StreamLoader
 from lightning_cl.evaluation import build_report, format_report
+from lightning_cl.passes.starting_weights import StartingWeights
 from lightning_cl.passes.task_samples import single_samples
 
 VOCABULARY = 12

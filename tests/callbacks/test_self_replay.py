@@ -7,10 +7,9 @@ import itertools
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import lightning as L
 import pytest
 import torch
@@ -697,9 +696,7 @@ def test_ranks_share_the_writing_and_hold_the_same_samples_as_one_process(tmp_pa
     _, one = run(tmp_path, method, tokenizer)
     folder, script = Path(__file__).parent, tmp_path / "script.py"
     script.write_text(SCRIPT.format(paths=[str(folder), str(folder.parent), str(folder.parents[1])]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LIGHTNING_CL_CACHE": str(tmp_path / "other")}
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_ranks(2, script, tmp_path, env=os.environ | {"LIGHTNING_CL_CACHE": str(tmp_path / "other")})
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     # Of the first task those of one process, whose rounding differs after training; of both the same on both ranks.
     assert same(one.samples[0], first["samples"][0])

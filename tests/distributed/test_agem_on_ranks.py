@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -76,10 +75,7 @@ def main(out: str, kind: str) -> None:
 
 def run(out, kind):
     out.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(out), kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_ranks(1 if kind == "one" else 2, __file__, out, kind)
     return [torch.load(path, weights_only=True) for path in sorted(out.glob("rank*.pt"))]
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -15,10 +13,7 @@ SCRIPT = Path(__file__).parent / "run_ddp.py"
 
 def run(out, ranks, kind="data sets", ckpt_path=None):
     out.mkdir(parents=True, exist_ok=True)
-    arguments = [str(out), str(ranks), kind, *([str(ckpt_path)] if ckpt_path else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_ranks(ranks, SCRIPT, out, ranks, kind, *([ckpt_path] if ckpt_path else []))
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

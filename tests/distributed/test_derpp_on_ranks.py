@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -37,10 +36,7 @@ def main(out: str, ranks: int) -> None:
 
 def run(out, ranks):
     out.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(out), str(ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_ranks(ranks, __file__, out, ranks)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

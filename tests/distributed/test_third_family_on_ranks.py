@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent / "run_third_family.py"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import run_third_family
+from run_third_family import SHARDED, STACKS
 
 
-def run(out, ranks, kind):
-    out.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, str(SCRIPT), str(out), str(ranks), kind]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """All stacks, one after the other in one start of two processes."""
+    out = tmp_path_factory.mktemp("two")
+    forked.run_ranks(2, run_third_family.__file__, out, 2)
+    return out
 
 
-@pytest.mark.parametrize("kind", ["interpolate", "merge", "inputs", "adapters"])
-def test_two_ranks_are_one_process(tmp_path, kind):
-    (one,), (first, second) = run(tmp_path / "one", 1, kind), run(tmp_path / "two", 2, kind)
+@pytest.mark.parametrize("kind", STACKS)
+def test_two_ranks_are_one_process(two_ranks, tmp_path, kind):
+    run_third_family.main(tmp_path, 1, kind)
+    one = torch.load(tmp_path / f"rank0-{kind}.pt", weights_only=True)
+    first, second = (torch.load(two_ranks / f"rank{rank}-{kind}.pt", weights_only=True) for rank in range(2))
     assert one.keys() == first.keys() == second.keys()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if kind in SHARDED else {"rtol": 1e-3, "atol": 1e-4}
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(first[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")

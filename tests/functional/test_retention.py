@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from lightning_cl.functional import (
+    average_over_rows,
     average_score,
     backward_transfer,
     forgetting,
     forward_transfer,
+    intransigence,
+    kept_shares,
+    largest_drop,
     mean_when_learnt,
+    share_kept,
     with_worst,
+    worst_task,
 )
 
 NAN = float("nan")
@@ -262,3 +268,75 @@ def test_single_task_scores_of_the_wrong_shape_are_named(tasks):
     # One score would broadcast, and a fourth be cut off, without a word.
     with pytest.raises(ValueError, match="single_task"):
         forward_transfer(hand_matrix(), preset="sapt", single_task=torch.zeros(tasks))
+
+
+# ------------------------------------------------- averages over rows, the worst task, the share kept, a reference
+
+
+def test_the_average_over_rows_counts_each_row_once():
+    rows = [0.80, (0.90 + 0.70) / 2, (0.60 + 0.75 + 0.95) / 3]
+    assert average_over_rows(hand_matrix()).item() == close(sum(rows) / 3)
+    matrix = hand_matrix()
+    matrix[1, 0] = NAN  # a row of which nothing is known does not count
+    assert average_over_rows(matrix).item() == close(sum(rows[1:]) / 2)
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
+def test_the_worst_task_and_the_largest_drop(mode, sign):
+    matrix = sign * hand_matrix()
+    assert worst_task(matrix, mode).item() == close(sign * 0.60)
+    assert largest_drop(matrix, mode).item() == close(0.80 - 0.60)
+    assert largest_drop(sign * hand_matrix()[:2], mode).isnan()  # one task has nothing earlier
+    matrix[3, 0] = NAN
+    assert worst_task(matrix, mode).item() == close(sign * 0.75)
+    assert largest_drop(matrix, mode).item() == close(0.70 - 0.75)
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
+def test_the_share_kept_is_a_sum_over_a_sum(mode, sign):
+    """Task 1: 0.50 of 0.70 is left; task 2: 0.50 of 0.45. The last task has nothing after it."""
+    matrix = sign * hand_matrix()
+    assert kept_shares(matrix, mode).tolist() == pytest.approx([0.50 / 0.70, 0.50 / 0.45, NAN], nan_ok=True)
+    assert share_kept(matrix, mode).item() == close((0.50 + 0.50) / (0.70 + 0.45))
+
+
+def test_a_task_that_was_not_learnt_has_no_share():
+    matrix = hand_matrix()
+    matrix[2, 1] = 0.25 * 1.004  # a gain of less than half a percent
+    assert kept_shares(matrix).isnan().tolist() == [False, True, True]
+    assert share_kept(matrix).item() == close(0.50 / 0.70)
+    matrix = hand_matrix()
+    matrix[1, 1] = NAN  # what was never measured is taken from before all training
+    assert kept_shares(matrix)[1].item() == close((0.75 - 0.20) / (0.70 - 0.20))
+    assert share_kept(hand_matrix()[:2]).isnan()
+
+
+@pytest.mark.parametrize("hole", [(3, 0), (1, 0)], ids=["at the end", "when learnt"])
+def test_a_diverged_task_is_the_worst_in_every_new_score(hole):
+    for mode, sign in (("max", 1), ("min", -1)):
+        matrix = sign * hand_matrix()
+        matrix[hole] = -sign * torch.inf
+        assert average_over_rows(matrix).item() == -sign * torch.inf
+        assert largest_drop(matrix, mode).item() == torch.inf
+        assert share_kept(matrix, mode).item() == -torch.inf
+        assert kept_shares(matrix, mode)[0].item() == -torch.inf
+        assert worst_task(matrix, mode).item() == (-sign * torch.inf if hole[0] == 3 else close(sign * 0.60))
+        if hole[0] == 1:
+            assert intransigence(matrix, sign * SINGLE, mode).item() == torch.inf
+
+
+def test_what_diverged_before_any_training_is_not_known():
+    matrix = hand_matrix()
+    matrix[0, 0] = -torch.inf
+    assert kept_shares(matrix).isnan().tolist() == [True, False, True]
+    assert share_kept(matrix).item() == close(0.50 / 0.45)
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
+def test_intransigence_is_the_transfer_of_sapt_with_the_other_sign(mode, sign):
+    matrix, single = sign * hand_matrix(), sign * SINGLE
+    by_hand = ((0.85 - 0.80) + (0.60 - 0.70) + (0.90 - 0.95)) / 3
+    assert intransigence(matrix, single, mode).item() == close(by_hand)
+    assert forward_transfer(matrix, mode, "sapt", single).item() == close(-by_hand)
+    with pytest.raises(ValueError, match="one score for each of the 3 tasks"):
+        intransigence(matrix, single[:2], mode)

@@ -7,8 +7,30 @@ import re
 import pytest
 import torch
 
-from lightning_cl import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
-from lightning_cl.functional import average_score, backward_transfer, forgetting, forward_transfer, mean_when_learnt
+from lightning_cl import (
+    AverageAccuracy,
+    AverageOverRows,
+    BackwardTransfer,
+    Forgetting,
+    ForwardTransfer,
+    Intransigence,
+    LargestDrop,
+    MeanWhenLearnt,
+    ShareKept,
+    WorstTask,
+)
+from lightning_cl.functional import (
+    average_over_rows,
+    average_score,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    intransigence,
+    largest_drop,
+    mean_when_learnt,
+    share_kept,
+    worst_task,
+)
 
 NAN = float("nan")
 SINGLE = torch.tensor([0.85, 0.60, 0.90])
@@ -18,6 +40,11 @@ HAND = torch.tensor([[0.10, 0.20, 0.30], [0.80, 0.25, 0.35], [0.90, 0.70, 0.40],
 CASES = {
     "average": (AverageAccuracy(), average_score, (0.60 + 0.75 + 0.95) / 3),
     "when learnt": (MeanWhenLearnt(), mean_when_learnt, (0.80 + 0.70 + 0.95) / 3),
+    "over rows": (AverageOverRows(), average_over_rows, (0.80 + 0.80 + 2.30 / 3) / 3),
+    "worst": (WorstTask(), worst_task, 0.60),
+    "drop": (LargestDrop(), largest_drop, 0.20),
+    "kept": (ShareKept(), share_kept, 1.00 / 1.15),
+    "intransigence": (Intransigence(SINGLE), lambda m: intransigence(m, SINGLE), -0.10 / 3),
     "bwt gem": (BackwardTransfer(), backward_transfer, (-0.20 + 0.05) / 2),
     "bwt trace": (BackwardTransfer(preset="trace"), lambda m: backward_transfer(m, preset="trace"), -0.15 / 3),
     "bwt sapt": (BackwardTransfer(preset="sapt"), lambda m: backward_transfer(m, preset="sapt"), -0.15 / 3),
@@ -72,7 +99,7 @@ def test_reset_starts_a_new_matrix(case):
     assert float(metric.compute()) == same(value)
 
 
-@pytest.mark.parametrize("name", ["bwt gem", "forgetting", "fwt gem"])
+@pytest.mark.parametrize("name", ["bwt gem", "forgetting", "fwt gem", "drop"])
 def test_mode_min_of_the_negated_matrix_is_mode_max(name):
     metric, _, value = CASES[name]
     lower = type(metric)("min")
@@ -108,6 +135,9 @@ def test_a_row_with_more_tasks_leaves_earlier_entries_unknown():
         (BackwardTransfer(preset="sapt"), r"over T\b(?! -).*sapt"),
         (Forgetting(), "mean over T - 1"),
         (ForwardTransfer(), "tasks 2 to T"),
+        (BackwardTransfer("min"), r"\(R\[j, j\] − R\[T, j\]\)"),  # the sign is that of the mode
+        (WorstTask("min"), "max_j.*lower is better"),
+        (Intransigence(SINGLE), r"\(s_j − R\[j, j\]\).*positive is bad"),
         (ForwardTransfer(preset="sapt", single_task=SINGLE), "alone"),
     ],
 )

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_cl.arguments import check_integer, check_positive
+from lightning_cl.arguments import check_integer, check_positive, check_share
 from lightning_cl.callbacks.architecture.input_bases import InputBases, samples_for
 from lightning_cl.callbacks.architecture.projected import on_one_rank_each
 from lightning_cl.callbacks.architecture.summed_adapters import SummedAdapters, adapted_layers, down_projections
@@ -55,6 +55,9 @@ class InfLoRA(SummedAdapters):
         normalize: scale each position's input to length 1 before it is counted, as in
             :class:`~lightning_cl.InputFreeze`.
         seed: of what the factors are drawn from before they are designed; None: that of the run's random state.
+        rises_to: what the threshold has risen to after `over_tasks` tasks, in equal steps, and stays at; None: it does
+            not rise. The authors' code lets it rise to 1. A late task then leaves the next ones little to read.
+        over_tasks: so many tasks does the rise take. The authors' code has the planned number of tasks here.
 
     Attributes:
         inputs: the bases ``M``, and which layers read the same input.
@@ -83,15 +86,29 @@ class InfLoRA(SummedAdapters):
         rank: int | None = None,
         normalize: bool = True,
         seed: int | None = None,
+        rises_to: float | None = None,
+        over_tasks: int = 10,
     ) -> None:
         super().__init__(rank, seed)
         self.threshold = check_positive("threshold", threshold, "a share above 0 and at most 1", most=1)
+        self.rises_to = self.threshold if rises_to is None else check_share("rises_to", rises_to)
+        if self.rises_to < self.threshold:
+            raise ValueError(f"rises_to={rises_to}: expected a share from threshold={self.threshold:g} to 1, or None")
+        self.over_tasks = check_integer("over_tasks", over_tasks, 1)
         self.batches = check_integer("batches", batches, 1)
         self.scale = SCALE if scale is None else check_positive("scale", scale)
         if not isinstance(normalize, bool):
             raise ValueError(f"normalize={normalize!r}: expected True or False")
         self.inputs = InputBases(normalize)
         self._left = 0.0  # the largest share of a row of A that lies in the protected directions
+
+    def threshold_of(self, index: int) -> float:
+        """Returns the threshold of a task, counted from 0: ``threshold + (rises_to − threshold) · index / over_tasks``.
+
+        Args:
+            index: of the task.
+        """
+        return self.threshold + (self.rises_to - self.threshold) * min(index / self.over_tasks, 1.0)
 
     @override
     def check_room(self, pl_module: nn.Module, tasks: int) -> None:
@@ -121,12 +138,12 @@ class InfLoRA(SummedAdapters):
             leader = self.inputs.leaders[path]
             ranks[leader] = max(ranks.get(leader, 0), len(down))
 
-        def design(path: str) -> Tensor:
-            basis, moment = self.inputs.of(path), moments[path]
+        def design(path: str, moment: Tensor) -> Tensor:
+            basis = self.inputs.of(path)
             basis = None if basis is None else basis.to(moment.device)
             return design_down_projection(moment, ranks[path], basis, self.scale).cpu()
 
-        designed = on_one_rank_each(trainer, list(moments), design, f"{type(self).__name__}: adapters of {self.task}")
+        designed = on_one_rank_each(trainer, moments, design, f"{type(self).__name__}: adapters of {self.task}")
         self._left = 0.0
         for path, down in downs.items():
             down.copy_(designed[self.inputs.leaders[path]][: len(down)])
@@ -159,9 +176,11 @@ class InfLoRA(SummedAdapters):
             leader, room = self.inputs.leaders[path], down.shape[1] - len(down)
             rooms[leader] = min(rooms.get(leader, room), room)
         label = f"{type(self).__name__}: directions of {self.task}"
-        self.inputs.grow(trainer, moments, self.threshold, label, rooms)
+        threshold = self.threshold_of(self.task.index)
+        self.inputs.grow(trainer, moments, threshold, label, rooms)
         bases = [basis for path in downs if (basis := self.inputs.of(path)) is not None]
         self.history[self.task.name] |= {
+            "threshold": threshold,
             "directions": sum(basis.shape[1] for basis in bases),
             "of": sum(len(basis) for basis in bases),
             "protected_share": self._left,
@@ -192,6 +211,8 @@ class InfLoRA(SummedAdapters):
     def report(self) -> dict[str, Any]:
         return {
             "threshold": self.threshold,
+            "rises_to": self.rises_to,
+            "over_tasks": self.over_tasks,
             "batches": self.batches,
             "scale": self.scale,
             "tasks": {task: dict(entry) for task, entry in self.history.items()},

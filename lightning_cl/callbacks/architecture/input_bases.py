@@ -86,13 +86,13 @@ class InputBases:
             most: path to the largest number of directions; None: as many as there are inputs.
         """
 
-        def grown(path: str) -> Tensor:
-            basis, moment = self.bases.get(path), moments[path]
+        def grown(path: str, moment: Tensor) -> Tensor:
+            basis = self.bases.get(path)
             old = None if basis is None else basis.to(moment.device)
             limit = None if most is None else max(most[path], 0 if old is None else old.shape[1])
             return grow_basis(moment, threshold, old, limit).cpu()
 
-        self.bases |= on_one_rank_each(trainer, list(moments), grown, label)
+        self.bases |= on_one_rank_each(trainer, moments, grown, label)
 
     def state(self) -> dict[str, Any]:
         """Returns bases and groups, on the CPU."""

@@ -22,7 +22,7 @@ from lightning_cl.callbacks.architecture.linear_layers import (
     find_lora_layers,
 )
 from lightning_cl.callbacks.architecture.projected import Others, ProjectedWeights
-from lightning_cl.core.placement import tensor_bytes
+from lightning_cl.core.placement import full_cpu, placed_along, tensor_bytes
 from lightning_cl.core.questions import EndCost, Need
 from lightning_cl.data.text.text_tasks import TokenStream
 from lightning_cl.functional.input_space import project_inputs_, protected_outputs
@@ -54,7 +54,8 @@ class InputFreeze(ProjectedWeights):
     Memory: ``4 k (in + out)`` bytes per layer with ``k`` protected directions, in checkpoints too (layers that read the
     same input share ``M``), ``4 in²`` while a task ends, and a copy of the weights at logging steps. Compute:
     ``4 · out · in · k`` operations per weight and step, as much as training on ``2 k / 3`` more tokens; per task a
-    forward pass over `batches` batches and a decomposition, ``10 · in³`` operations per layer.
+    forward pass over `batches` batches and a decomposition, ``10 · in³`` operations per layer. With FSDP2 each process
+    projects its rows.
 
     Args:
         threshold: the share of the inputs' energy to protect, above 0 and at most 1. 0.98 leaves later tasks little.
@@ -155,7 +156,8 @@ class InputFreeze(ProjectedWeights):
         for path, layer in self._layers.items():
             basis = self.inputs.of(path)
             if basis is not None and basis.shape[1]:
-                self._outputs[path] = protected_outputs(layer.matrix, basis)
+                outputs = protected_outputs(layer.matrix, placed_along(basis, layer.matrix, 1))
+                self._outputs[path] = placed_along(outputs, layer.matrix, 0)
         self.note(
             {
                 "layers": len(self._outputs),
@@ -199,7 +201,7 @@ class InputFreeze(ProjectedWeights):
             )
         self._place_bases()
         for path, outputs in self._outputs.items():
-            self._outputs[path] = outputs.to(self._layers[path].weight.device)
+            self._outputs[path] = placed_along(outputs, self._layers[path].matrix, 0)
 
     # ------------------------------------------------------------------ steps
 
@@ -209,13 +211,16 @@ class InputFreeze(ProjectedWeights):
 
     @override
     def project_(self, name: str, matrix: Tensor) -> None:
+        project_inputs_(matrix, self._basis(name, matrix), self._outputs[name])
+
+    def _basis(self, name: str, matrix: Tensor) -> Tensor:
         basis = self.inputs.of(name)
         assert basis is not None
-        project_inputs_(matrix, basis, self._outputs[name])
+        return placed_along(basis, matrix, 1)
 
     @override
     def protected(self, name: str, step: Tensor) -> Tensor:
-        return protected_square(step, right=self.inputs.of(name))
+        return protected_square(step, right=self._basis(name, step))
 
     # ------------------------------------------------------------------ a task ends
 
@@ -249,7 +254,7 @@ class InputFreeze(ProjectedWeights):
     def continual_state(self) -> dict[str, Any]:
         return super().continual_state() | {
             **self.inputs.state(),
-            "outputs": {path: outputs.cpu() for path, outputs in self._outputs.items()},
+            "outputs": {path: full_cpu(outputs) for path, outputs in self._outputs.items()},
             "knows_general": self._knows_general,
         }
 

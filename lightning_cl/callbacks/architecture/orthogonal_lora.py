@@ -127,7 +127,7 @@ class OrthogonalLoRA(SummedAdapters):
                     earlier.setdefault(path, []).append(down.detach())
         self._rows = {path: torch.cat(earlier[path]) for path in self._down if path in earlier}
         label = f"{type(self).__name__}: directions of earlier tasks"
-        bases = on_one_rank_each(trainer, list(self._rows), lambda p: orthonormal_basis(self._rows[p].T).cpu(), label)
+        bases = on_one_rank_each(trainer, self._rows, lambda _, rows: orthonormal_basis(rows.T).cpu(), label)
         self._bases = {path: basis.to(self._down[path].device) for path, basis in bases.items()}
 
     # ------------------------------------------------------------------ steps

@@ -15,7 +15,8 @@ from lightning_cl.arguments import check_choice, check_integer
 from lightning_cl.callbacks.architecture.linear_layers import LINEAR, check_targets
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.method import ContinualCallback
-from lightning_cl.core.placement import clean_name, trainable_parameters
+from lightning_cl.core.placement import clean_name, trainable_parameters, whole
+from lightning_cl.core.precision import reshard
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.passes.passes import progress
 
@@ -88,7 +89,7 @@ class ProjectedWeights(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            refuse_sharded(trainer, f"{type(self).__name__}: matrices cannot be taken apart with")
+            refuse_sharded(trainer, f"{type(self).__name__}: matrices cannot be taken apart with", rows_are_fine=True)
 
     @override
     def observe_gradients(
@@ -121,7 +122,7 @@ class ProjectedWeights(ContinualCallback):
         for name, matrix in self.matrices().items():
             step = matrix.float() - self._before.pop(name).float()
             protected += float(self.protected(name, step))
-            total += float(step.square().sum())
+            total += float(whole(step.square().sum()))
         self._before = {}
         share = protected / total if total > 0 else 0.0
         self.log_scalar("protected_share", share)
@@ -140,6 +141,7 @@ class ProjectedWeights(ContinualCallback):
 
     @override
     def on_sequence_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        reshard(pl_module)
         for name, parameter in pl_module.named_parameters():
             if clean_name(name) in self._frozen:
                 parameter.requires_grad_(True)
@@ -158,15 +160,23 @@ class ProjectedWeights(ContinualCallback):
 
 
 def on_one_rank_each(
-    trainer: L.Trainer, names: Sequence[str], compute: Callable[[str], Any], label: str
+    trainer: L.Trainer, tensors: Mapping[str, Tensor], compute: Callable[[str, Tensor], Any], label: str
 ) -> dict[str, Any]:
-    """Computes something for each name on one rank, and gives it to all: decompositions differ in their last bits.
+    """Computes something of each tensor on one rank, and gives it to all: decompositions differ in their last bits.
 
     Args:
         trainer: inside ``fit``.
-        names: the same on all ranks.
-        compute: gives tensors on the CPU, in plain containers.
+        tensors: by name, the same on all ranks. A sharded one is gathered when it is its turn.
+        compute: from a name and a whole tensor; gives tensors on the CPU, in plain containers.
         label: what the progress display says.
     """
-    mine = {name: compute(name) for name in progress(trainer, names[trainer.global_rank :: trainer.world_size], label)}
+    names, size, mine = list(tensors), trainer.world_size, {}
+    turns = range(0, len(names), size)
+    for first in progress(trainer, turns, label, len(turns)):
+        own: dict[str, Tensor] = {}
+        for rank, name in enumerate(names[first : first + size]):
+            tensor = whole(tensors[name])  # on all ranks
+            if rank == trainer.global_rank:
+                own[name] = tensor
+        mine |= {name: compute(name, tensor) for name, tensor in own.items()}
     return {name: value for part in from_all_ranks(mine) for name, value in part.items()}

@@ -19,6 +19,7 @@ from lightning_cl.callbacks.architecture.linear_layers import (
     find_lora_layers,
 )
 from lightning_cl.callbacks.architecture.projected import Others, ProjectedWeights, on_one_rank_each
+from lightning_cl.core.placement import full_cpu, placed_along
 from lightning_cl.core.questions import Need
 from lightning_cl.functional.subspace import (
     PrincipalSubspace,
@@ -66,7 +67,8 @@ class SubspaceFreeze(ProjectedWeights):
     Memory: ``4 k (out + in)`` bytes per weight with ``k = share · min(out, in)``, in checkpoints inside a task too, and
     a copy of the weights at logging steps. Compute: ``8 · out · in · k`` operations per weight and step, as much as
     training on ``4 k / 3`` more tokens; a task begins with one decomposition per weight, minutes on a GPU for billions
-    of parameters, hours on a CPU.
+    of parameters, hours on a CPU. With FSDP2 each process projects its rows, and the weights are gathered one at a time
+    to be taken apart.
 
     Args:
         share: of each weight's directions that is protected, from 0 (bit for bit training without this callback) to 1
@@ -149,11 +151,11 @@ class SubspaceFreeze(ProjectedWeights):
         layers, share = self._find(pl_module), self.share_of(self.task.index)
         weights = {path: _weight(layer) for path, layer in layers.items()} if share > 0 else {}
 
-        def decompose(path: str) -> PrincipalSubspace:
-            return PrincipalSubspace(*(part.cpu() for part in principal_subspace(weights[path], share)))
+        def decompose(path: str, weight: Tensor) -> PrincipalSubspace:
+            return PrincipalSubspace(*(part.cpu() for part in principal_subspace(weight, share)))
 
         label = f"{type(self).__name__}: directions of {self.task}"
-        self.subspaces = on_one_rank_each(trainer, list(weights), decompose, label)
+        self.subspaces = on_one_rank_each(trainer, weights, decompose, label)
         directions = sum(len(subspace.values) for subspace in self.subspaces.values())
         numbers = sum(weight.numel() for weight in weights.values())
         # 8 · out · in · k operations against 6 · out · in for each token.
@@ -189,7 +191,10 @@ class SubspaceFreeze(ProjectedWeights):
         self._bounded = {}
         for path, subspace in self.subspaces.items():
             layer = layers[path]
-            self.subspaces[path] = PrincipalSubspace(*(part.to(_weight(layer).device) for part in subspace))
+            rows, columns = (layer.matrix,) * 2 if isinstance(layer, LinearLayer) else (layer.up, layer.down)
+            left, right = placed_along(subspace.left, rows, 0), placed_along(subspace.right, columns, 1)
+            values = placed_along(subspace.values, columns, None)
+            self.subspaces[path] = PrincipalSubspace(left, values, right)
             if isinstance(layer, LinearLayer):
                 self._bounded[path] = _Bounded(layer, "both")
             else:
@@ -228,7 +233,7 @@ class SubspaceFreeze(ProjectedWeights):
 
     @override
     def continual_state(self) -> dict[str, Any]:
-        kept = {path: [part.cpu() for part in subspace] for path, subspace in self.subspaces.items()}
+        kept = {path: [full_cpu(part) for part in subspace] for path, subspace in self.subspaces.items()}
         return super().continual_state() | {"subspaces": kept}
 
     @override

@@ -34,6 +34,8 @@ from lightning_cl.tasks import TaskPosition
 class SummedAdapters(ContinualCallback):
     """A method that adds a LoRA adapter for each task, trains the newest, and computes with the sum of all.
 
+    A new adapter's product is zero, so a teacher that is copied when its task starts is the sum of the earlier ones.
+
     Args:
         rank: of the adapters; None: that of the template.
         seed: of the random factors, which depend on the task's name too; None: that of the run's random state.
@@ -47,12 +49,6 @@ class SummedAdapters(ContinualCallback):
 
     owns = "the trainable parameters"
     trains: Train = "AB"
-    takes_away: Mapping[Trait, str] = MappingProxyType(
-        {
-            "earlier outputs": "the teacher is a copy of what the last task trained, and a new task trains an adapter"
-            " that the copy does not have; the teacher would be the model itself. Leave one of the two out"
-        }
-    )
     weakens: Mapping[Trait, str] = MappingProxyType(
         {
             "shared parameters": "each task trains an adapter of its own, and earlier ones rest; there is nothing that"

@@ -17,7 +17,15 @@ from lightning_cl.callbacks.merging.low_rank_pairs import merge_pair, pairs_in
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.loops import steps_of_current_task
 from lightning_cl.core.method import ContinualCallback
-from lightning_cl.core.placement import all_parameters, fit_to, full_cpu, tensor_bytes, trainable_parameters
+from lightning_cl.core.placement import (
+    all_parameters,
+    fit_to,
+    full_cpu,
+    set_weight_,
+    tensor_bytes,
+    trainable_parameters,
+    whole,
+)
 from lightning_cl.core.questions import Need
 from lightning_cl.functional.interpolate import averaging_steps, interpolate
 
@@ -82,7 +90,8 @@ class Interpolate(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and pairs_in(trainable_parameters(pl_module)):
-            refuse_sharded(trainer, f"{type(self).__name__}: products of low-rank factors cannot be taken apart with")
+            reason = f"{type(self).__name__}: products of low-rank factors cannot be taken apart with"
+            refuse_sharded(trainer, reason, rows_are_fine=True)
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,7 +145,7 @@ class Interpolate(ContinualCallback):
         if self.share == 1.0:
             return moved
         for name, value in self._between(old, now).items():
-            now[name].copy_(value)
+            set_weight_(now[name], value)
         return moved
 
     def _between(self, old: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +156,8 @@ class Interpolate(ContinualCallback):
         in_pairs = {name for pair in pairs for name in pair}
         result = {name: interpolate(old[name], p, self.share) for name, p in now.items() if name not in in_pairs}
         for pair in pairs:
-            result |= merge_pair(pair, (old, now), (1.0 - self.share, self.share))
+            sets = [{name: whole(values[name].detach()) for name in pair} for values in (old, now)]
+            result |= merge_pair(pair, sets, (1.0 - self.share, self.share))
         return result
 
     # ------------------------------------------------------------------ state and report
@@ -193,5 +203,6 @@ class Interpolate(ContinualCallback):
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:
-    total = sum(float(tensor.detach().float().square().sum(dtype=torch.float64)) for tensor in tensors.values())
+    squares = (tensor.detach().float().square().sum(dtype=torch.float64) for tensor in tensors.values())
+    total = sum(float(whole(square)) for square in squares)
     return math.sqrt(total)

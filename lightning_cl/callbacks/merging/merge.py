@@ -17,7 +17,8 @@ from lightning_cl.arguments import check_choice, check_integer, check_share, is_
 from lightning_cl.callbacks.merging.low_rank_pairs import Factors, merge_products, pairs_in
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.method import ContinualCallback
-from lightning_cl.core.placement import all_parameters, full_cpu, tensor_bytes, trainable_parameters
+from lightning_cl.core.placement import all_parameters, full_cpu, set_weight_, tensor_bytes, trainable_parameters
+from lightning_cl.core.precision import reshard
 from lightning_cl.core.questions import Need, Trait
 from lightning_cl.functional.merge import METHODS, Method, accumulate, merge, task_vector
 
@@ -51,7 +52,8 @@ class Merge(ContinualCallback):
     Memory, in that of the machine and in checkpoints: ``θ_0``, one fp32 copy of the trainable parameters for any number
     of tasks (``mean``, ``arithmetic``, ``magmax``), or one copy for each task (``ties``, ``dare``); of adapters always
     one for each task; and the merge itself. While the model is asked, one more copy on its device. Compute: some passes
-    over all of them at each boundary.
+    over all of them at each boundary. With FSDP2 each process keeps whole copies in its machine's memory, and gathers
+    one parameter at a time.
 
     Args:
         method: ``mean``, ``ties``, ``dare``, ``magmax`` or ``arithmetic``, the sum.
@@ -109,7 +111,7 @@ class Merge(ContinualCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_sharded(trainer, f"{type(self).__name__} sets whole weights, which it cannot with")
+        refuse_sharded(trainer, f"{type(self).__name__} sets whole weights, which it cannot with", rows_are_fine=True)
 
     # ------------------------------------------------------------------ the tasks
 
@@ -210,6 +212,7 @@ class Merge(ContinualCallback):
 
     @override
     def on_sequence_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        reshard(pl_module)
         merged, parameters = self.weights(pl_module), all_parameters(pl_module)
         if not self._training:
             self._training = {name: full_cpu(parameters[name]) for name in merged}
@@ -302,7 +305,7 @@ class _Vectors(Mapping[str, Tensor]):
 def _set(pl_module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
     parameters = all_parameters(pl_module) if weights else {}
     for name, value in weights.items():
-        parameters[name].copy_(value)
+        set_weight_(parameters[name], value)
 
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:

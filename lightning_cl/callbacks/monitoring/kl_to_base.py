@@ -7,19 +7,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
-from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import tensor_bytes
 from lightning_cl.data.foreign_loader import why_not_plannable
-from lightning_cl.functional import kl_divergence
-from lightning_cl.passes.logits import LogitsReader, OutputsFunction, loss_positions
+from lightning_cl.passes.divergence import Divergence
+from lightning_cl.passes.logits import OutputsFunction
 from lightning_cl.passes.passes import leaving_no_trace
+from lightning_cl.passes.starting_weights import StartingWeights
 from lightning_cl.passes.task_samples import single_samples
 
 
@@ -47,7 +45,7 @@ class KLToBase(ContinualCallback):
 
     Attributes:
         kl: task name to nats per token (per sample), the same on all ranks; NaN if nothing bears loss.
-        base: the base's weights (:class:`~lightning_cl.callbacks.monitoring.starting_weights.StartingWeights`); None
+        base: the base's weights (:class:`~lightning_cl.passes.starting_weights.StartingWeights`); None
             before the first task.
 
     Raises:
@@ -101,23 +99,13 @@ class KLToBase(ContinualCallback):
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.task is not None
         assert self.base is not None
-        device = trainer.strategy.root_device
-        # Sums over the ranks: divergence, positions, samples that are token sequences, samples that are not finite.
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
         with leaving_no_trace(pl_module):
             loader, source = self._data(trainer)
-            read_logits = LogitsReader(trainer, pl_module, self.outputs)
-            as_base = self.base.bring_to(pl_module)
+            divergence = Divergence(trainer, pl_module, self.outputs, type(self).__name__)
             count = 1 if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
-            for _, batch in single_samples(trainer, count, self.seed, f"KLToBase: {self.task}", loader):
-                with as_base():
-                    teacher, _ = self._logits(pl_module, read_logits, batch)
-                student, are_tokens = self._logits(pl_module, read_logits, batch)
-                divergence = kl_divergence(teacher, student, reduction="sum").double()
-                is_finite = bool(divergence.isfinite())
-                found = [float(divergence), len(student), are_tokens, 0] if is_finite else [0, 0, are_tokens, 1]
-                sums += torch.tensor(found, dtype=torch.float64, device=device)
-        total, positions, sequences, spoilt = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+            samples = single_samples(trainer, count, self.seed, f"KLToBase: {self.task}", loader)
+            sums = divergence.sums(self.base.bring_to(pl_module), (batch for _, batch in samples))
+        total, positions, sequences, spoilt = sums.tolist()
         left_out = f"; {spoilt:.0f} samples are left out, where it is NaN or infinite" if spoilt else ""
         if spoilt:
             rank_zero_warn(f"{type(self).__name__}: {self.task}: the divergence from the base is measured{left_out}")
@@ -140,27 +128,14 @@ class KLToBase(ContinualCallback):
                 return loader, "training" if data.validated_on_training_data(data.current) else "validation"
         return trainer.train_dataloader, "training"
 
-    def _logits(self, pl_module: L.LightningModule, read_logits: LogitsReader, batch: Any) -> tuple[Tensor, bool]:
-        """Returns logits ``[positions, classes]`` where there is loss, and True if the positions are tokens."""
-        logits = read_logits(batch)
-        if logits is None:
-            raise MisconfigurationException(
-                f"KLToBase: nothing that {type(pl_module).__name__} calls returns an object with `.logits`; give"
-                " KLToBase(outputs=lambda module, batch: logits)"
-            )
-        mask = loss_positions(batch, logits, read_logits.shifted)
-        if mask is None:
-            return logits.flatten(0, -2), False
-        return (logits[:, :-1] if read_logits.shifted else logits)[mask], True
-
     def _check_logits(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises an error before training, if the logits cannot be found."""
         with leaving_no_trace(pl_module), torch.no_grad():
             loader, _ = self._data(trainer)
             if why_not_plannable(loader) is None:  # a stream cannot be rewound
-                read_logits = LogitsReader(trainer, pl_module, self.outputs)
+                divergence = Divergence(trainer, pl_module, self.outputs, type(self).__name__)
                 for _, batch in single_samples(trainer, trainer.world_size, self.seed, "KLToBase: logits", loader):
-                    self._logits(pl_module, read_logits, batch)
+                    divergence.logits(batch)
 
     # ------------------------------------------------------------------ state
 

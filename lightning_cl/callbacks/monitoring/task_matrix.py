@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.callbacks.monitoring.earlier_rows import earlier_boundary
+from lightning_cl.callbacks.monitoring.task_metrics import TaskMetrics
 from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need
@@ -27,10 +28,11 @@ from lightning_cl.data.measured_on import difference, measured_on
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation import build_report, format_report, write_report
 from lightning_cl.evaluation.figure import matrix_figure, write_importance
+from lightning_cl.evaluation.reference import check_reference, on_other_data, read_reference
+from lightning_cl.evaluation.scores import score_fingerprints, score_matrix
 from lightning_cl.evaluation.sentences import Method
 from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst
-from lightning_cl.metrics import AverageAccuracy, BackwardTransfer, Forgetting, ForwardTransfer, MeanWhenLearnt
 from lightning_cl.passes.passes import progress
 
 
@@ -44,12 +46,23 @@ class TaskMatrix(ContinualCallback):
     every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is
     printed.
 
-    Memory: none. Compute: one validation of every task before training and after every task.
+    A task with ``Task(metrics=[…])`` is also asked for answers, by the model that its user would get: each metric has a
+    matrix of its own, with its scores (``summary()["metrics"]``), in the report and in ``matrix_<metric>.csv``. The
+    matrix ``main`` has each task by the first of its metrics.
+
+    Memory: none; with metrics, the answers as text. Compute: one validation of every task before training and after
+    every task; with metrics, as often the writing of `metric_samples` answers of each task.
 
     Args:
         monitor: the name of the logged metric.
         mode: ``min`` if lower is better (a loss), ``max`` if higher is (an accuracy).
-        preset: whose definition of transfer: ``gem`` or ``trace``, see :mod:`lightning_cl.functional.retention`.
+        preset: whose definition of transfer: ``gem``, ``trace`` or ``sapt`` (which needs `reference`), see
+            :mod:`lightning_cl.functional.retention`.
+        reference: the score that each task can reach, for intransigence and for the forward transfer of ``sapt``: for
+            each trained task a number, or the folder of a run whose last row has it. One folder stands for all tasks:
+            that of a run on all data together.
+        metric_samples: the most samples of a task that its metrics are measured on, the same ones each time; None: all.
+        metric_split: ``val`` or ``test``: the data that the metrics are measured on.
 
     Attributes:
         matrix: ``[rows, tasks]``: row 0 is before any training, row i after the i-th trained task; one column for each
@@ -61,7 +74,9 @@ class TaskMatrix(ContinualCallback):
             differs, and ``before``, the values of that row and later rows on the old data (None: not measured).
 
     Raises:
-        ValueError: if mode or preset is none of the above.
+        ValueError: if mode or preset is none of the above, or a trained task has no reference while others have, or
+            ``sapt`` needs it.
+        FileNotFoundError: if a run that is named as a reference has no ``report.json``.
 
     Example:
         >>> import lightning as L
@@ -72,11 +87,20 @@ class TaskMatrix(ContinualCallback):
         'val_loss'
     """
 
-    def __init__(self, monitor: str = "val_loss", mode: Mode = "min", preset: Literal["gem", "trace"] = "gem") -> None:
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Mode = "min",
+        preset: Preset = "gem",
+        reference: dict[str, float | str] | str | None = None,
+        metric_samples: int | None = 100,
+        metric_split: Literal["val", "test"] = "val",
+    ) -> None:
         super().__init__()
         self.monitor = monitor
         self.mode: Mode = check_choice("mode", mode, ("min", "max"))  # type: ignore[assignment]
-        self.preset: Preset = check_choice("preset", preset, ("gem", "trace"))  # type: ignore[assignment]
+        self.preset: Preset = check_choice("preset", preset, ("gem", "trace", "sapt"))  # type: ignore[assignment]
+        self._reference = read_reference(reference) if reference is not None else {}
         self.matrix = torch.empty(0, 0)
         self.tasks: list[str] = []
         self.watched: list[str] = []
@@ -84,7 +108,9 @@ class TaskMatrix(ContinualCallback):
         self.measured_on: dict[str, dict[str, Any]] = {}
         self.changes: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self._task_metrics = TaskMetrics(metric_samples, metric_split)
         self._methods: Sequence[tuple[Method, str]] = []  # of the run, for the picture
+        self.last_report: dict[str, Any] | None = None  # as report.json has it, after the last task so far
 
     boundary_order = -1  # its evaluation builds the model, which others need
 
@@ -102,6 +128,10 @@ class TaskMatrix(ContinualCallback):
             )
 
     @override
+    def on_run_start(self, trainer: L.Trainer) -> None:
+        check_reference(self._reference, self.run.names, self.preset == "sapt")
+
+    @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.run.data is None:
             rank_zero_warn("TaskMatrix measures between tasks, under lightning_cl.fit_tasks only: this is a plain fit")
@@ -110,6 +140,8 @@ class TaskMatrix(ContinualCallback):
     def on_sequence_start(self) -> None:
         self.matrix, self.tasks, self.seconds = torch.empty(0, 0), [], 0.0
         self.measured_on, self.changes = {}, []
+        self.last_report = None
+        self._task_metrics.clear()
 
     @override
     def at_boundary(
@@ -132,7 +164,7 @@ class TaskMatrix(ContinualCallback):
         if ckpt_path is not None:
             # Nothing was to be measured: one evaluation, to see if the data is still what the rows were measured on.
             self._evaluate(trainer, pl_module, data, 0, ckpt_path)
-        changed = self._changed(trainer, data)
+        changed = self._changed(trainer, data, trained)
         if changed:
             again = [column for column in changed if column not in unknown]
             old = self._measure_again(trainer, pl_module, data, trained, again, source)
@@ -144,6 +176,7 @@ class TaskMatrix(ContinualCallback):
             )
         if unknown:
             self.on_training_data = [task.name for task in data.tasks if data.validated_on_training_data(task)]
+        self._task_metrics.measure(trainer, pl_module, data, trained)
         self.seconds += time.monotonic() - start
         self._log(trainer, trained)
 
@@ -157,7 +190,7 @@ class TaskMatrix(ContinualCallback):
         self.matrix, self.tasks = matrix, names
         self.watched = [task.name for task in data.tasks if task.watched]
 
-    def _changed(self, trainer: L.Trainer, data: TaskDataModule) -> dict[int, str]:
+    def _changed(self, trainer: L.Trainer, data: TaskDataModule, trained: int) -> dict[int, str]:
         """Columns whose data is not what their earlier rows were measured on, with what differs."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return {}  # one batch of everything: no results
@@ -171,6 +204,9 @@ class TaskMatrix(ContinualCallback):
             if what is not None:
                 found[column] = what
         self.measured_on |= now
+        if trained == 0:
+            for words in on_other_data(self._reference, now):
+                rank_zero_warn(f"TaskMatrix: {words}")
         if unknown:
             rank_zero_warn(
                 "TaskMatrix: the checkpoint, of an earlier version, does not say on what data its rows were measured;"
@@ -261,6 +297,7 @@ class TaskMatrix(ContinualCallback):
             for name, value in zip(self.tasks, self.matrix[trained], strict=True)
             if not value.isnan()
         }
+        metrics |= self._task_metrics.logged(self.tasks, trained)
         if trained > 0:
             metrics |= {
                 f"continual/{name}": value
@@ -275,7 +312,7 @@ class TaskMatrix(ContinualCallback):
         if trained == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # one batch is no result
         methods = self._methods = named(self.run.methods)
-        report = build_report(self, self.run.costs, methods)
+        report = self.last_report = build_report(self, self.run.costs, methods)
         folder = run_folder(trainer)  # asked on all ranks
         if trainer.is_global_zero:
             write_report(report, folder)
@@ -304,28 +341,26 @@ class TaskMatrix(ContinualCallback):
         """The scores, each with its definition.
 
         Returns:
-            ``average``, ``mean_when_learnt``, ``backward_transfer``, ``forgetting``, ``forward_transfer`` (floats, NaN
-            where nothing is known, infinite where the run diverged), ``definitions``, ``tasks``, ``matrix`` (a list of
-            rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
+            the scores (floats, NaN where nothing is known, infinite where the run diverged), for each of them a
+            sentence in ``definitions`` and a hash of what it was measured on in ``fingerprints``, ``worst`` and
+            ``kept`` (see :func:`~lightning_cl.evaluation.scores.score_matrix`), ``reference``, ``tasks``, ``matrix`` (a
+            list of rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
+            If tasks have metrics, ``metrics`` too: ``scores`` (for each metric the same scores, ``matrix`` and
+            ``standard_errors``), ``definitions``, ``tasks``, ``costs``, ``answers`` and ``changes``.
         """
-        matrix = self.trained_matrix()
-        metrics = {
-            "average": AverageAccuracy(self.mode),
-            "mean_when_learnt": MeanWhenLearnt(self.mode),
-            "backward_transfer": BackwardTransfer(self.mode, self.preset),
-            "forgetting": Forgetting(self.mode),
-            "forward_transfer": ForwardTransfer(self.mode, self.preset),
-        }
-        scores: dict[str, Any] = {}
-        for name, metric in metrics.items():
-            if len(matrix) < 2:
-                scores[name] = float("nan")
-                continue
-            metric.set_dtype(torch.float64)
-            metric.update(matrix)
-            scores[name] = float(metric.compute())
+        matrix, trained = self.trained_matrix(), [name for name in self.tasks if name not in self.watched]
+        reference = {name: self._reference[name]["score"] for name in trained if name in self._reference}
+        reference = reference if len(reference) == len(trained) else {}
+        scores = score_matrix(matrix, trained, self.mode, self.preset, reference)
+        settings = {"monitor": self.monitor, "mode": self.mode, "preset": self.preset}
+        known = trained[: max(0, len(matrix) - 1)]
+        if self._task_metrics.asked:
+            scores["metrics"] = self._task_metrics.summary(self.tasks, self.watched, len(self.matrix), self.preset)
         return scores | {
-            "definitions": {name: metric.definition for name, metric in metrics.items()},
+            "fingerprints": score_fingerprints(
+                list(scores["definitions"]), known, self.measured_on, settings, reference
+            ),
+            "reference": {name: dict(self._reference[name]) for name in reference},
             "preset": self.preset,
             "monitor": self.monitor,
             "mode": self.mode,
@@ -365,6 +400,7 @@ class TaskMatrix(ContinualCallback):
             "measured_on": {name: dict(on) for name, on in self.measured_on.items()},
             "changes": [dict(change) for change in self.changes],
             "seconds": self.seconds,
+            **({"task_metrics": self._task_metrics.state()} if self._task_metrics.asked else {}),
         }
 
     @override
@@ -374,6 +410,7 @@ class TaskMatrix(ContinualCallback):
         # Earlier checkpoints do not have them, and keep NaN where something was measured and was not finite.
         self.measured_on = {name: dict(on) for name, on in state.get("measured_on", {}).items()}
         self.changes = [dict(change) for change in state.get("changes", [])]
+        self._task_metrics.load(state.get("task_metrics"))
 
 
 def _known(value: float) -> float | None:

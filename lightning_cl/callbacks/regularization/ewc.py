@@ -50,7 +50,7 @@ class EWC(FisherImportance):
     samples, in batches (:class:`~lightning_cl.functional.SampleGradients`).
 
     Args:
-        strength: the factor λ, or ``auto``. Good values on the quickstart (three tasks, AdamW at 2e-3,
+        strength: the factor λ, ``auto``, or a ``KLBudget``. Good values on the quickstart (three tasks, AdamW at 2e-3,
             ``normalize=True``): 0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
         estimator: source of the Fisher's labels. ``sample``: one draw per position from the model's own softmax.
             ``empirical``: the data. ``exact``: the expectation over all labels (small outputs). ``auto``: ``empirical``

@@ -20,7 +20,7 @@ class FisherImportance(SampledImportance):
     """A quadratic penalty whose importance is a Fisher information; a subclass decides on its form.
 
     Args:
-        strength: the factor, or ``auto``.
+        strength: the factor, ``auto``, or a ``KLBudget``.
         estimator: source of the labels: ``sample``, ``empirical``, ``exact``, ``batched`` or ``auto``.
         samples: number of samples of a task to measure on.
         decay: γ, the share of the importance that is kept from task to task.

@@ -50,7 +50,7 @@ class KFACEWC(FisherImportance):
     multiplications, about ``(in + out) / (3 · tokens)`` of the step itself. Compute per task: as EWC, and the moments.
 
     Args:
-        strength: the factor λ, or ``auto``.
+        strength: the factor λ, ``auto``, or a ``KLBudget``.
         estimator: source of the labels: ``sample``, ``empirical``, ``exact`` or ``auto``, as in
             :class:`~lightning_cl.EWC`.
         samples: number of samples of a task to measure on.

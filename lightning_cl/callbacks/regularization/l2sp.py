@@ -25,7 +25,7 @@ class L2SP(QuadraticPenalty):
     over parameters and anchor per step.
 
     Args:
-        strength: the factor, or ``auto``.
+        strength: the factor, ``auto``, or a ``KLBudget``.
         anchor: ``previous``: the weights at the end of the previous task; in the first task there is no penalty.
             ``start``: the weights at the start of the sequence (a pretrained model's), also during the first task.
         apply: ``gradient`` or ``proximal``, see
@@ -69,10 +69,10 @@ class L2SP(QuadraticPenalty):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_task_start(trainer, pl_module)
         if self.anchored_to == "start":
             # Weights that become trainable later have not moved yet.
             self._hold(pl_module, [name for name in trainable_parameters(pl_module) if name not in self.anchor])
+        super().on_task_start(trainer, pl_module)
 
     @override
     @torch.no_grad()
@@ -107,7 +107,7 @@ class L2SP(QuadraticPenalty):
 
     @override
     def state_bytes(self) -> int:
-        return tensor_bytes(self.anchor)
+        return super().state_bytes() - tensor_bytes(self.importance)
 
     @override
     def report(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_integer, check_strength
+from lightning_cl.callbacks.regularization.kl_budget import KLBudget, KLStrength
 from lightning_cl.core.checks import refuse_several_loaders, refuse_sharded
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.questions import Need, Trait
@@ -48,7 +49,8 @@ class LwF(ContinualCallback):
 
     Args:
         strength: the factor; 0 keeps teachers and adds no loss. It is multiplied by ``T²``: with the default T = 2, a
-            strength of 1 gives the divergence the weight 4.
+            strength of 1 gives the divergence the weight 4. A :class:`~lightning_cl.KLBudget`: the strength follows the
+            divergence of the model's predictions (at T = 1, on training samples of the task) to a stated value.
         temperature: T. It is 2 in the paper; 1 compares the unchanged predictions.
         teacher: ``previous``: the model at the end of the previous task; the first task has no teacher. ``base``: the
             model before the first task, for all tasks.
@@ -75,7 +77,7 @@ class LwF(ContinualCallback):
 
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float | KLBudget = 1.0,
         temperature: float = 2.0,
         teacher: Literal["previous", "base"] = "previous",
         where: Literal["all", "new", "replayed"] = "all",
@@ -85,7 +87,8 @@ class LwF(ContinualCallback):
         outputs: OutputsFunction | None = None,
     ) -> None:
         super().__init__()
-        self.strength = check_strength(strength)
+        self.strength = strength if isinstance(strength, KLBudget) else check_strength(strength)
+        self.budget = KLStrength(strength, "LwF", outputs, value=1.0) if isinstance(strength, KLBudget) else None
         self.temperature = check_strength(temperature, "temperature")
         if self.temperature == 0:
             raise ValueError("temperature=0: expected a number above 0, as 2 in the paper")
@@ -107,9 +110,18 @@ class LwF(ContinualCallback):
         self._unknown: dict[str, int] = {}  # for each task: positions at which the teacher is not finite
 
     @property
+    def factor(self) -> float:
+        """Returns the present strength: the given one, or the one that the budget has led to."""
+        return self.strength if isinstance(self.strength, float) else self._budget_value()
+
+    def _budget_value(self) -> float:
+        assert self.budget is not None
+        return self.budget.value
+
+    @property
     def is_active(self) -> bool:
         """True if there is anything to apply."""
-        return self.strength > 0 and self.teacher is not None
+        return self.factor > 0 and self.teacher is not None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -147,6 +159,12 @@ class LwF(ContinualCallback):
             self._student = None
 
     @override
+    def on_run_start(self, trainer: L.Trainer) -> None:
+        super().on_run_start(trainer)
+        if self.budget is not None:
+            self.budget.begin_sequence()
+
+    @override
     def on_sequence_start(self) -> None:
         if self.teacher_is == "base":
             self.teacher = None
@@ -155,6 +173,9 @@ class LwF(ContinualCallback):
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.teacher_is == "base" and self.teacher is None:
             self.teacher = Teacher(pl_module, self._dtype, self._device)
+        if self.budget is not None and self.task is not None:
+            self.budget.begin_task()
+            self.budget.keep_reference(pl_module, self.task.index, self.is_active)
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,6 +192,19 @@ class LwF(ContinualCallback):
             self.teacher.bind(pl_module)
         if self.is_active:
             self._student.watch()
+        if self.budget is not None:
+            self.budget.place(trainer, pl_module, self.run)
+
+    @override
+    def observe_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        steps = trainer.global_step - self.run.first_step
+        if self.budget is None or not self.is_active or not self.budget.is_due(steps):
+            return
+        self.log_scalar("kl", self.budget.measure(trainer, pl_module))
+        self.budget.choose(0.0, 0.0, self.run.position.name, steps)
+        self.log_scalar("strength", self.budget.value)
 
     @override
     def extra_loss(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
@@ -205,7 +239,7 @@ class LwF(ContinualCallback):
         divergence = total / len(theirs)
         if self.is_log_step(trainer):
             self._note(float(divergence.detach()))
-        return self.strength * self.temperature**2 * divergence
+        return self.factor * self.temperature**2 * divergence
 
     def _teachers(self, call: Call, pl_module: L.LightningModule, batch: Any) -> Tensor:
         """Returns the teacher's result of the student's call."""
@@ -254,6 +288,8 @@ class LwF(ContinualCallback):
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
+        if self.budget is not None:
+            self.budget.end_task(trainer, pl_module, self.run.position.name)
         if self.teacher_is == "previous":
             self.teacher = Teacher(pl_module, self._dtype, self._device)
 
@@ -263,7 +299,8 @@ class LwF(ContinualCallback):
     def continual_state(self) -> dict[str, Any]:
         teacher = self.teacher.state() if self.teacher is not None else None
         divergences = {name: list(value) for name, value in self._divergences.items()}
-        return {"teacher": teacher, "divergences": divergences, "unknown": dict(self._unknown)}
+        budget = {"budget": self.budget.state()} if self.budget is not None else {}
+        return {"teacher": teacher, "divergences": divergences, "unknown": dict(self._unknown), **budget}
 
     @override
     def load_continual_state(self, state: dict[str, Any]) -> None:
@@ -273,17 +310,21 @@ class LwF(ContinualCallback):
             self.teacher.load(state["teacher"])
         self._divergences = {name: list(value) for name, value in state["divergences"].items()}
         self._unknown = dict(state.get("unknown", {}))  # older checkpoints do not have it
+        if self.budget is not None and "budget" in state:
+            self.budget.load(state["budget"])
 
     @override
     def state_bytes(self) -> int:
-        return self.teacher.size_in_bytes() if self.teacher is not None else 0
+        teacher = self.teacher.size_in_bytes() if self.teacher is not None else 0
+        return teacher + (self.budget.state_bytes() if self.budget is not None else 0)
 
     @override
     def report(self) -> dict[str, Any]:
         means = {name: total / count for name, (total, count) in self._divergences.items()}
         unit = f"KL from its teacher ({'the task before' if self.teacher_is == 'previous' else 'the base'})"
         return {
-            "strength": self.strength,
+            "strength": self.strength if self.budget is None else repr(self.strength),
+            **(self.budget.report() if self.budget is not None else {}),
             "temperature": self.temperature,
             "teacher": self.teacher_is,
             "where": self.where,
@@ -295,11 +336,14 @@ class LwF(ContinualCallback):
                     f"LwF, {name}: the teacher was NaN or infinite at {count} positions, which are left out"
                     for name, count in self._unknown.items()
                 ),
+                *(self.budget.sentences() if self.budget is not None else ()),
             ],
         }
 
     @override
     def advice(self, need: Need) -> str | None:
+        if self.budget is not None:
+            return self.budget.advice(need)
         return f"a {'higher' if need == 'keep' else 'lower'} LwF(strength=…), {self.strength:g} now"
 
 

@@ -40,7 +40,7 @@ class MAS(SampledImportance):
     importance and anchor. Per task: one forward and backward pass over `samples` samples, in batches.
 
     Args:
-        strength: the factor, or ``auto``.
+        strength: the factor, ``auto``, or a ``KLBudget``.
         samples: number of samples of a task to measure on; all samples if the task has fewer.
         normalize: divide each task's Ω by its mean before it is added, so that strengths have one order of magnitude
             for different models. False keeps the units of the paper.

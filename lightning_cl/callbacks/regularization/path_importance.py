@@ -9,13 +9,13 @@ import lightning as L
 import torch
 from typing_extensions import override
 
+from lightning_cl.arguments import check_positive
 from lightning_cl.callbacks.regularization.quadratic import (
     Apply,
     QuadraticPenalty,
     StateDevice,
     StateDtype,
     Strength,
-    check_damping,
 )
 from lightning_cl.callbacks.regularization.step_watch import StepWatch
 from lightning_cl.core.placement import trainable_parameters
@@ -32,7 +32,7 @@ class PathImportance(QuadraticPenalty):
     per parameter.
 
     Args:
-        strength: the factor, or ``auto``.
+        strength: the factor, ``auto``, or a ``KLBudget``.
         damping: the number added to the denominator of the importance, or ``auto``.
         normalize: divide the importance by its mean.
         apply: ``gradient`` or ``proximal``.
@@ -82,3 +82,14 @@ class PathImportance(QuadraticPenalty):
     @override
     def report(self) -> dict[str, Any]:
         return super().report() | {"damping": self.damping, "normalize": self.normalize}
+
+
+def check_damping(damping: float | str) -> float | Literal["auto"]:
+    """Returns a damping, or ``auto``.
+
+    Raises:
+        ValueError: if it is neither a positive, finite number nor ``auto``.
+    """
+    if damping == "auto":
+        return "auto"
+    return check_positive("damping", damping, "a positive, finite number, or 'auto'")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_choice, check_positive, check_strength
+from lightning_cl.arguments import check_choice, check_strength
 from lightning_cl.callbacks.regularization.auto_strength import FIRST_CHOICE, AutoStrength
 from lightning_cl.callbacks.regularization.diagnosis import (
     advice_of,
@@ -21,6 +21,8 @@ from lightning_cl.callbacks.regularization.diagnosis import (
     sentences_of,
     warning_of,
 )
+from lightning_cl.callbacks.regularization.kl_budget import KLBudget, KLStrength
+from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import (
     Streamed,
@@ -36,7 +38,7 @@ from lightning_cl.core.questions import Need, Trait
 from lightning_cl.functional import add_penalty_gradient_, proximal_step_, zero_non_finite_
 
 Apply = Literal["gradient", "proximal"]
-Strength = float | Literal["auto"]
+Strength = float | Literal["auto"] | KLBudget
 StateDtype = Literal["float32", "bfloat16"]
 StateDevice = Literal["model", "cpu"]
 _MEASURED_STEPS = (4, 16, 64, 256)
@@ -58,8 +60,9 @@ class QuadraticPenalty(ContinualCallback):
     Args:
         strength: the factor; 0 applies nothing and still measures the importance. ``auto``: it is chosen in every task,
             in both modes, so that the penalty has the stated `share`
-            (:class:`~lightning_cl.callbacks.regularization.auto_strength.AutoStrength`). The report has the chosen
-            values.
+            (:class:`~lightning_cl.callbacks.regularization.auto_strength.AutoStrength`). A
+            :class:`~lightning_cl.KLBudget`: the model's predictions move by a stated divergence. The report has the
+            chosen values.
         apply: ``gradient`` or ``proximal``.
         share: with ``strength="auto"``, the norm of the penalty's gradient divided by that of the task's gradient. In
             ``proximal`` mode, its move of the weights divided by the optimizer's step, both per learning rate. It rises
@@ -90,13 +93,16 @@ class QuadraticPenalty(ContinualCallback):
     ) -> None:
         super().__init__()
         if isinstance(strength, str) and strength != "auto":
-            raise ValueError(f"strength={strength!r}: expected a number of at least 0, or 'auto'")
-        self.strength: Strength = strength if isinstance(strength, str) else check_strength(strength)
+            raise ValueError(f"strength={strength!r}: expected a number of at least 0, 'auto', or a KLBudget")
+        chosen = isinstance(strength, (str, KLBudget))
+        self.strength: Strength = strength if chosen else check_strength(strength)  # type: ignore[arg-type]
         self.apply = check_choice("apply", apply, ("gradient", "proximal"))
         self.share = check_strength(share, "share")
         if self.share == 0:
             raise ValueError("share=0: expected a number above 0, as 0.1; strength=0 switches the penalty off")
-        self.auto = AutoStrength(self.share) if strength == "auto" else None
+        self.auto: AutoStrength | KLStrength | None = AutoStrength(self.share) if strength == "auto" else None
+        if isinstance(strength, KLBudget):
+            self.auto = KLStrength(strength, type(self).__name__)
         self.state_dtype = getattr(torch, check_choice("state_dtype", state_dtype, ("float32", "bfloat16")))
         self.state_device = check_choice("state_device", state_device, ("model", "cpu"))
         self.importance: dict[str, Tensor] = {}
@@ -112,7 +118,7 @@ class QuadraticPenalty(ContinualCallback):
     @property
     def factor(self) -> float:
         """Returns the present strength: the given one, or the last chosen one."""
-        return self.auto.value if self.auto is not None else float(self.strength)
+        return self.auto.value if self.auto is not None else float(self.strength)  # type: ignore[arg-type]
 
     @property
     def is_active(self) -> bool:
@@ -122,10 +128,27 @@ class QuadraticPenalty(ContinualCallback):
     # ------------------------------------------------------------------ answers
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if isinstance(self.auto, KLStrength):
+            refuse_sharded(
+                trainer, f"{type(self).__name__}(strength=KLBudget(…)): a reference cannot be swapped in for"
+            )
+            self.auto.outputs = self.auto.budget.outputs or getattr(self, "outputs", None)
+
+    @override
+    def on_run_start(self, trainer: L.Trainer) -> None:
+        super().on_run_start(trainer)
+        if isinstance(self.auto, KLStrength):
+            self.auto.begin_sequence()
+
+    @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._largest_share, self._too_strong = None, False
         if self.auto is not None:
             self.auto.begin_task()
+        if isinstance(self.auto, KLStrength) and self.task is not None:
+            self.auto.keep_reference(pl_module, self.task.index, self.is_active or self.tasks_done > 0)
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -142,6 +165,8 @@ class QuadraticPenalty(ContinualCallback):
             self.anchor[name] = fit_to(self.anchor[name], parameter, parameter.detach(), on_cpu)
             if name in self.importance:
                 self.importance[name] = fit_to(self.importance[name], parameter, None, on_cpu)
+        if isinstance(self.auto, KLStrength):
+            self.auto.place(trainer, pl_module, self.run)
 
     @override
     @torch.no_grad()
@@ -156,6 +181,8 @@ class QuadraticPenalty(ContinualCallback):
         if self.is_log_step(trainer) or self._steps(trainer) in _MEASURED_STEPS:
             self._measure(parameters, scale, self.is_log_step(trainer))
         self._due = self.auto is not None and self.auto.is_due(self._steps(trainer))
+        if self._due and isinstance(self.auto, KLStrength):
+            self.log_scalar("kl", self.auto.measure(trainer, pl_module))
         if self.apply == "proximal" and (self._due or self._steps(trainer) in _MEASURED_STEPS):
             self._before = {name: p.detach().clone() for name, p in parameters.items()}
         if self.apply == "proximal" or not self._due:
@@ -199,6 +226,8 @@ class QuadraticPenalty(ContinualCallback):
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         held = self._describe_hold(trainer, pl_module)
+        if isinstance(self.auto, KLStrength):
+            self.auto.end_task(trainer, pl_module, self.run.position.name)
         self.update_importance(trainer, pl_module)
         if self._diagnosis:
             self._diagnosis[-1].update(held)
@@ -351,8 +380,8 @@ class QuadraticPenalty(ContinualCallback):
         steps = self._steps(trainer)
         if self.factor == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"{type(self).__name__}: in {self.task} strength='auto' has chosen nothing in {steps} steps (its first"
-                f" choice comes after {FIRST_CHOICE}), so nothing was protected; give a number as strength"
+                f"{type(self).__name__}: in {self.task} strength={self.strength!r} has chosen nothing in {steps} steps"
+                f" (its first choice comes after {FIRST_CHOICE}), so nothing was protected; give a number as strength"
             )
         if self.factor > 0 and (words := warning_of(entry, self.apply, self.auto is not None)):
             rank_zero_warn(f"{type(self).__name__}: in {self.task} {words}")
@@ -385,32 +414,33 @@ class QuadraticPenalty(ContinualCallback):
 
     @override
     def state_bytes(self) -> int:
-        return tensor_bytes(self.importance, self.anchor)
+        return tensor_bytes(self.importance, self.anchor) + _bytes_of(self.auto)
 
     @override
     def report(self) -> dict[str, Any]:
-        chosen = {"chosen": list(self.auto.chosen), "share": self.share} if self.auto is not None else {}
+        chosen: dict[str, Any] = {}
+        if isinstance(self.auto, KLStrength):
+            chosen = self.auto.report()
+        elif self.auto is not None:
+            chosen = {"chosen": list(self.auto.chosen), "share": self.share}
         held = [words for entry in self._diagnosis for words in sentences_of(type(self).__name__, entry, self.apply)]
+        held += self.auto.sentences() if isinstance(self.auto, KLStrength) else []
         importance = list(self._diagnosis)
-        return {"strength": self.strength, "apply": self.apply, "importance": importance, **chosen, "sentences": held}
+        strength = repr(self.strength) if isinstance(self.strength, KLBudget) else self.strength
+        return {"strength": strength, "apply": self.apply, "importance": importance, **chosen, "sentences": held}
 
     @override
     def advice(self, need: Need) -> str | None:
+        if isinstance(self.auto, KLStrength):
+            return self.auto.advice(need) if self._diagnosis or self.auto.reached else None
         what, value = ("share", self.share) if self.auto is not None else ("strength", self.factor)
         return advice_of(type(self).__name__, need, self._diagnosis, what, value)
-
-
-def check_damping(damping: float | str) -> float | Literal["auto"]:
-    """Returns a damping, or ``auto``.
-
-    Raises:
-        ValueError: if it is neither a positive, finite number nor ``auto``.
-    """
-    if damping == "auto":
-        return "auto"
-    return check_positive("damping", damping, "a positive, finite number, or 'auto'")
 
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:
     result: float = sum(float(whole(t.detach().float().square().sum())) for t in tensors if t is not None) ** 0.5
     return result
+
+
+def _bytes_of(auto: AutoStrength | KLStrength | None) -> int:
+    return auto.state_bytes() if isinstance(auto, KLStrength) else 0

@@ -48,7 +48,7 @@ class RWalk(PathImportance):
     sums, and the gradient and the weights before each step). Compute per step: as SI, and one more multiplication.
 
     Args:
-        strength: the factor, or ``auto``.
+        strength: the factor, ``auto``, or a ``KLBudget``.
         rate: α, the weight of the newest squared gradients.
         every: Δt, the number of optimizer steps between two updates of F and s.
         damping: ε; the default is the authors'. It is far above ``½ F Δθ²`` at the learning rates of fine-tuning, where

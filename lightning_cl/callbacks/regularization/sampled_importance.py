@@ -21,7 +21,7 @@ class SampledImportance(QuadraticPenalty):
     """A quadratic penalty whose importance is measured on samples at a task's end.
 
     Args:
-        strength: the factor, or ``auto``.
+        strength: the factor, ``auto``, or a ``KLBudget``.
         samples: number of samples of a task to measure on; all samples if the task has fewer.
         batch_size: samples measured at once; default: the training loader's.
         last_task: True measures the last task of a sequence too. False saves that pass. If tasks are added later, the

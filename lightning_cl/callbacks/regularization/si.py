@@ -33,7 +33,7 @@ class SI(PathImportance):
     the weights before each step). Compute per step: two copies and one multiplication per parameter, and the penalty.
 
     Args:
-        strength: the factor, or ``auto``. Good values on the quickstart (three tasks, AdamW at 2e-3,
+        strength: the factor, ``auto``, or a ``KLBudget``. Good values on the quickstart (three tasks, AdamW at 2e-3,
             ``normalize=True``): 0.001 to 0.01 for ``apply="gradient"``, 1 to 10 for ``apply="proximal"``.
         damping: ξ. ``auto``: the mean of ``Δ²`` over all weights in this task, so that equation 5 does the same at
             every learning rate. A number is ξ itself, in units of a squared parameter change: 0.1 in the paper's

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from lightning_cl.arguments import is_integer
 from lightning_cl.data.text.messages import check_string, check_texts, conversation, parse_list, without_switches
 from lightning_cl.data.text.record_counts import Tally
 
@@ -25,7 +27,9 @@ _REQUIRED = (
     ("instruction", "response"),
     ("text",),
 )
-COLUMNS = frozenset({"tools", "system", "history", "input", "context"}.union(*_REQUIRED))
+EXTRAS = ("choices", "references")
+"""Keys that are not trained on: the possible answers, and further accepted answers, for the metrics of a task."""
+COLUMNS = frozenset({"tools", "system", "history", "input", "context", *EXTRAS}.union(*_REQUIRED))
 """Every key that has a meaning."""
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Keys of data that cannot be learnt here; they are counted and reported."""
@@ -58,12 +62,14 @@ class Completion:
         completion: the text that is learnt.
         system: a text before the prompt; in a chat template it is a turn of its own.
         where: the record's position in its source, for messages.
+        extras: the values of :data:`EXTRAS` as they are in the record.
     """
 
     prompt: str
     completion: str
     system: str = ""
     where: str = field(default="", compare=False, repr=False)
+    extras: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def asked(self) -> str:
@@ -79,7 +85,7 @@ class Completion:
         """A conversation: the prompt is the user's turn, the completion the assistant's."""
         system = ({"role": "system", "content": self.system},) if self.system else ()
         turns = ({"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion})
-        return Chat((*system, *turns), where=self.where)
+        return Chat((*system, *turns), where=self.where, extras=self.extras)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Instruction:
         where: the record's position in its source, for messages.
         system: a text before everything else.
         history: earlier pairs of instruction and answer; they are a part of the prompt.
+        extras: the values of :data:`EXTRAS` as they are in the record.
     """
 
     instruction: str
@@ -103,6 +110,7 @@ class Instruction:
     where: str = field(default="", compare=False, repr=False)
     system: str = ""
     history: tuple[tuple[str, str], ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def plain(self) -> str:
@@ -115,14 +123,14 @@ class Instruction:
         turns = [{"role": "system", "content": self.system}] if self.system else []
         for question, answer in (*self.history, (asked, self.output)):
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return Chat(tuple(turns), first=len(turns) - 1 if self.history else 0, where=self.where)
+        return Chat(tuple(turns), first=len(turns) - 1 if self.history else 0, where=self.where, extras=self.extras)
 
     def as_completion(self) -> Completion:
         """A completion whose prompt has plain headings."""
         given = f"### Input:\n{self.input}\n\n" if self.input else ""
         earlier = "".join(f"### Instruction:\n{q}\n\n### Response:\n{a}\n\n" for q, a in self.history)
         prompt = f"{earlier}### Instruction:\n{self.instruction}\n\n{given}### Response:\n"
-        return Completion(prompt, self.output, self.system, self.where)
+        return Completion(prompt, self.output, self.system, self.where, self.extras)
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,7 @@ class Chat:
         first: index of the first message that may bear loss; those before it are the prompt.
         where: the record's position in its source, for messages.
         muted: indices of the assistant's turns that bear no loss.
+        extras: the values of :data:`EXTRAS` as they are in the record.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -142,6 +151,7 @@ class Chat:
     first: int = 0
     where: str = field(default="", compare=False, repr=False)
     muted: frozenset[int] = frozenset()
+    extras: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def last_alone(self) -> Chat:
         """The same conversation with loss on the assistant's last turn alone."""
@@ -184,7 +194,11 @@ def as_document(content: Any, where: str = "", tally: Tally | None = None) -> Do
     if not isinstance(content, dict):
         raise ValueError(f"expected a record such as {FORMATS}, got a {type(content).__name__}")
     record = {key: value for key, value in content.items() if not _is_missing(value)}
+    extras = {key: record.pop(key) for key in EXTRAS if key in record}
+    record = _with_chosen_answer(record, extras.get("choices"))
     document, used = _by_keys(record, where)
+    if document is not None and extras and not isinstance(document, Text):
+        document = replace(document, extras=extras)
     if document is not None:
         if tally is not None:
             unused = [key for key in record if key in COLUMNS and key not in used and not _is_empty(record[key])]
@@ -205,6 +219,33 @@ def check_answer(document: Document) -> None:
     answer = document.completion if isinstance(document, Completion) else getattr(document, "output", "-")
     if not answer.strip():
         raise ValueError("the answer is empty: there is nothing to learn")
+
+
+def _with_chosen_answer(record: dict[str, Any], choices: Any) -> dict[str, Any]:
+    """A record whose answer is the number of a choice, counted from 0, with the choice's text instead."""
+    texts = choices_in(choices) if choices is not None else None
+    if not texts:
+        return record
+    numbers = {
+        key: record[key] for key in ("answer", "completion", "output", "response") if is_integer(record.get(key))
+    }
+    for key, number in numbers.items():
+        if not 0 <= number < len(texts):
+            raise ValueError(f"{key!r}: {number} is the number of no choice; there are {len(texts)}, counted from 0")
+    return record | {key: texts[number] for key, number in numbers.items()}
+
+
+def choices_in(value: Any) -> list[str] | None:
+    """The texts of a record's choices: a list of texts, such a list under ``text``, or JSON text; else None."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = parse_list(value, "'choices'")
+    if isinstance(value, dict):
+        value = value.get("text")
+    value = value.tolist() if hasattr(value, "tolist") else value  # pandas reads lists as arrays
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+        return None
+    return list(value)
 
 
 def _by_keys(record: dict[str, Any], where: str) -> tuple[Document | None, set[str]]:

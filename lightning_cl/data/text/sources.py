@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 
+from lightning_cl.data.benchmarks import benchmark_tasks
 from lightning_cl.data.text.containers import SUFFIXES
 from lightning_cl.data.text.decoding import suffix_of
 from lightning_cl.data.text.folders import (
@@ -251,13 +252,20 @@ def documents_of(location: Location, path_header: bool) -> Iterator[tuple[Path, 
 
 
 def as_tasks(tasks: Any) -> list[Task]:
-    """A list of tasks from ``{name: data}``, ``{name: {arguments of Task}}``, or a list of tasks.
+    """A list of tasks from ``{name: data}``, ``{name: {arguments of Task}}``, a list of tasks, or a benchmark's folder.
+
+    A benchmark is given as ``{benchmark: trace, folder: …}`` (:mod:`lightning_cl.data.benchmarks`); ``more`` has tasks
+    that come after its own, as ``{name: data}``.
 
     Raises:
         ValueError: if there is no task, no task to train on, or two tasks have the same name.
         TypeError: if `tasks` is something else, or an argument of a task has an unknown name.
     """
-    if isinstance(tasks, dict):
+    if isinstance(tasks, dict) and {"benchmark", "folder"} <= tasks.keys():
+        more = tasks.get("more") or {}
+        listed = benchmark_tasks({key: value for key, value in tasks.items() if key != "more"})
+        listed += [_as_task(name, data) for name, data in more.items()]
+    elif isinstance(tasks, dict):
         listed = [_as_task(name, data) for name, data in tasks.items()]
     elif isinstance(tasks, (list, tuple)):
         listed = [task if isinstance(task, Task) else _as_task(None, task) for task in tasks]

@@ -29,7 +29,7 @@ class StartingWeights:
 
     Example:
         >>> from torch import nn
-        >>> from lightning_cl.callbacks.monitoring.starting_weights import StartingWeights
+        >>> from lightning_cl.passes.starting_weights import StartingWeights
         >>> model = nn.Linear(2, 1)
         >>> start = StartingWeights(model)
         >>> sorted(start.copies)

@@ -1,0 +1,210 @@
+"""A model card: base, tasks, what was kept, and how to load it, as the README.md of a saved model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lightning_cl.evaluation.sentences import row_names
+from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number
+from lightning_cl.version import __version__
+
+Kind = Literal["model", "adapter", "merged"]
+
+_NO_REPORT = "How well it knows its tasks was not measured, or its weights were changed since: there is no matrix."
+
+
+class Base(NamedTuple):
+    """What a model was before its first task."""
+
+    words: str
+    """In a sentence; no path of a disk."""
+    name: str | None = None
+    """On the hub; None: it is not known to be there."""
+    checksum: str | None = None
+    """Of its weights, where it is kept."""
+
+
+def describe_base(source: str | Mapping[str, Any], checksum: str | None = None) -> Base:
+    """Describes the base of a model, without saying where it lies on a disk.
+
+    Args:
+        source: a name on the hub, a folder, a file, ``sample:NAME``, or a configuration.
+        checksum: of its weights.
+    """
+    if isinstance(source, Mapping):
+        return Base(f"none: trained from scratch, a `{_code(str(source['model_type']))}`", None, checksum)
+    if source.startswith("sample:"):
+        return Base(f"`{_code(source.removeprefix('sample:'))}`, from an installed package", None, checksum)
+    local = Path(source).exists() or source.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+    if local or source.startswith("."):
+        place = re.split(r"[/\\]", source.rstrip("/\\"))[-1]
+        return Base(f"`{_code(place)}`, a local copy", None, checksum)
+    return Base(f"`{source}`", source, checksum)
+
+
+def model_card(
+    base: Base,
+    kind: Kind,
+    report: Mapping[str, Any] | None = None,
+    task: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes the card of a saved model, in Markdown with YAML at its top.
+
+    It has no path of this machine, and no licence: that is for whoever publishes the model.
+
+    Args:
+        base: what the model was before.
+        kind: a whole model, an adapter, or an adapter that is merged into its base.
+        report: of the run (:func:`~lightning_cl.evaluation.build_report`, or what ``report.json`` has); None: unknown.
+        task: the task whose adapter it is, if each has its own; ``mean``: the mean of all.
+        settings: further ones to show, as of LoRA.
+    """
+    title = "Adapter" if kind == "adapter" else "Model"
+    lines = [*_front_matter(base, kind), "", f"# {title}: {_tasks_in_words(report)}", ""]
+    lines += [f"Trained with lightning_cl {__version__}, a library for continual learning.", "", "## Base", ""]
+    lines += [f"- base model: {base.words}"]
+    lines += [f"- checksum of the base's weights: `{base.checksum}`"] if base.checksum is not None else []
+    lines += [f"- {_text(name)}: {_text(str(value))}" for name, value in (settings or {}).items() if value is not None]
+    if task is not None:
+        whose = "mean of the adapters of all tasks" if task == "mean" else f"adapter of the task {_text(task)}"
+        lines += [f"- this is the {whose}"]
+    lines += [""]
+    lines += _evidence(report) if report is not None else ["## Results", "", _NO_REPORT, ""]
+    lines += _how_to_load(kind)
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(base: Base, kind: Kind) -> list[str]:
+    named = base.name is not None
+    relation = "adapter" if kind == "adapter" else "finetune"
+    return [
+        "---",
+        *([f"base_model: {json.dumps(base.name)}", f"base_model_relation: {relation}"] if named else []),
+        *([] if named else ["# base_model: its name on the hub, if it has one"]),
+        f"library_name: {'peft' if kind == 'adapter' else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "  - continual-learning",
+        "  - lightning-cl",
+        *(["  - lora"] if kind == "adapter" else []),
+        "# license: yours to choose; it has to fit the base's and the data's",
+        "---",
+    ]
+
+
+def _tasks_in_words(report: Mapping[str, Any] | None) -> str:
+    names = row_names(dict(report))[1:] if report is not None else []
+    return f"trained on {', then '.join(map(_text, names))}" if names else "trained on one task after another"
+
+
+def _evidence(report: Mapping[str, Any]) -> list[str]:
+    plain = dict(report)
+    rows, better = row_names(plain), "lower" if report["mode"] == "min" else "higher"
+    matrix = [[rows[i], *map(format_number, values)] for i, values in enumerate(report["matrix"])]
+    scores = [
+        [name.replace("_", " "), format_number(report[name], signed=name not in UNSIGNED), report["definitions"][name]]
+        for name in SCORES
+        if name in report
+    ]
+    lines = ["## Tasks, in their order", "", *_table(["task", "steps", "new", "measured on"], _tasks(report)), ""]
+    lines += [
+        "`measured on` is the number of validation samples and a fingerprint of them (SHA-256, its first 16 digits).",
+        "",
+        f"## {_text(report['monitor'])} of every task after every task",
+        "",
+        f"{better.capitalize()} is better. The first row is before any training.",
+        "",
+        *_table(["after", *report["tasks"]], matrix),
+        "",
+        *_table(["score", "value", "definition"], scores),
+        "",
+        *map(_item, report["sentences"]),
+        *(
+            _item(
+                f"{change['task']}: rows above {rows[change['row']]!r} are measured on other data ({change['what']})."
+            )
+            for change in report.get("data_changes", ())
+        ),
+        "",
+    ]
+    for name, probe in report.get("probe", {}).items():
+        values = [
+            [rows[after] if after < len(rows) else str(after), *map(format_number, scores)]
+            for after, scores in zip(probe["after"], probe["rows"], strict=True)
+        ]
+        head = ["after", *(f"{column} (n = {n})" for column, n in zip(probe["columns"], probe["n"], strict=True))]
+        definition = f"{_text(probe['definition'])}; fingerprint of the questions: `{probe['measured_on']}`."
+        lines += [f"## {_text(name)}", "", definition, "", *_table(head, values), ""]
+    methods = ", ".join(map(_text, report["methods"])) or "none: plain training"
+    return [*lines, "## Methods", "", methods, ""]
+
+
+def _tasks(report: Mapping[str, Any]) -> list[list[str]]:
+    costs = {cost["task"]: cost for cost in report["costs"]["tasks"]}
+    rows = []
+    for name in report["tasks"]:
+        cost, on = costs.get(name, {}), report["measured_on"].get(name, {})
+        unit = "tokens" if cost.get("new_tokens") else "samples"
+        new = f"{cost[f'new_{unit}']:,.0f} {unit}" if f"new_{unit}" in cost else "–"
+        samples = ", ".join(f"{count:,}" for count in on.get("samples", ()) if count is not None)
+        watched = " (watched, not trained)" if name in report["watched"] else ""
+        found = " ".join(part for part in (samples, on.get("data")) if part)
+        rows.append([f"{name}{watched}", f"{cost['steps']:,.0f}" if cost else "–", new, found or "–"])
+    return rows
+
+
+def _how_to_load(kind: Kind) -> list[str]:
+    package, name = (
+        ("peft", "AutoPeftModelForCausalLM") if kind == "adapter" else ("transformers", "AutoModelForCausalLM")
+    )
+    lines = ["## How to load it", "", "```python"]
+    lines += [f"from {package} import {name}"] if kind == "adapter" else []
+    lines += [
+        f"from transformers import {'AutoTokenizer' if kind == 'adapter' else 'AutoModelForCausalLM, AutoTokenizer'}",
+        "",
+        'folder = "this-folder"',
+        f"model = {name}.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "```",
+    ]
+    if kind == "adapter":
+        lines += [
+            "",
+            "`adapter_config.json` says where peft finds the base (`base_model_name_or_path`). Where that is a folder"
+            " of the machine that trained it, write the base's name on the hub there before you publish the adapter.",
+        ]
+    return lines
+
+
+# ---------------------------------------------------------------------- Markdown
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [
+        f"| {' | '.join(cell if index == 1 else _text(cell) for cell in line)} |" for index, line in enumerate(lines)
+    ]
+
+
+def _text(text: str) -> str:
+    """A text of somebody in Markdown, as it is: on one line, and no sign in it is markup."""
+    line = " ".join(text.split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*_{}\[\]|~$^])", r"\\\1", line)
+    return line.replace("://", "&#58;//").replace("www.", "www&#46;")  # else a link, without any brackets
+
+
+def _item(text: str) -> str:
+    """The same as an item of a list, where the first sign could begin a heading or another list."""
+    line = _text(text)
+    return f"- {re.sub('^[#+0-9-]', lambda found: f'&#{ord(found[0])};', line)}"
+
+
+def _code(text: str) -> str:
+    """A text that stands between backticks."""
+    return " ".join(text.replace("`", "'").split())

@@ -1,0 +1,213 @@
+"""An exam: a task's exercises answered by a module, and each answer's scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_cl.core.checks import refuse_sharded
+from lightning_cl.core.deployment import deployed
+from lightning_cl.core.ranks import from_all_ranks
+from lightning_cl.data.exercises import Exercise
+from lightning_cl.data.module import TaskDataModule
+from lightning_cl.data.text.answer_ends import ends_of_answers
+from lightning_cl.data.text.tokenizer import pad_token_id
+from lightning_cl.metrics.text import BY_LIKELIHOOD, answer_score, choice_score
+from lightning_cl.passes.generation import continue_tokens, generator_of
+from lightning_cl.passes.heads import SplitHead, evaluated
+from lightning_cl.passes.passes import progress
+from lightning_cl.passes.task_samples import groups_of_like_length
+from lightning_cl.tasks import Task
+
+_MORE = 8  # tokens that an answer may have more than the longest reference
+_MOST_ROWS = 64  # exercises that are answered together
+
+
+@dataclass
+class Exam:
+    """The answers to a task's exercises.
+
+    Args:
+        answers: of each exercise, what was written; empty where only choices were compared.
+        scores: of each metric, the score of each exercise.
+        generated_tokens: how many tokens were written.
+        scored_tokens: how many tokens of choices were scored.
+        seconds: the time that it took.
+    """
+
+    answers: list[str]
+    scores: dict[str, list[float]]
+    generated_tokens: int
+    scored_tokens: int
+    seconds: float
+
+
+def new_tokens(task: Task, exercises: Sequence[Exercise]) -> int:
+    """The most tokens of an answer: ``Task.max_new_tokens``, or those of the longest reference, and 8."""
+    return task.max_new_tokens or max((one.longest for one in exercises), default=0) + _MORE
+
+
+def answering_model(trainer: L.Trainer, pl_module: L.LightningModule, task: Task) -> Any:
+    """The model in a module that writes answers.
+
+    Raises:
+        MisconfigurationException: if there is none, or its parameters are sharded.
+    """
+    refuse_sharded(trainer, f"task {task.name!r}, metrics={task.metrics}: no answers can be written with")
+    model = generator_of(pl_module)
+    if model is None:
+        raise MisconfigurationException(
+            f"task {task.name!r}, metrics={task.metrics}: nothing in {type(pl_module).__name__} can write answers: the"
+            " module needs a transformers causal language model (with `generate`) as an attribute, as CausalLM has it"
+        )
+    return model
+
+
+def hold_exam(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    data: TaskDataModule,
+    task: Task,
+    exercises: Sequence[Exercise],
+    max_new_tokens: int,
+) -> Exam:
+    """Lets a module answer exercises as its user would get the answers, and scores each answer.
+
+    Answers are written greedily, in batches of prompts of similar length, until an end token. The processes of a run
+    share the exercises; all of them return everything.
+
+    Args:
+        trainer: the Trainer, between its loops.
+        pl_module: its module, with a ``transformers`` model in it.
+        data: the tasks, set up.
+        task: the task that the exercises are of, with metrics.
+        exercises: the exercises; at least one.
+        max_new_tokens: the most tokens of an answer.
+
+    Raises:
+        MisconfigurationException: see :func:`answering_model`.
+    """
+    start, model = time.monotonic(), answering_model(trainer, pl_module, task)
+    metrics = task.metrics or []
+    own = list(range(trainer.global_rank, len(exercises), trainer.world_size))
+    device = next(model.parameters()).device
+    pl_module.to(trainer.strategy.root_device)
+    rows = task.batch_size or data.batch_size
+    answers: dict[int, str] = {}
+    likelihoods: dict[int, list[float]] = {}
+    written = scored = 0
+    try:
+        with deployed(trainer, pl_module, task.name), trainer.precision_plugin.forward_context():
+            if any(metric not in BY_LIKELIHOOD for metric in metrics):
+                groups = _groups([len(exercises[i].prompt) for i in own], rows, data.max_length)
+                for group in progress(trainer, groups, f"Answers: {task.name}", len(groups)):
+                    chosen = [own[position] for position in group]
+                    prompts = [exercises[i].prompt for i in chosen]
+                    ids = _written(model, data.tokenizer, prompts, max_new_tokens)
+                    written += sum(map(len, ids))
+                    texts = [data.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+                    answers |= dict(zip(chosen, texts, strict=True))
+            if any(metric in BY_LIKELIHOOD for metric in metrics):
+                likelihoods = _choose(trainer, model, exercises, own, rows, data, task)
+                scored = sum(len(row) - at for i in own for row, at in _choices(exercises[i]))
+    finally:
+        pl_module.to(device)
+    scores = {i: _scores(exercises[i], metrics, answers.get(i, ""), likelihoods.get(i, [])) for i in own}
+    parts = from_all_ranks((answers, scores, written, scored))
+    everything = {i: (part[0].get(i, ""), part[1][i]) for part in parts for i in part[1]}
+    ordered = [everything[i] for i in range(len(exercises))]
+    return Exam(
+        [answer for answer, _ in ordered],
+        {metric: [each[metric] for _, each in ordered] for metric in metrics},
+        sum(part[2] for part in parts),
+        sum(part[3] for part in parts),
+        time.monotonic() - start,
+    )
+
+
+def _scores(exercise: Exercise, metrics: Sequence[str], answer: str, likelihoods: Sequence[float]) -> dict[str, float]:
+    references, choices = exercise.references, exercise.choices
+    return {
+        metric: choice_score(metric, likelihoods, choices, exercise.right)
+        if metric in BY_LIKELIHOOD
+        else answer_score(metric, answer, references, exercise.text, choices)
+        for metric in metrics
+    }
+
+
+def _written(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """The new tokens of each prompt, as many as the model has positions for."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        most = max(1, min(most, positions - max(map(len, prompts))))
+    return continue_tokens(model, prompts, most, pad_token_id(tokenizer), ends_of_answers(tokenizer))
+
+
+def _choices(exercise: Exercise) -> list[tuple[list[int], int]]:
+    return list(zip(exercise.rows, exercise.starts, strict=True))
+
+
+def _groups(lengths: Sequence[int], rows: int, longest: int) -> list[list[int]]:
+    return list(groups_of_like_length(lengths, rows, longest, _MOST_ROWS))
+
+
+def _choose(
+    trainer: L.Trainer,
+    model: Any,
+    exercises: Sequence[Exercise],
+    own: Sequence[int],
+    rows: int,
+    data: TaskDataModule,
+    task: Task,
+) -> dict[int, list[float]]:
+    """The log-likelihood of each choice of these exercises."""
+    asked = [(i, row, at) for i in own for row, at in _choices(exercises[i])]
+    found: dict[int, list[float]] = {i: [] for i in own}
+    values = [0.0] * len(asked)
+    head = SplitHead(model, quiet=True)
+    groups = _groups([len(row) for _, row, _ in asked], rows, data.max_length)
+    for group in progress(trainer, groups, f"Choices: {task.name}", len(groups)):
+        chosen = [asked[position][1:] for position in group]
+        for position, value in zip(group, log_likelihoods(model, head, chosen), strict=True):
+            values[position] = value
+    for (i, _, _), value in zip(asked, values, strict=True):
+        found[i].append(value)
+    return found
+
+
+def log_likelihoods(model: Any, head: SplitHead, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
+    """``Σ log p`` of the last tokens of each row, given all before them; an empty sum is 0.
+
+    Logits exist only at the positions that predict these tokens.
+
+    Args:
+        model: a ``transformers`` model.
+        head: the same model in two steps.
+        rows: token ids, and the position of the first token to score; it is at least 1.
+    """
+    device, longest = next(model.parameters()).device, max(len(row) for row, _ in rows)
+    # Padding after a row is seen by none of its tokens.
+    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row, _ in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in rows], device=device)
+    places = torch.tensor([(i, at) for i, (row, first) in enumerate(rows) for at in range(first, len(row))])
+    places = places.reshape(-1, 2).to(device)
+    with evaluated(model):
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if head.exact:
+            hidden = head.hidden_states(inputs)
+            logits = head.logits(hidden[places[:, 0], places[:, 1] - 1])
+        else:
+            logits = model(**inputs, use_cache=False).logits[places[:, 0], places[:, 1] - 1]
+        chosen = ids[places[:, 0], places[:, 1]]
+        log_p = logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    totals = torch.zeros(len(rows), dtype=torch.float64)
+    totals.index_add_(0, places[:, 0].cpu(), log_p.double().cpu())
+    result: list[float] = totals.tolist()
+    return result
