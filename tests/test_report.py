@@ -361,7 +361,8 @@ def test_the_table_shows_all_numbers_and_the_costs(tmp_path):
     assert rows["c"] == ["c", "10", "2.0", "0.5", "1,200", "300"]
     assert "task  steps  training, s  end of task, s  new tokens  replayed tokens" in text
     assert "lower is better" in text
-    assert str(tmp_path / "report.json") in text
+    assert str(tmp_path / "report.html") in text
+    assert "report.json" in text
 
 
 def test_unknown_entries_are_dashes_in_the_table():

@@ -62,7 +62,7 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
     drawn, families = readable(report["tasks"])
     tasks, matrix = short_names(drawn), report["matrix"]
     label = dict(zip(report["tasks"], tasks, strict=True))
-    shifts = _changes(report)
+    shifts = changes_of(report)
     report = report | {
         "tasks": tasks,
         "by_place": [name for i, name in enumerate(drawn) if name == f"task {i + 1}" != report["tasks"][i]],
@@ -91,7 +91,7 @@ def matrix_figure(report: dict[str, Any], title: str | None = None) -> Any:
     return figure
 
 
-def _changes(report: dict[str, Any]) -> list[list[float]]:
+def changes_of(report: dict[str, Any]) -> list[list[float]]:
     """Returns the gain of each entry over when its task was learnt; NaN before that.
 
     A watched task is compared with the row before training. Where a column continues with other data, its first row on
@@ -148,7 +148,7 @@ def _heat_map(
     from matplotlib.patches import Rectangle
 
     colors = LinearSegmentedColormap.from_list("change", (_WORSE, "white", _BETTER)).with_extremes(bad=_NOT_YET)
-    full = _full_color(matrix, shifts)
+    full = full_color(matrix, shifts)
     shades = [[shift / full for shift in row] for row in shifts]
     axes.imshow(shades, cmap=colors, vmin=-1, vmax=1, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks)
@@ -184,7 +184,7 @@ def _heat_map(
     axes.set_xlabel("\n".join(notes), fontsize=9)
 
 
-def _full_color(matrix: list[list[float]], shifts: list[list[float]]) -> float:
+def full_color(matrix: list[list[float]], shifts: list[list[float]]) -> float:
     """The change that has the full colour, the same for all tasks: noise alone must not be red."""
     scores = [abs(value) for row in matrix for value in row if math.isfinite(value)]
     learnt = [

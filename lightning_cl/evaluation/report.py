@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from lightning_cl.evaluation import figure
 from lightning_cl.evaluation.metric_tables import format_metrics, write_metrics
+from lightning_cl.evaluation.page import write_page
 from lightning_cl.evaluation.probe_table import format_probe
+from lightning_cl.evaluation.provenance import provenance
 from lightning_cl.evaluation.sentences import Method, sentence
 from lightning_cl.evaluation.sentences import row_names as row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table, plain_cell
@@ -42,7 +44,6 @@ def build_report(
     trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
     told = {name: method.report() for method, name in methods if method is not matrix}
     sections = [method.pop("sections", {}) for method in told.values()]  # of the whole report, by their key
-    guard = [entry for one in told.values() for entry in one.pop("guard", [])]
     return {
         "format": 1,
         **summary,
@@ -60,12 +61,18 @@ def build_report(
         "methods": told,
         # What probes have measured is evidence as the matrix is, and no property of a method.
         "probe": {name: method.pop("probe") for name, method in told.items() if "probe" in method},
-        **({"guard": guard} if guard else {}),
+        "provenance": provenance(),
     }
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Writes ``report.json``, ``matrix.csv`` and ``matrix.png``, each whole or not at all."""
+def write_report(report: dict[str, Any], folder: Path, page: bool = False) -> None:
+    """Writes ``report.json``, ``matrix.csv`` and ``matrix.png``, each whole or not at all.
+
+    Args:
+        report: of :func:`build_report`.
+        folder: of the run.
+        page: True writes ``report.html`` too.
+    """
     replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(_plain(report), indent=2) + "\n"))
 
     def write_csv(path: Path) -> None:
@@ -81,6 +88,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     replace_file(folder / "matrix.csv", write_csv)
     write_metrics(report, folder)
     replace_file(folder / "matrix.png", lambda path: figure.draw_matrix(report, path))
+    if page:
+        write_page(report, folder)
 
 
 def format_report(report: dict[str, Any], folder: Path | None) -> str:
@@ -113,7 +122,7 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
     lines.append(f"  state kept by the methods: {state or 'none'}")
     lines += [f"  left out: {words}" for cost in report["costs"]["tasks"] if (words := _left_out(cost))]
     if folder is not None:
-        lines += ["", f"  {folder / 'report.json'}, matrix.csv, matrix.png"]
+        lines += ["", f"  {folder / 'report.html'}, report.json, matrix.csv, matrix.png"]
         lines += _kept_on_disk(report)
     return "\n".join(lines) + "\n"
 

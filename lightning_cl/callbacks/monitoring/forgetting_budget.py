@@ -457,6 +457,6 @@ class ForgettingBudget(ContinualCallback):
             "confidence": self.confidence,
             "looks": self._look_number,
             "seconds": self.seconds,
-            "guard": [dict(entry) for entry in self.looks],
+            "sections": {"guard": [dict(entry) for entry in self.looks]} if self.looks else {},
             "sentences": guard_sentences(self),
         }

@@ -43,8 +43,8 @@ class TaskMatrix(ContinualCallback):
     run continues with other validation data (or other batches of it), rows are measured again if their checkpoints
     still exist: the one that the run resumes from, and those in the same folder. A line separates the rows that are
     left, and no score compares rows across it. A score that is NaN or infinite counts as the worst and is named. After
-    every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end the table is
-    printed.
+    every task the run's folder gets ``report.json``, ``matrix.csv`` and ``matrix.png``; at the end it gets
+    ``report.html``, a page to send to others, and the table is printed.
 
     A task with ``Task(metrics=[…])`` is also asked for answers, by the model that its user would get: each metric has a
     matrix of its own, with its scores (``summary()["metrics"]``), in the report and in ``matrix_<metric>.csv``. The
@@ -315,7 +315,7 @@ class TaskMatrix(ContinualCallback):
         report = self.last_report = build_report(self, self.run.costs, methods)
         folder = run_folder(trainer)  # asked on all ranks
         if trainer.is_global_zero:
-            write_report(report, folder)
+            write_report(report, folder, page=final)
             write_importance(report, folder)
             log_evidence(trainer.loggers, report, trainer.global_step)
         if final:
