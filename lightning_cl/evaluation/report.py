@@ -102,7 +102,7 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
         rows.append([name, *(format_number(value) for value in row)])
     lines = ["", f"{monitor} of every task after every task ({better} is better)", "", *format_table(rows), ""]
     scores = [
-        [_score_name(report, name), format_number(report[name], name not in UNSIGNED), report["definitions"][name]]
+        [_score_name(report, name), format_number(report[name], name not in UNSIGNED), _in_words(report, name)]
         for name in SCORES
         if name in report
     ]
@@ -125,6 +125,11 @@ def format_report(report: dict[str, Any], folder: Path | None) -> str:
         lines += ["", f"  {folder / 'report.html'}, report.json, matrix.csv, matrix.png"]
         lines += _kept_on_disk(report)
     return "\n".join(lines) + "\n"
+
+
+def _in_words(report: dict[str, Any], name: str) -> str:
+    """A score's definition without its formula, which stands in the page and in ``report.json``."""
+    return str(report["definitions"][name].partition(": ")[2] or report["definitions"][name])
 
 
 def _score_name(report: dict[str, Any], name: str) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,11 @@ def write_cards(
     report = json.loads(Path(card).read_text(encoding="utf-8")) if isinstance(card, (str, Path)) else card
     for folder, task in folders.items():
         text = model_card(base, kind, report, task, settings)
-        replace_file(folder / "README.md", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        replace_file(folder / "README.md", partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def check_card(card: Any) -> None:

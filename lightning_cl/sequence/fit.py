@@ -103,7 +103,7 @@ def fit_tasks(
         coordinator.end_sequence()
     if hasattr(module, "run_report"):  # what it shows when it is saved
         reports = (getattr(method, "last_report", None) for method in methods_of(trainer))
-        module.run_report = next((report for report in reports if report is not None), None)
+        setattr(module, "run_report", next((report for report in reports if report is not None), None))  # noqa: B010
     return next((method.summary() for method in methods_of(trainer) if hasattr(method, "summary")), {})
 
 

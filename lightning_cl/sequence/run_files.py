@@ -19,8 +19,8 @@ if sys.platform != "win32":
 
 
 _LOCK = ".run.lock"
-_REPORTS = ("report.json", "report.html", "losses.json", "matrix.csv", "matrix_*.csv", "matrix.png", "curves.png")
-_REPORTS += ("importance.png", "predictions.jsonl")
+_PICTURES = ("matrix.png", "curves.png", "importance.png")
+_REPORTS = ("report.json", "report.html", "losses.json", "matrix.csv", "matrix_*.csv", *_PICTURES, "predictions.jsonl")
 _OF_A_START = ("config.yaml", "hparams.yaml", "metrics.csv")  # files that exist before the first step
 
 

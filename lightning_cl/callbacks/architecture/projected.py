@@ -170,7 +170,8 @@ def on_one_rank_each(
         compute: from a name and a whole tensor; gives tensors on the CPU, in plain containers.
         label: what the progress display says.
     """
-    names, size, mine = list(tensors), trainer.world_size, {}
+    names, size = list(tensors), trainer.world_size
+    mine: dict[str, dict[str, Any]] = {}
     turns = range(0, len(names), size)
     for first in progress(trainer, turns, label, len(turns)):
         own: dict[str, Tensor] = {}

@@ -155,9 +155,8 @@ def _numbers(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> 
         ((sample["doc_id"], sample.get(metric)) for sample in samples if sample.get("filter", "none") == chosen),
         key=lambda pair: pair[0],
     )
-    if not all(isinstance(value, (int, float)) for _, value in found):
-        return None
-    return [float(value) for _, value in found]
+    values = [float(value) for _, value in found if isinstance(value, (int, float))]
+    return values if len(values) == len(found) else None
 
 
 @contextmanager
