@@ -25,7 +25,7 @@ from lightning_cl import ForgettingBudget, Task, TaskDataModule, fit_tasks
 from lightning_cl.functional.guard import confidence_width, look_error
 
 VOCABULARY, LENGTH = 12, 24
-FIRST, STEPS, EVERY, PLANT = 120, 40, 8, 16  # steps of the first task and of the others
+FIRST, STEPS, EVERY, PLANT = 100, 24, 4, 8  # steps of the first task and of the others
 PLANTED = FIRST + STEPS + PLANT  # step of the run
 
 
@@ -87,7 +87,7 @@ class Plant(L.Callback):
         pl_module.eval()
         aim = float(pl_module.loss(everything)) + self.rise
         low, high = 0.0, 4.0
-        for _ in range(14):
+        for _ in range(12):
             pl_module.shift.copy_((low + high) / 2 * direction)
             low, high = ((low + high) / 2, high) if pl_module.loss(everything) < aim else (low, (low + high) / 2)
         pl_module.train()
@@ -97,7 +97,7 @@ def one_run(seed: int, rise: float = 0.05, budget: float = 0.01, samples: int = 
     """Trains the three tasks; returns the guard."""
     generator = torch.Generator().manual_seed(seed)
     chain = torch.softmax(2.0 * torch.randn(VOCABULARY, VOCABULARY, generator=generator), 1)
-    train, held_out, many = (Sequences(chain, count, generator) for count in (2000, 256, 500))
+    train, held_out, many = (Sequences(chain, count, generator) for count in (2000, 512, 1000))
     torch.manual_seed(seed)
     guard = ForgettingBudget(budget, "nats", every=EVERY, samples=samples, action=["warn"])
     trainer = L.Trainer(
@@ -132,7 +132,7 @@ def alarms(guard: ForgettingBudget, budget: float, patience: int) -> tuple[bool,
         if entries[0]["training"] != training:
             training, count = entries[0]["training"], {}
         for entry in entries:
-            n, alpha = entry["n"], look_error(0.05, number, len(entries))
+            n, alpha = entry["n"], 2 * look_error(0.05, number, len(entries))
             margin = entry["SE"] * math.sqrt(n) * confidence_width(n, alpha, guard.samples)
             count[entry["task"]] = count.get(entry["task"], 0) + 1 if entry["D"] - margin > budget else 0
         if max(count.values()) >= patience:

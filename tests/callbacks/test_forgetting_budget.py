@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -229,7 +231,7 @@ def test_a_rollback_restores_everything_bit_for_bit(tmp_path):
 
 def test_after_a_rollback_remedies_stay_and_the_last_ends_the_task(tmp_path):
     guard, trace = budget("lr", "replay", "rollback"), Trace()
-    run(tmp_path, guard, [Replay(40, 0.3), trace, saver(100)], lr=0.2, names="abd")
+    run(tmp_path, guard, [Replay(40, 0.3), trace, saver(100)], lr=0.2)
     actions = [action for _, action in acted(guard) if action]
     assert actions[:3] == ["lr", "replay", "rollback, stop"]
     guard, trace = budget("lr", "rollback", "lr", "warn"), Trace()
@@ -240,21 +242,39 @@ def test_after_a_rollback_remedies_stay_and_the_last_ends_the_task(tmp_path):
     assert trace.lrs[back] == pytest.approx(0.2 * (1 - (trace.steps[back] - 18) / 100) * 0.25)
 
 
-@pytest.mark.parametrize("stop_at", [22, 26, 33])
-def test_a_run_that_is_killed_and_resumed_decides_and_ends_as_one_that_was_not(tmp_path, stop_at):
+def test_a_run_that_is_killed_and_resumed_decides_and_ends_as_one_that_was_not(tmp_path):
+    """Killed before the first action, and after the rollback before the next checkpoint."""
+
     def parts():
         return budget("lr", "replay", "rollback", "lr", "interpolate"), [Replay(40, 0.3, fill="training"), saver(2)]
 
     guard, others = parts()
-    expected = run(tmp_path / "whole", guard, others, lr=0.1)
+    trace = Trace()
+    expected = run(tmp_path / "whole", guard, [*others, trace], lr=0.1)
     assert [action for _, action in acted(guard)][:3] == ["lr", "replay", "rollback, lr"]
-    killed, callbacks = parts()
-    with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path / "killed", killed, [*callbacks, Trace(stop_at)], lr=0.1)
-    resumed, callbacks = parts()
-    module = run(tmp_path / "killed", resumed, callbacks, lr=0.1, ckpt_path="last")
-    assert resumed.looks == guard.looks
-    assert same(module, expected)
+    back = next(i for i in range(1, len(trace.steps)) if trace.steps[i] <= trace.steps[i - 1])
+    for stop_at in (21, back + 1):
+        root = tmp_path / f"killed-{stop_at}"
+        killed, callbacks = parts()
+        with pytest.raises(RuntimeError, match="killed"):
+            run(root, killed, [*callbacks, Trace(stop_at)], lr=0.1)
+        resumed, callbacks = parts()
+        module = run(root, resumed, callbacks, lr=0.1, ckpt_path="last")
+        assert resumed.looks == guard.looks
+        assert same(module, expected)
+
+
+def test_no_false_alarm_on_the_old_tasks_own_data_and_a_planted_rise_within_two_looks():
+    """A few runs of the benchmark, which has the figures of 200."""
+    script = Path(__file__).parents[1] / "benchmarks" / "guard.py"
+    spec = importlib.util.spec_from_file_location("guard_benchmark", script)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for seed in (1000, 1001):
+        looks = benchmark.one_run(seed).looks
+        assert not any(entry["action"] for entry in looks if entry["step"] <= benchmark.PLANTED)
+        first = next(entry["step"] for entry in looks if entry["action"])
+        assert first - benchmark.PLANTED <= 2 * benchmark.EVERY
 
 
 # ---------------------------------------------------------------------- report and refusals

@@ -34,7 +34,7 @@ from lightning_cl.functional.guard import Rise, allowed_rise, look_error, paired
 
 Action = Literal["warn", "replay", "lr", "interpolate", "rollback", "stop"]
 Unit = Literal["retained", "nats"]
-_DOUBLINGS = 2  # of the sequences of a look, while the answer is not clear
+_DOUBLINGS = 3  # of the sequences of a look, while the answer is not clear
 
 
 class ForgettingBudget(ContinualCallback):
@@ -42,7 +42,7 @@ class ForgettingBudget(ContinualCallback):
 
     At each look, the losses of held-out sequences are compared with the losses of the same sequences when their task
     was learnt (a watched task: before the first task). A task is in ``breach`` if the mean rise is surely more than
-    allowed, and ``safe`` if it is surely not more. Otherwise twice as many sequences are looked at, up to four times
+    allowed, and ``safe`` if it is surely not more. Otherwise twice as many sequences are looked at, up to eight times
     `samples`. The probability of any wrong breach in a whole run is at most ``1 − confidence``, over all looks and
     tasks (:mod:`lightning_cl.functional.guard` has the formulas). After `patience` breaches of a task in a row, the
     next action of the list is taken; the last one is repeated. Each task begins with the first.
@@ -268,7 +268,8 @@ class ForgettingBudget(ContinualCallback):
         assert self.task is not None
         names = self.sets.guarded(self.task.name)
         self._look_number += 1
-        alpha = look_error(1.0 - self.confidence, self._look_number, len(names))
+        # The bound has two sides, and each of them may err so often.
+        alpha = 2.0 * look_error(1.0 - self.confidence, self._look_number, len(names))
         spent = 0.0
         found: dict[str, Rise] = {}
         for name in names:
