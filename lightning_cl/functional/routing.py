@@ -7,6 +7,10 @@ the distance and its use against unknown inputs: Lee et al. 2018, NeurIPS, arXiv
     d²(x, t) = (x − μ_t)ᵀ (Σ + λ I)⁻¹ (x − μ_t)        λ = shrinkage · mean of the diagonal of Σ
     Σ = 1 / (N − T) · Σ_t Σ_{x of t} (x − μ_t)(x − μ_t)ᵀ
 
+The mean of n tokens varies about as a + b / n. The nearest task hardly depends on n, but its distance does: prompts of
+8 tokens are six times as far from their own task as prompts of 64. So there are limits for each length, which decide on
+"none of them" (:func:`prompt_beginnings`).
+
 Sums are kept, in fp64. So prompts may come in any order and in several parts, the parts of several processes are added
 up, and a new task never moves the mean of an earlier one.
 """
@@ -18,6 +22,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from lightning_cl.functional.routing_limit import DistanceLimit, row_keys
 
 NONE_OF_THEM = -1
 """The task of a prompt that is like no task's prompts."""
@@ -49,6 +55,37 @@ def prompt_means(embeddings: Tensor, mask: Tensor, tokens: int | None = 64) -> T
         >>> prompt_means(torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[0, 1, 1]]))
         tensor([[2.]])
     """
+    return _means(embeddings, _counted(embeddings, mask, tokens))
+
+
+def prompt_beginnings(embeddings: Tensor, mask: Tensor, tokens: int | None = 64) -> tuple[Tensor, Tensor]:
+    """Mean of a beginning of each prompt: one token of it, or two, four, eight and so on, or all that count.
+
+    They show how far from their task shorter prompts are. Each length is equally likely. The draw depends on the prompt
+    alone, so it is the same in any order.
+
+    Args:
+        embeddings: as for :func:`prompt_means`.
+        mask: as for :func:`prompt_means`.
+        tokens: as for :func:`prompt_means`.
+
+    Returns:
+        The means, fp32 ``[batch, width]``, and how many tokens each is of, int64 ``[batch]``.
+
+    Raises:
+        ValueError: as :func:`prompt_means`.
+    """
+    counted = _counted(embeddings, mask, tokens)
+    counts = counted.sum(1)
+    powers = 2 ** torch.arange(63, device=counts.device)
+    choices = (powers < counts[:, None]).sum(1) + 1  # powers of two below the count, and the count
+    drawn = powers[row_keys(_means(embeddings, counted)) % choices]
+    lengths = torch.minimum(drawn, counts)
+    return _means(embeddings, counted & (counted.cumsum(1) <= lengths[:, None])), lengths
+
+
+def _counted(embeddings: Tensor, mask: Tensor, tokens: int | None) -> Tensor:
+    """The first tokens of each prompt, as a mask."""
     if embeddings.ndim != 3 or mask.shape != embeddings.shape[:2]:
         raise ValueError(
             f"mask of shape {list(mask.shape)}, embeddings of shape {list(embeddings.shape)}: expected [batch, length]"
@@ -63,8 +100,12 @@ def prompt_means(embeddings: Tensor, mask: Tensor, tokens: int | None = 64) -> T
     if bool((counts == 0).any()):
         empty = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"mask: rows {empty[:3]} have no token; each row needs at least one")
+    return chosen
+
+
+def _means(embeddings: Tensor, chosen: Tensor) -> Tensor:
     kept = embeddings.float().masked_fill(~chosen[..., None], 0.0)  # what stands in padding may be NaN
-    return kept.sum(1) / counts[:, None]
+    return kept.sum(1) / chosen.sum(1, keepdim=True)
 
 
 def random_projection(width: int, size: int = PROJECTED, seed: int = 0) -> Tensor:
@@ -86,13 +127,14 @@ class TaskRouter:
     """Finds the task of a prompt among those it was fitted on, or says that it is none of them.
 
     Distances are squared Mahalanobis distances, without a unit. "None of them" means that even the nearest task is
-    farther away than nearly all of its own prompts were. Each own prompt counts there as if it had not been fitted
-    (leave one out, in closed form): else few prompts in many dimensions look nearer than new ones ever are. These
-    limits follow the covariance when tasks are added, for each task keeps a sample of its prompts.
+    farther away than nearly all of its own prompts of that length were. Each own prompt counts there as if it had not
+    been fitted (leave one out, in closed form): else few prompts in many dimensions look nearer than new ones ever are.
+    These limits follow the covariance when tasks are added, for each task keeps a sample of its prompts and of their
+    beginnings.
 
-    State: 8·d² bytes for the covariance, and for each task 8·d for its mean and 4·d for each prompt of its sample
-    (512 dimensions: 2 MB and 1 MB a task). Compute: d² for each prompt and pass; one Cholesky factorisation after a
-    change.
+    State: 8·d² bytes for the covariance, and for each task 8·d for its mean and 8·d for each prompt of its sample
+    (512 dimensions: 2 MB and 2 MB a task). Compute: d² for each prompt; after a change one Cholesky factorisation, and
+    2·d² for each prompt of the samples.
 
     Args:
         width: dimensions of the features; above 1024 they are projected to 512 (:func:`random_projection`).
@@ -130,8 +172,13 @@ class TaskRouter:
         self._counts = torch.zeros(0, dtype=torch.int64)
         self._sums = torch.zeros(0, self.size, dtype=torch.float64)
         self._moment = torch.zeros(self.size, self.size, dtype=torch.float64)  # Σ x xᵀ of all tasks together
-        self._samples: list[Tensor] = []
-        self._factor: Tensor | None = None  # Cholesky's, until something changes
+        self._samples: list[Tensor] = []  # rows of a prompt, its beginning, and the beginning's length
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forgets what was computed from the sums, since they change."""
+        self._factor: Tensor | None = None  # Cholesky's
+        self._known: dict[int, DistanceLimit] = {}
 
     # ------------------------------------------------------------------ fitting
 
@@ -150,27 +197,36 @@ class TaskRouter:
         """Mean of each task's features, after the projection: fp64 ``[tasks, size]``, NaN for a task without any."""
         return self._sums / self._counts[:, None]
 
-    def update(self, features: Tensor, task: int) -> None:
+    def update(self, features: Tensor, task: int, beginnings: tuple[Tensor, Tensor] | None = None) -> None:
         """Adds prompts of a task.
 
         Args:
             features: ``[prompts, width]``, from :func:`prompt_means`.
             task: index of their task, from 0.
+            beginnings: of the same prompts, from :func:`prompt_beginnings`. Without them a task has one limit for
+                prompts of all lengths.
 
         Raises:
-            ValueError: if the shape does not fit, a number is not finite, or the index is negative.
+            ValueError: if a shape does not fit, a number is not finite, or the index is negative.
         """
         if task < 0:
             raise ValueError(f"task={task}: expected an index from 0")
-        rows = self._project(features)
-        if not bool(rows.isfinite().all()):
+        starts, lengths = (features, torch.ones(len(features))) if beginnings is None else beginnings
+        if starts.shape != features.shape or lengths.shape != features.shape[:1]:
+            raise ValueError(
+                f"beginnings of shapes {list(starts.shape)} and {list(lengths.shape)}: expected {list(features.shape)}"
+                f" and [{len(features)}], one of each prompt"
+            )
+        rows, parts = self._project(features), self._project(starts)
+        if not bool(rows.isfinite().all() and parts.isfinite().all()):
             raise ValueError("features: some of them are not finite")
+        sample = torch.cat([rows, parts, lengths[:, None].cpu().double()], 1).float()
         self._grow(task + 1)
         self._counts[task] += len(rows)
         self._sums[task] += rows.sum(0)
         self._moment += rows.T @ rows
-        self._samples[task] = _smallest_keys(torch.cat([self._samples[task], rows.float()]), self.keep)
-        self._factor = None
+        self._samples[task] = self._draw(self._samples[task], sample)
+        self._forget()
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds what another router of the same width and seed was fitted on, as another process's.
@@ -192,8 +248,8 @@ class TaskRouter:
         self._moment += moment.double()
         for task in range(len(counts)):
             more = state["samples"].cpu()[state["sample_tasks"].cpu() == task]
-            self._samples[task] = _smallest_keys(torch.cat([self._samples[task], more.float()]), self.keep)
-        self._factor = None
+            self._samples[task] = self._draw(self._samples[task], more.float())
+        self._forget()
 
     # ------------------------------------------------------------------ routing
 
@@ -223,41 +279,47 @@ class TaskRouter:
             raise ValueError("TaskRouter: it was fitted on no prompt yet; call update(features, task) first")
         return self._distances(self._project(features))
 
-    def limits(self) -> Tensor:
-        """Distance within which `quantile` of each task's own prompts lie, each left out of the fit in turn.
+    def limits(self, lengths: Tensor | None = None) -> Tensor:
+        """Distance within which `quantile` of a task's prompts of a length lie, each left out of the fit in turn.
+
+        Args:
+            lengths: numbers of tokens, int64 ``[prompts]``; None: as long as the task's longest. A prompt longer than
+                those has their limit.
 
         Returns:
-            fp64 ``[tasks]``; infinite for a task of fewer than two prompts.
+            fp64 ``[prompts, tasks]``, or ``[tasks]`` without `lengths`; infinite for a task of fewer than two prompts.
         """
-        found = torch.full((self.tasks,), math.inf, dtype=torch.float64)
-        for task, sample in enumerate(self._samples):
-            count = int(self._counts[task])
-            if count < 2:
-                continue
-            inside = self._distances(sample.double())[:, task]
-            # Without x its mean moves away from it and its share leaves the covariance (Sherman & Morrison).
-            share = count / ((count - 1) * self._freedom())
-            outside = (count / (count - 1)) ** 2 * inside / (1 - share * inside).clamp(min=1e-12)
-            found[task] = torch.quantile(outside, self.quantile)
-        return found
+        asked = torch.tensor([math.inf]) if lengths is None else lengths.cpu()
+        each, places = asked.double().unique(return_inverse=True)
+        found = torch.full((len(each), self.tasks), math.inf, dtype=torch.float64)
+        for task in (self._counts >= 2).nonzero().flatten().tolist():
+            if task not in self._known:
+                self._known[task] = self._limit(task)
+            for row, length in enumerate(each.tolist()):
+                found[row, task] = self._known[task].at(length)
+        return found[0] if lengths is None else found[places]
 
-    def route(self, features: Tensor, reject: bool = True) -> Tensor:
+    def route(self, features: Tensor, reject: bool = True, lengths: Tensor | None = None) -> Tensor:
         """Index of the nearest task of each prompt.
 
         Args:
             features: ``[prompts, width]``.
             reject: prompts outside the limit of their nearest task get −1; else each prompt gets a task.
+            lengths: how many tokens each is the mean of, int64 ``[prompts]``, for :meth:`limits`.
 
         Returns:
             int64 ``[prompts]`` on the CPU.
 
         Raises:
-            ValueError: if there is no task yet, or the shape does not fit.
+            ValueError: if there is no task yet, or a shape does not fit.
         """
+        if lengths is not None and lengths.shape != features.shape[:1]:
+            raise ValueError(f"lengths of shape {list(lengths.shape)}: expected [{len(features)}], one of each prompt")
         nearest = self.distances(features).min(1)
         if not reject:
             return nearest.indices
-        outside = nearest.values > self.limits()[nearest.indices]
+        limits = self.limits(lengths).expand(len(features), self.tasks)
+        outside = nearest.values > limits.gather(1, nearest.indices[:, None])[:, 0]
         return nearest.indices.masked_fill(outside, NONE_OF_THEM)
 
     # ------------------------------------------------------------------ state
@@ -269,7 +331,7 @@ class TaskRouter:
             "counts": self._counts.clone(),
             "sums": self._sums.clone(),
             "moment": self._moment.clone(),
-            "samples": torch.cat([*self._samples, torch.zeros(0, self.size)]),
+            "samples": torch.cat([*self._samples, self._nothing()]),
             "sample_tasks": torch.cat([*owners, torch.zeros(0, dtype=torch.int64)]),
         }
 
@@ -295,26 +357,40 @@ class TaskRouter:
         more = max(0, tasks - self.tasks)
         self._counts = torch.cat([self._counts, torch.zeros(more, dtype=torch.int64)])
         self._sums = torch.cat([self._sums, torch.zeros(more, self.size, dtype=torch.float64)])
-        self._samples += [torch.zeros(0, self.size) for _ in range(more)]
+        self._samples += [self._nothing() for _ in range(more)]
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(0, 2 * self.size + 1)
+
+    def _draw(self, kept: Tensor, more: Tensor) -> Tensor:
+        """At most `keep` of the rows, those with the smallest keys: an even draw that does not depend on the order."""
+        rows = torch.cat([kept, more])
+        return rows[row_keys(rows[:, : self.size]).argsort(stable=True)[: self.keep]]
 
     def _freedom(self) -> int:
         return max(1, int(self._counts.sum()) - int((self._counts > 0).sum()))
 
-    def _distances(self, rows: Tensor) -> Tensor:
+    def _white(self, rows: Tensor) -> Tensor:
+        """Coordinates in which the distance is the plain one."""
         if self._factor is None:
             self._factor = torch.linalg.cholesky(self.covariance())
-        means = self._sums / self._counts.clamp(min=1)[:, None]
+        return torch.linalg.solve_triangular(self._factor, rows.T, upper=False).T
+
+    def _distances(self, rows: Tensor) -> Tensor:
+        white, means = self._white(rows), self._white(self._sums / self._counts.clamp(min=1)[:, None])
         found = rows.new_full((len(rows), self.tasks), math.inf)
         for task in (self._counts > 0).nonzero().flatten().tolist():
-            white = torch.linalg.solve_triangular(self._factor, (rows - means[task]).T, upper=False)
-            found[:, task] = white.square().sum(0)
+            found[:, task] = (white - means[task]).square().sum(1)
         return found
 
-
-def _smallest_keys(rows: Tensor, count: int) -> Tensor:
-    """At most `count` of the rows, those with the smallest keys: an even draw that does not depend on their order."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) | 1
-    keys = (rows.contiguous().view(torch.int32).long() * factors).sum(1)  # wraps around
-    keys = (keys ^ (keys >> 31)) * -7046029254386353131
-    return rows[(keys ^ (keys >> 29)).argsort(stable=True)[:count]]
+    def _limit(self, task: int) -> DistanceLimit:
+        count, sample = int(self._counts[task]), self._samples[task].double()
+        mean = self._white(self._sums[task : task + 1] / count)
+        whole = self._white(sample[:, : self.size]) - mean
+        part = self._white(sample[:, self.size : -1]) - mean
+        # Without a prompt its mean moves away from it and its share leaves the covariance (Sherman & Morrison).
+        part = part + whole / (count - 1)
+        share = count / ((count - 1) * self._freedom())
+        along, own = (part * whole).sum(1), whole.square().sum(1)
+        outside = part.square().sum(1) + share * along.square() / (1 - share * own).clamp(min=1e-12)
+        return DistanceLimit(outside, sample[:, -1], self.quantile)
