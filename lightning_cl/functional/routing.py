@@ -374,7 +374,8 @@ class TaskRouter:
         """Coordinates in which the distance is the plain one."""
         if self._factor is None:
             self._factor = torch.linalg.cholesky(self.covariance())
-        return torch.linalg.solve_triangular(self._factor, rows.T, upper=False).T
+        white: Tensor = torch.linalg.solve_triangular(self._factor, rows.T, upper=False).T
+        return white
 
     def _distances(self, rows: Tensor) -> Tensor:
         white, means = self._white(rows), self._white(self._sums / self._counts.clamp(min=1)[:, None])
