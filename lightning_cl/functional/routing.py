@@ -9,7 +9,7 @@ the distance and its use against unknown inputs: Lee et al. 2018, NeurIPS, arXiv
 
 The mean of n tokens varies about as a + b / n. The nearest task hardly depends on n, but its distance does: prompts of
 8 tokens are six times as far from their own task as prompts of 64. So there are limits for each length, which decide on
-"none of them" (:func:`prompt_beginnings`).
+"none of them" (:func:`.prompt_beginnings`).
 
 Sums are kept, in fp64. So prompts may come in any order and in several parts, the parts of several processes are added
 up, and a new task never moves the mean of an earlier one.
@@ -33,79 +33,6 @@ WIDEST = 1024
 
 PROJECTED = 512
 """Dimensions after the projection."""
-
-
-def prompt_means(embeddings: Tensor, mask: Tensor, tokens: int | None = 64) -> Tensor:
-    """Mean of the embeddings of each prompt's first tokens; padding on either side does not count.
-
-    Args:
-        embeddings: token embeddings of shape ``[batch, length, width]``, in any floating-point type.
-        mask: ``[batch, length]``, True or non-zero at the tokens of the prompt.
-        tokens: how many tokens of a prompt count at most; None: all.
-
-    Returns:
-        fp32 ``[batch, width]``.
-
-    Raises:
-        ValueError: if the shapes do not fit, or a row has no token.
-
-    Example:
-        >>> import torch
-        >>> from lightning_cl.functional.routing import prompt_means
-        >>> prompt_means(torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[0, 1, 1]]))
-        tensor([[2.]])
-    """
-    return _means(embeddings, _counted(embeddings, mask, tokens))
-
-
-def prompt_beginnings(embeddings: Tensor, mask: Tensor, tokens: int | None = 64) -> tuple[Tensor, Tensor]:
-    """Mean of a beginning of each prompt: one token of it, or two, four, eight and so on, or all that count.
-
-    They show how far from their task shorter prompts are. Each length is equally likely. The draw depends on the prompt
-    alone, so it is the same in any order.
-
-    Args:
-        embeddings: as for :func:`prompt_means`.
-        mask: as for :func:`prompt_means`.
-        tokens: as for :func:`prompt_means`.
-
-    Returns:
-        The means, fp32 ``[batch, width]``, and how many tokens each is of, int64 ``[batch]``.
-
-    Raises:
-        ValueError: as :func:`prompt_means`.
-    """
-    counted = _counted(embeddings, mask, tokens)
-    counts = counted.sum(1)
-    powers = 2 ** torch.arange(63, device=counts.device)
-    choices = (powers < counts[:, None]).sum(1) + 1  # powers of two below the count, and the count
-    drawn = powers[row_keys(_means(embeddings, counted)) % choices]
-    lengths = torch.minimum(drawn, counts)
-    return _means(embeddings, counted & (counted.cumsum(1) <= lengths[:, None])), lengths
-
-
-def _counted(embeddings: Tensor, mask: Tensor, tokens: int | None) -> Tensor:
-    """The first tokens of each prompt, as a mask."""
-    if embeddings.ndim != 3 or mask.shape != embeddings.shape[:2]:
-        raise ValueError(
-            f"mask of shape {list(mask.shape)}, embeddings of shape {list(embeddings.shape)}: expected [batch, length]"
-            " and [batch, length, width]"
-        )
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens={tokens}: expected a positive integer, or None for all tokens")
-    chosen = mask != 0
-    if tokens is not None:
-        chosen = chosen & (chosen.cumsum(1) <= tokens)
-    counts = chosen.sum(1)
-    if bool((counts == 0).any()):
-        empty = (counts == 0).nonzero().flatten().tolist()
-        raise ValueError(f"mask: rows {empty[:3]} have no token; each row needs at least one")
-    return chosen
-
-
-def _means(embeddings: Tensor, chosen: Tensor) -> Tensor:
-    kept = embeddings.float().masked_fill(~chosen[..., None], 0.0)  # what stands in padding may be NaN
-    return kept.sum(1) / chosen.sum(1, keepdim=True)
 
 
 def random_projection(width: int, size: int = PROJECTED, seed: int = 0) -> Tensor:
@@ -172,7 +99,7 @@ class TaskRouter:
         self._counts = torch.zeros(0, dtype=torch.int64)
         self._sums = torch.zeros(0, self.size, dtype=torch.float64)
         self._moment = torch.zeros(self.size, self.size, dtype=torch.float64)  # Σ x xᵀ of all tasks together
-        self._samples: list[Tensor] = []  # rows of a prompt, its beginning, and the beginning's length
+        self._samples: list[Tensor] = []  # rows of a prompt, its beginning, and their lengths
         self._forget()
 
     def _forget(self) -> None:
@@ -197,30 +124,40 @@ class TaskRouter:
         """Mean of each task's features, after the projection: fp64 ``[tasks, size]``, NaN for a task without any."""
         return self._sums / self._counts[:, None]
 
-    def update(self, features: Tensor, task: int, beginnings: tuple[Tensor, Tensor] | None = None) -> None:
+    def update(
+        self,
+        features: Tensor,
+        task: int,
+        lengths: Tensor | None = None,
+        beginnings: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Adds prompts of a task.
 
         Args:
-            features: ``[prompts, width]``, from :func:`prompt_means`.
+            features: ``[prompts, width]``, from :func:`.prompt_means`.
             task: index of their task, from 0.
-            beginnings: of the same prompts, from :func:`prompt_beginnings`. Without them a task has one limit for
+            lengths: how many tokens each is the mean of, ``[prompts]``; None: not known, so a task has one limit for
                 prompts of all lengths.
+            beginnings: of the same prompts, from :func:`.prompt_beginnings`, from which the limits of shorter prompts
+                are learnt.
 
         Raises:
             ValueError: if a shape does not fit, a number is not finite, or the index is negative.
         """
         if task < 0:
             raise ValueError(f"task={task}: expected an index from 0")
-        starts, lengths = (features, torch.ones(len(features))) if beginnings is None else beginnings
-        if starts.shape != features.shape or lengths.shape != features.shape[:1]:
+        counts = torch.ones(len(features)) if lengths is None else lengths
+        starts, shorter = (features, counts) if beginnings is None else beginnings
+        shapes = [list(tensor.shape) for tensor in (counts, starts, shorter)]
+        if shapes != [[len(features)], list(features.shape), [len(features)]]:
             raise ValueError(
-                f"beginnings of shapes {list(starts.shape)} and {list(lengths.shape)}: expected {list(features.shape)}"
-                f" and [{len(features)}], one of each prompt"
+                f"lengths of shape {shapes[0]}, beginnings of shapes {shapes[1]} and {shapes[2]}: expected one of each"
+                f" of {len(features)} prompts"
             )
         rows, parts = self._project(features), self._project(starts)
         if not bool(rows.isfinite().all() and parts.isfinite().all()):
             raise ValueError("features: some of them are not finite")
-        sample = torch.cat([rows, parts, lengths[:, None].cpu().double()], 1).float()
+        sample = torch.cat([rows, parts, counts[:, None].cpu(), shorter[:, None].cpu()], 1).float()
         self._grow(task + 1)
         self._counts[task] += len(rows)
         self._sums[task] += rows.sum(0)
@@ -360,7 +297,7 @@ class TaskRouter:
         self._samples += [self._nothing() for _ in range(more)]
 
     def _nothing(self) -> Tensor:
-        return torch.zeros(0, 2 * self.size + 1)
+        return torch.zeros(0, 2 * self.size + 2)
 
     def _draw(self, kept: Tensor, more: Tensor) -> Tensor:
         """At most `keep` of the rows, those with the smallest keys: an even draw that does not depend on the order."""
@@ -388,10 +325,12 @@ class TaskRouter:
         count, sample = int(self._counts[task]), self._samples[task].double()
         mean = self._white(self._sums[task : task + 1] / count)
         whole = self._white(sample[:, : self.size]) - mean
-        part = self._white(sample[:, self.size : -1]) - mean
+        part = self._white(sample[:, self.size : -2]) - mean
         # Without a prompt its mean moves away from it and its share leaves the covariance (Sherman & Morrison).
-        part = part + whole / (count - 1)
         share = count / ((count - 1) * self._freedom())
-        along, own = (part * whole).sum(1), whole.square().sum(1)
-        outside = part.square().sum(1) + share * along.square() / (1 - share * own).clamp(min=1e-12)
-        return DistanceLimit(outside, sample[:, -1], self.quantile)
+        left = (1 - share * whole.square().sum(1)).clamp(min=1e-12)
+        outside = []
+        for rows in (whole, part):
+            moved = rows + whole / (count - 1)
+            outside.append(moved.square().sum(1) + share * (moved * whole).sum(1).square() / left)
+        return DistanceLimit(torch.cat(outside), sample[:, -2:].T.flatten(), self.quantile)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_NEAREST = 192
+_NEAREST = 64
 """Prompts that the limit of a length is read from, at least: those of the most similar lengths."""
 
 

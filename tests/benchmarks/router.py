@@ -40,7 +40,8 @@ from torch.nn.functional import embedding
 from lightning_cl import TrainedBPE
 from lightning_cl.callbacks.architecture.adapter_router import AdapterRouter
 from lightning_cl.data.text.sample_texts import SAMPLES
-from lightning_cl.functional.routing import TaskRouter, prompt_beginnings, prompt_means
+from lightning_cl.functional.prompt_means import prompt_beginnings, prompt_means
+from lightning_cl.functional.routing import TaskRouter
 from lightning_cl.models.adapters import allocate_adapter, train_adapter, use_adapter
 
 SETTINGS = {
@@ -184,7 +185,7 @@ def by_length(weight: Tensor, ids: dict[str, list[list[int]]], setting: str) -> 
         for some in windows(ids[task], False, FITTED).split(64):
             vectors, mask = embedding(some, weight), torch.ones_like(some)
             features = prompt_means(vectors, mask)
-            router.update(features, index, prompt_beginnings(vectors, mask))
+            router.update(features, index, mask.sum(1), prompt_beginnings(vectors, mask))
             blind.update(features, index)
     asked = {name: embedding(windows(ids[name], True, ASKED), weight) for name in (*tasks, *foreign)}
     rows = []

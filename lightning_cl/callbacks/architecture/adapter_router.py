@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, embedding
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
 from lightning_cl.data.text.prompts import answer_in
-from lightning_cl.functional.routing import TaskRouter, prompt_beginnings, prompt_means
+from lightning_cl.functional.prompt_means import prompt_beginnings, prompt_means
+from lightning_cl.functional.routing import TaskRouter
 from lightning_cl.models.adapter_rows import adapters_per_row
 from lightning_cl.models.adapters import find_peft_model, use_adapter, using_adapter
 from lightning_cl.passes.heads import evaluated
@@ -85,7 +86,7 @@ class AdapterRouter:
                     vectors, mask = self._vectors(weight, prompts)
                     features = prompt_means(vectors, mask, self.tokens)
                     beginnings = prompt_beginnings(vectors, mask, self.tokens)
-                    found.update(features, len(self.tasks) - 1, beginnings)
+                    found.update(features, len(self.tasks) - 1, mask.sum(1), beginnings)
         if self._lda is None:
             self._lda = TaskRouter(weight.shape[1])
         for state in from_all_ranks(found.state()):
