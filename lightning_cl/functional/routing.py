@@ -7,6 +7,10 @@ the distance and its use against unknown inputs: Lee et al. 2018, NeurIPS, arXiv
     d²(x, t) = (x − μ_t)ᵀ (Σ + λ I)⁻¹ (x − μ_t)        λ = shrinkage · mean of the diagonal of Σ
     Σ = 1 / (N − T) · Σ_t Σ_{x of t} (x − μ_t)(x − μ_t)ᵀ
 
+The mean of n tokens varies about as a + b / n. The nearest task hardly depends on n, but its distance does: prompts of
+8 tokens are six times as far from their own task as prompts of 64. So there are limits for each length, which decide on
+"none of them" (:func:`.prompt_beginnings`).
+
 Sums are kept, in fp64. So prompts may come in any order and in several parts, the parts of several processes are added
 up, and a new task never moves the mean of an earlier one.
 """
@@ -19,6 +23,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_cl.functional.routing_limit import DistanceLimit, row_keys
+
 NONE_OF_THEM = -1
 """The task of a prompt that is like no task's prompts."""
 
@@ -27,44 +33,6 @@ WIDEST = 1024
 
 PROJECTED = 512
 """Dimensions after the projection."""
-
-
-def prompt_means(embeddings: Tensor, mask: Tensor, tokens: int | None = 64) -> Tensor:
-    """Mean of the embeddings of each prompt's first tokens; padding on either side does not count.
-
-    Args:
-        embeddings: token embeddings of shape ``[batch, length, width]``, in any floating-point type.
-        mask: ``[batch, length]``, True or non-zero at the tokens of the prompt.
-        tokens: how many tokens of a prompt count at most; None: all.
-
-    Returns:
-        fp32 ``[batch, width]``.
-
-    Raises:
-        ValueError: if the shapes do not fit, or a row has no token.
-
-    Example:
-        >>> import torch
-        >>> from lightning_cl.functional.routing import prompt_means
-        >>> prompt_means(torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[0, 1, 1]]))
-        tensor([[2.]])
-    """
-    if embeddings.ndim != 3 or mask.shape != embeddings.shape[:2]:
-        raise ValueError(
-            f"mask of shape {list(mask.shape)}, embeddings of shape {list(embeddings.shape)}: expected [batch, length]"
-            " and [batch, length, width]"
-        )
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens={tokens}: expected a positive integer, or None for all tokens")
-    chosen = mask != 0
-    if tokens is not None:
-        chosen = chosen & (chosen.cumsum(1) <= tokens)
-    counts = chosen.sum(1)
-    if bool((counts == 0).any()):
-        empty = (counts == 0).nonzero().flatten().tolist()
-        raise ValueError(f"mask: rows {empty[:3]} have no token; each row needs at least one")
-    kept = embeddings.float().masked_fill(~chosen[..., None], 0.0)  # what stands in padding may be NaN
-    return kept.sum(1) / counts[:, None]
 
 
 def random_projection(width: int, size: int = PROJECTED, seed: int = 0) -> Tensor:
@@ -86,13 +54,14 @@ class TaskRouter:
     """Finds the task of a prompt among those it was fitted on, or says that it is none of them.
 
     Distances are squared Mahalanobis distances, without a unit. "None of them" means that even the nearest task is
-    farther away than nearly all of its own prompts were. Each own prompt counts there as if it had not been fitted
-    (leave one out, in closed form): else few prompts in many dimensions look nearer than new ones ever are. These
-    limits follow the covariance when tasks are added, for each task keeps a sample of its prompts.
+    farther away than nearly all of its own prompts of that length were. Each own prompt counts there as if it had not
+    been fitted (leave one out, in closed form): else few prompts in many dimensions look nearer than new ones ever are.
+    These limits follow the covariance when tasks are added, for each task keeps a sample of its prompts and of their
+    beginnings.
 
-    State: 8·d² bytes for the covariance, and for each task 8·d for its mean and 4·d for each prompt of its sample
-    (512 dimensions: 2 MB and 1 MB a task). Compute: d² for each prompt and pass; one Cholesky factorisation after a
-    change.
+    State: 8·d² bytes for the covariance, and for each task 8·d for its mean and 8·d for each prompt of its sample
+    (512 dimensions: 2 MB and 2 MB a task). Compute: d² for each prompt; after a change one Cholesky factorisation, and
+    2·d² for each prompt of the samples.
 
     Args:
         width: dimensions of the features; above 1024 they are projected to 512 (:func:`random_projection`).
@@ -130,8 +99,13 @@ class TaskRouter:
         self._counts = torch.zeros(0, dtype=torch.int64)
         self._sums = torch.zeros(0, self.size, dtype=torch.float64)
         self._moment = torch.zeros(self.size, self.size, dtype=torch.float64)  # Σ x xᵀ of all tasks together
-        self._samples: list[Tensor] = []
-        self._factor: Tensor | None = None  # Cholesky's, until something changes
+        self._samples: list[Tensor] = []  # rows of a prompt, its beginning, and their lengths
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forgets what was computed from the sums, since they change."""
+        self._factor: Tensor | None = None  # Cholesky's
+        self._known: dict[int, DistanceLimit] = {}
 
     # ------------------------------------------------------------------ fitting
 
@@ -150,27 +124,46 @@ class TaskRouter:
         """Mean of each task's features, after the projection: fp64 ``[tasks, size]``, NaN for a task without any."""
         return self._sums / self._counts[:, None]
 
-    def update(self, features: Tensor, task: int) -> None:
+    def update(
+        self,
+        features: Tensor,
+        task: int,
+        lengths: Tensor | None = None,
+        beginnings: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Adds prompts of a task.
 
         Args:
-            features: ``[prompts, width]``, from :func:`prompt_means`.
+            features: ``[prompts, width]``, from :func:`.prompt_means`.
             task: index of their task, from 0.
+            lengths: how many tokens each is the mean of, ``[prompts]``; None: not known, so a task has one limit for
+                prompts of all lengths.
+            beginnings: of the same prompts, from :func:`.prompt_beginnings`, from which the limits of shorter prompts
+                are learnt.
 
         Raises:
-            ValueError: if the shape does not fit, a number is not finite, or the index is negative.
+            ValueError: if a shape does not fit, a number is not finite, or the index is negative.
         """
         if task < 0:
             raise ValueError(f"task={task}: expected an index from 0")
-        rows = self._project(features)
-        if not bool(rows.isfinite().all()):
+        counts = torch.ones(len(features)) if lengths is None else lengths
+        starts, shorter = (features, counts) if beginnings is None else beginnings
+        shapes = [list(tensor.shape) for tensor in (counts, starts, shorter)]
+        if shapes != [[len(features)], list(features.shape), [len(features)]]:
+            raise ValueError(
+                f"lengths of shape {shapes[0]}, beginnings of shapes {shapes[1]} and {shapes[2]}: expected one of each"
+                f" of {len(features)} prompts"
+            )
+        rows, parts = self._project(features), self._project(starts)
+        if not bool(rows.isfinite().all() and parts.isfinite().all()):
             raise ValueError("features: some of them are not finite")
+        sample = torch.cat([rows, parts, counts[:, None].cpu(), shorter[:, None].cpu()], 1).float()
         self._grow(task + 1)
         self._counts[task] += len(rows)
         self._sums[task] += rows.sum(0)
         self._moment += rows.T @ rows
-        self._samples[task] = _smallest_keys(torch.cat([self._samples[task], rows.float()]), self.keep)
-        self._factor = None
+        self._samples[task] = self._draw(self._samples[task], sample)
+        self._forget()
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Adds what another router of the same width and seed was fitted on, as another process's.
@@ -192,8 +185,8 @@ class TaskRouter:
         self._moment += moment.double()
         for task in range(len(counts)):
             more = state["samples"].cpu()[state["sample_tasks"].cpu() == task]
-            self._samples[task] = _smallest_keys(torch.cat([self._samples[task], more.float()]), self.keep)
-        self._factor = None
+            self._samples[task] = self._draw(self._samples[task], more.float())
+        self._forget()
 
     # ------------------------------------------------------------------ routing
 
@@ -223,41 +216,47 @@ class TaskRouter:
             raise ValueError("TaskRouter: it was fitted on no prompt yet; call update(features, task) first")
         return self._distances(self._project(features))
 
-    def limits(self) -> Tensor:
-        """Distance within which `quantile` of each task's own prompts lie, each left out of the fit in turn.
+    def limits(self, lengths: Tensor | None = None) -> Tensor:
+        """Distance within which `quantile` of a task's prompts of a length lie, each left out of the fit in turn.
+
+        Args:
+            lengths: numbers of tokens, int64 ``[prompts]``; None: as long as the task's longest. A prompt longer than
+                those has their limit.
 
         Returns:
-            fp64 ``[tasks]``; infinite for a task of fewer than two prompts.
+            fp64 ``[prompts, tasks]``, or ``[tasks]`` without `lengths`; infinite for a task of fewer than two prompts.
         """
-        found = torch.full((self.tasks,), math.inf, dtype=torch.float64)
-        for task, sample in enumerate(self._samples):
-            count = int(self._counts[task])
-            if count < 2:
-                continue
-            inside = self._distances(sample.double())[:, task]
-            # Without x its mean moves away from it and its share leaves the covariance (Sherman & Morrison).
-            share = count / ((count - 1) * self._freedom())
-            outside = (count / (count - 1)) ** 2 * inside / (1 - share * inside).clamp(min=1e-12)
-            found[task] = torch.quantile(outside, self.quantile)
-        return found
+        asked = torch.tensor([math.inf]) if lengths is None else lengths.cpu()
+        each, places = asked.double().unique(return_inverse=True)
+        found = torch.full((len(each), self.tasks), math.inf, dtype=torch.float64)
+        for task in (self._counts >= 2).nonzero().flatten().tolist():
+            if task not in self._known:
+                self._known[task] = self._limit(task)
+            for row, length in enumerate(each.tolist()):
+                found[row, task] = self._known[task].at(length)
+        return found[0] if lengths is None else found[places]
 
-    def route(self, features: Tensor, reject: bool = True) -> Tensor:
+    def route(self, features: Tensor, reject: bool = True, lengths: Tensor | None = None) -> Tensor:
         """Index of the nearest task of each prompt.
 
         Args:
             features: ``[prompts, width]``.
             reject: prompts outside the limit of their nearest task get −1; else each prompt gets a task.
+            lengths: how many tokens each is the mean of, int64 ``[prompts]``, for :meth:`limits`.
 
         Returns:
             int64 ``[prompts]`` on the CPU.
 
         Raises:
-            ValueError: if there is no task yet, or the shape does not fit.
+            ValueError: if there is no task yet, or a shape does not fit.
         """
+        if lengths is not None and lengths.shape != features.shape[:1]:
+            raise ValueError(f"lengths of shape {list(lengths.shape)}: expected [{len(features)}], one of each prompt")
         nearest = self.distances(features).min(1)
         if not reject:
             return nearest.indices
-        outside = nearest.values > self.limits()[nearest.indices]
+        limits = self.limits(lengths).expand(len(features), self.tasks)
+        outside = nearest.values > limits.gather(1, nearest.indices[:, None])[:, 0]
         return nearest.indices.masked_fill(outside, NONE_OF_THEM)
 
     # ------------------------------------------------------------------ state
@@ -269,7 +268,7 @@ class TaskRouter:
             "counts": self._counts.clone(),
             "sums": self._sums.clone(),
             "moment": self._moment.clone(),
-            "samples": torch.cat([*self._samples, torch.zeros(0, self.size)]),
+            "samples": torch.cat([*self._samples, self._nothing()]),
             "sample_tasks": torch.cat([*owners, torch.zeros(0, dtype=torch.int64)]),
         }
 
@@ -295,26 +294,43 @@ class TaskRouter:
         more = max(0, tasks - self.tasks)
         self._counts = torch.cat([self._counts, torch.zeros(more, dtype=torch.int64)])
         self._sums = torch.cat([self._sums, torch.zeros(more, self.size, dtype=torch.float64)])
-        self._samples += [torch.zeros(0, self.size) for _ in range(more)]
+        self._samples += [self._nothing() for _ in range(more)]
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(0, 2 * self.size + 2)
+
+    def _draw(self, kept: Tensor, more: Tensor) -> Tensor:
+        """At most `keep` of the rows, those with the smallest keys: an even draw that does not depend on the order."""
+        rows = torch.cat([kept, more])
+        return rows[row_keys(rows[:, : self.size]).argsort(stable=True)[: self.keep]]
 
     def _freedom(self) -> int:
         return max(1, int(self._counts.sum()) - int((self._counts > 0).sum()))
 
-    def _distances(self, rows: Tensor) -> Tensor:
+    def _white(self, rows: Tensor) -> Tensor:
+        """Coordinates in which the distance is the plain one."""
         if self._factor is None:
             self._factor = torch.linalg.cholesky(self.covariance())
-        means = self._sums / self._counts.clamp(min=1)[:, None]
+        white: Tensor = torch.linalg.solve_triangular(self._factor, rows.T, upper=False).T
+        return white
+
+    def _distances(self, rows: Tensor) -> Tensor:
+        white, means = self._white(rows), self._white(self._sums / self._counts.clamp(min=1)[:, None])
         found = rows.new_full((len(rows), self.tasks), math.inf)
         for task in (self._counts > 0).nonzero().flatten().tolist():
-            white = torch.linalg.solve_triangular(self._factor, (rows - means[task]).T, upper=False)
-            found[:, task] = white.square().sum(0)
+            found[:, task] = (white - means[task]).square().sum(1)
         return found
 
-
-def _smallest_keys(rows: Tensor, count: int) -> Tensor:
-    """At most `count` of the rows, those with the smallest keys: an even draw that does not depend on their order."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) | 1
-    keys = (rows.contiguous().view(torch.int32).long() * factors).sum(1)  # wraps around
-    keys = (keys ^ (keys >> 31)) * -7046029254386353131
-    return rows[(keys ^ (keys >> 29)).argsort(stable=True)[:count]]
+    def _limit(self, task: int) -> DistanceLimit:
+        count, sample = int(self._counts[task]), self._samples[task].double()
+        mean = self._white(self._sums[task : task + 1] / count)
+        whole = self._white(sample[:, : self.size]) - mean
+        part = self._white(sample[:, self.size : -2]) - mean
+        # Without a prompt its mean moves away from it and its share leaves the covariance (Sherman & Morrison).
+        share = count / ((count - 1) * self._freedom())
+        left = (1 - share * whole.square().sum(1)).clamp(min=1e-12)
+        outside = []
+        for rows in (whole, part):
+            moved = rows + whole / (count - 1)
+            outside.append(moved.square().sum(1) + share * (moved * whole).sum(1).square() / left)
+        return DistanceLimit(torch.cat(outside), sample[:, -2:].T.flatten(), self.quantile)

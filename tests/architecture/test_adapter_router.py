@@ -214,7 +214,7 @@ def test_embeddings_are_the_bases_under_adapters_of_embeddings():
         holder.inner["model"] = peft_model(**settings)
         move_all(holder)
         router = AdapterRouter("embedding", 64)
-        found.append(router._features(_weight(holder), [[1, 2, 3], [4]]))
+        found.append(router._vectors(_weight(holder), [[1, 2, 3], [4]])[0])
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 

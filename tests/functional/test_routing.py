@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from lightning_cl.functional.routing import TaskRouter, prompt_means, random_projection
+from lightning_cl.functional import routing_limit
+from lightning_cl.functional.prompt_means import prompt_beginnings, prompt_means
+from lightning_cl.functional.routing import TaskRouter, random_projection
 
 WIDTH = 12
 
@@ -169,6 +171,95 @@ def test_the_sample_of_a_task_is_an_even_draw():
     assert abs(float(kept.mean()) - 999.5) < 3 * 26
 
 
+# ---------------------------------------------------------------------- prompts of other lengths
+
+
+def texts(tasks=3, count=1600, length=64, seed=0):
+    """Token vectors ``[tasks, count, length, width]``: of a task, of a document, of a token."""
+    g = torch.Generator().manual_seed(seed)
+    task = torch.randn(tasks, 1, 1, WIDTH, generator=g) * 0.6
+    document = torch.randn(tasks, count, 1, WIDTH, generator=g) * 0.1
+    return task + document + torch.randn(tasks, count, length, WIDTH, generator=g)
+
+
+def fitted_to_texts(vectors, **settings):
+    router = TaskRouter(WIDTH, **settings)
+    mask = torch.ones(vectors.shape[1:3])
+    for task, some in enumerate(vectors):
+        router.update(prompt_means(some, mask), task, mask.sum(1), prompt_beginnings(some, mask))
+    return router
+
+
+def test_short_prompts_are_not_strange_and_long_ones_are_not_alike():
+    """Fitted on prompts of 64 tokens, of each length about one own prompt of a hundred is sent to the base."""
+    vectors = texts()
+    router = fitted_to_texts(vectors[:, :800])
+    blind = TaskRouter(WIDTH)
+    for task, some in enumerate(vectors[:, :800]):
+        blind.update(some.mean(1), task)
+    new, foreign = vectors[:, 800:].flatten(0, 1), texts(1, 400, seed=9)[0]
+    for n in (1, 3, 8, 20, 64):
+        lengths = torch.full((len(new),), n)
+        x = new[:, :n].mean(1)
+        lost = float((router.route(x, lengths=lengths) == -1).double().mean())
+        assert lost < 0.03, n
+        if n <= 8:
+            assert float((blind.route(x) == -1).double().mean()) > 0.9
+    # At 64 tokens nearly all of another task is told, as by a router that knows no other length.
+    x = foreign.mean(1)
+    for found in (router.route(x, lengths=torch.full((400,), 64)), blind.route(x)):
+        assert float((found == -1).double().mean()) > 0.95
+    assert torch.equal(router.route(x, lengths=torch.full((400,), 99)), router.route(x))
+
+
+def test_limits_of_beginnings_are_those_of_a_fit_without_the_prompt(monkeypatch):
+    """Of one length only: the greatest of the distances that fitting again without each prompt gives."""
+    vectors = texts(count=20)
+    router = TaskRouter(WIDTH, quantile=1.0)
+    whole, part = vectors.mean(2), vectors[:, :, :5].mean(2)
+    for task in range(3):
+        router.update(whole[task], task, torch.full((20,), 999), (part[task], torch.full((20,), 5)))
+    slow = []
+    for i in range(20):
+        rest = TaskRouter(WIDTH)
+        for task in range(3):
+            rest.update(whole[task][torch.arange(20) != i] if task == 0 else whole[task], task)
+        slow.append(rest.distances(part[0, i : i + 1])[0, 0])
+    monkeypatch.setattr(routing_limit, "_NEAREST", 20)
+    limit = router.limits(torch.tensor([5]))[0, 0]
+    torch.testing.assert_close(limit, torch.stack(slow).max(), rtol=0.05, atol=0)
+    assert router.distances(part[0])[:, 0].max() < 0.97 * limit
+
+
+def test_beginnings_are_means_of_powers_of_two_whatever_the_order():
+    g = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(700, 12, 4, generator=g), torch.ones(700, 12)
+    mask[:, :2] = 0  # on the left
+    means, lengths = prompt_beginnings(x, mask, tokens=9)
+    counts = torch.bincount(lengths)
+    assert counts.nonzero().flatten().tolist() == [1, 2, 4, 8]
+    assert int(counts[[1, 2, 4, 8]].min()) > 130  # of 175, with a standard deviation of 11
+    for i in range(0, 700, 70):
+        torch.testing.assert_close(means[i], x[i, 2 : 2 + int(lengths[i])].mean(0))
+    again = prompt_beginnings(x.flip(0), mask, tokens=9)
+    assert torch.equal(again[1].flip(0), lengths)
+    one, length = prompt_beginnings(x[:1, :1], torch.ones(1, 1))
+    assert torch.equal(one, x[:1, 0])
+    assert length.tolist() == [1]
+
+
+def test_limits_are_computed_once_until_something_changes(monkeypatch):
+    router = fitted_to_texts(texts(count=40))
+    first = router.limits(torch.tensor([4, 64]))
+    calls = []
+    monkeypatch.setattr(TaskRouter, "_limit", lambda self, task: calls.append(task))
+    assert torch.equal(router.limits(torch.tensor([4, 64])), first)
+    assert calls == []
+    monkeypatch.undo()
+    router.update(torch.ones(5, WIDTH), 0)
+    assert not torch.equal(router.limits(torch.tensor([4, 64])), first)
+
+
 # ---------------------------------------------------------------------- features
 
 
@@ -226,6 +317,14 @@ def test_single_prompts_give_plain_distances():
         (lambda: TaskRouter(4).update(torch.zeros(1, 5), 0), r"shape \[1, 5\]: expected \[prompts, 4\]"),
         (lambda: TaskRouter(4).update(torch.full((1, 4), math.nan), 0), "not finite"),
         (lambda: TaskRouter(4).update(torch.zeros(1, 4), -1), "task=-1"),
+        (
+            lambda: TaskRouter(4).update(torch.zeros(2, 4), 0, torch.ones(3)),
+            r"lengths of shape \[3\], beginnings of shapes",
+        ),
+        (
+            lambda: TaskRouter(4).route(torch.zeros(1, 4), lengths=torch.ones(2)),
+            r"lengths of shape \[2\]: expected",
+        ),
         (lambda: TaskRouter(4).merge(TaskRouter(5).state()), "5 dimensions, this router 4"),
         (lambda: prompt_means(torch.zeros(2, 3, 4), torch.ones(2, 4)), "mask of shape"),
         (lambda: prompt_means(torch.zeros(2, 3, 4), torch.tensor([[1, 1, 0], [0, 0, 0]])), r"rows \[1\] have no token"),

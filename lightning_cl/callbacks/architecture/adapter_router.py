@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, embedding
 from lightning_cl.core.ranks import from_all_ranks
 from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
 from lightning_cl.data.text.prompts import answer_in
-from lightning_cl.functional.routing import TaskRouter, prompt_means
+from lightning_cl.functional.prompt_means import prompt_beginnings, prompt_means
+from lightning_cl.functional.routing import TaskRouter
 from lightning_cl.models.adapter_rows import adapters_per_row
 from lightning_cl.models.adapters import find_peft_model, use_adapter, using_adapter
 from lightning_cl.passes.heads import evaluated
@@ -82,7 +83,10 @@ class AdapterRouter:
             for _, batch in TaskSamples(trainer, count, 0, f"Router: prompts of {task}").batches():
                 prompts = [prompt for row in prompts_in(batch) for prompt in row if len(prompt)]
                 if prompts:
-                    found.update(self._features(weight, prompts), len(self.tasks) - 1)
+                    vectors, mask = self._vectors(weight, prompts)
+                    features = prompt_means(vectors, mask, self.tokens)
+                    beginnings = prompt_beginnings(vectors, mask, self.tokens)
+                    found.update(features, len(self.tasks) - 1, mask.sum(1), beginnings)
         if self._lda is None:
             self._lda = TaskRouter(weight.shape[1])
         for state in from_all_ranks(found.state()):
@@ -112,13 +116,15 @@ class AdapterRouter:
         if self.kind == "likelihood":
             return [known[index] for index in self._losses(module, prompts, known).argmin(0).tolist()]
         assert self._lda is not None
-        indices = self._lda.route(self._features(_embeddings(module), prompts)).tolist()
+        vectors, mask = self._vectors(_embeddings(module), prompts)
+        indices = self._lda.route(prompt_means(vectors, mask, self.tokens), lengths=mask.sum(1)).tolist()
         return [self.tasks[index] if index >= 0 else None for index in indices]
 
-    def _features(self, weight: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def _vectors(self, weight: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Token embeddings of each prompt's first tokens, and the mask of padding."""
         ids, mask = self._padded(prompts, weight.device)
         with torch.no_grad():
-            return prompt_means(embedding(ids, weight), mask, self.tokens)
+            return embedding(ids, weight), mask
 
     def _losses(self, module: L.LightningModule, prompts: Sequence[Prompt], known: Sequence[str]) -> Tensor:
         """Mean loss of each prompt under each adapter: ``[tasks, prompts]``."""

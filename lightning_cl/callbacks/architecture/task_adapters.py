@@ -74,7 +74,7 @@ class TaskAdapters(ContinualCallback):
 
     Memory: for each task rank · Σ (inputs + outputs) parameters of the adapted layers, in checkpoints too; gradients
     and optimizer states for those of one task. Compute: that of LoRA. The router ``embedding`` keeps 8·d² bytes and for
-    each task 4·d for each of 512 prompts, with d the model's width (512 for one above 1024).
+    each task 8·d for each of 512 prompts, with d the model's width (512 for one above 1024).
 
     Args:
         rank: of the adapters; None: that of the template.
