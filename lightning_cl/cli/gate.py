@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.arguments import check_share, is_number
+from lightning_cl.arguments import is_number
 from lightning_cl.evaluation.gate import gate_markdown, gate_text, judge
+from lightning_cl.functional.guard import check_confidence
 
 _DESCRIPTION = """Tells if a run has kept a budget of forgetting, from the losses of single sequences that
 ForgettingBudget wrote into its folder (losses.json) and from its report.json. Exit code: 0 the budget is kept, 2 it is
@@ -47,7 +48,7 @@ def run_gate(arguments: Sequence[str]) -> int | None:
     if not is_number(given.budget) or given.budget < 0 or (retained and given.budget >= 1):
         right = "a share of at least 0 and less than 1" if retained else "nats, at least 0"
         raise ValueError(f"--budget={given.budget}: expected {right} (--unit {given.unit})")
-    check_share("--confidence", given.confidence, ends=False)
+    check_confidence("--confidence", given.confidence)
     report = _read(given.run / "report.json")
     if report is None:
         raise FileNotFoundError(f"--run={given.run}: there is no report.json; TaskMatrix writes it after every task")

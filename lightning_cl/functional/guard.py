@@ -77,6 +77,17 @@ def confidence_width(count: int, alpha: float, first: int) -> float:
     return math.sqrt(2.0 * inside / (count**2 * rho) * math.log(math.sqrt(inside) / alpha))
 
 
+def check_confidence(argument: str, value: float) -> float:
+    """A confidence as a float: below one half, the bounds are not defined.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.5 <= value < 1:
+        raise ValueError(f"{argument}={value!r}: expected a confidence of at least 0.5 and less than 1")
+    return float(value)
+
+
 def paired_rise(
     now: Tensor, reference: Tensor, allowed: float | Tensor, alpha: float, first: int | None = None
 ) -> Rise:

@@ -309,6 +309,7 @@ def test_report_and_losses_file(tmp_path):
         ({"action": "warn"}, "expected a list of warn, replay"),
         ({"action": ["reboot"]}, "reboot"),
         ({"confidence": 1.0}, "confidence=1.0"),
+        ({"confidence": 0.05}, "confidence=0.05"),
         ({"tasks": "a"}, "tasks='a'"),
         ({"patience": 0}, "patience=0"),
     ],

@@ -30,7 +30,7 @@ from lightning_cl.core.task_files import safe_file
 from lightning_cl.data.batch_source import is_stream
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.files import replace_file
-from lightning_cl.functional.guard import Rise, allowed_rise, look_error, paired_rise
+from lightning_cl.functional.guard import Rise, allowed_rise, check_confidence, look_error, paired_rise
 
 Action = Literal["warn", "replay", "lr", "interpolate", "rollback", "stop"]
 Unit = Literal["retained", "nats"]
@@ -128,7 +128,7 @@ class ForgettingBudget(ContinualCallback):
             raise ValueError(f"tasks={tasks!r}: expected a list of names, or 'all'")
         check_integer("samples", samples, 8)
         self.budget, self.every, self.samples, self.action = float(budget), every, samples, list(action)
-        self.confidence = check_share("confidence", confidence, ends=False)
+        self.confidence = check_confidence("confidence", confidence)
         self.patience = check_integer("patience", patience, 1)
         self.grace_steps = check_integer("grace_steps", grace_steps, 0)
         self.tasks = tasks
