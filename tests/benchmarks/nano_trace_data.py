@@ -4,7 +4,7 @@
 
 It writes ``<folder>/<task>/{train,eval,test}.json``, lists of ``{"prompt", "answer"}``, and ``pad.json``, text that has
 nothing to do with the tasks. It needs ``pip install num2words countryinfo babel``, and the lists of Debian's packages
-(``apt-get update``); without these lists, the first task is the kind of a line of the standard library.
+(``apt-get update``).
 """
 
 from __future__ import annotations
