@@ -5,21 +5,45 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
+local_provisioner = pytest.importorskip("jupyter_client.provisioning.local_provisioner")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FORGETTING = ROOT / "notebooks" / "01_catastrophic_forgetting.ipynb"
 _executed = {}
-# Numbers of training steps, of which every cell runs a few: what is told of results is held for the stored outputs, and
-# for what the first notebook, which runs whole, gives anew.
-STEPS = re.compile(r"((?:max_steps\"?|\bsteps|\bSTEPS)\s*[=:]\s*)(\d{2,})")
+# Numbers of training steps and of samples, of which every cell runs a few: what is told of results is held for the
+# stored outputs, and for what the first notebook, whose model is only narrower, gives anew.
+STEPS = re.compile(r"((?:max_steps\"?|\bsteps|\bSTEPS|\bsamples)\s*[=:]\s*)(\d{2,})")
+NARROWER = {
+    '"hidden_size": 96': '"hidden_size": 48',
+    '"intermediate_size": 384': '"intermediate_size": 192',
+    '"max_steps": 250': '"max_steps": 150',
+    "max_steps=100": "max_steps=60",
+    "limit_val_batches=16": "limit_val_batches=8",
+}
+EVALUATED = re.compile(r"(limit_val_batches\s*=\s*)\d+")
+
+# The kernel names its backend in the environment, which matplotlib has read before.
+PICTURES_IN_CELLS = 'get_ipython().run_line_magic("matplotlib", "inline")\n'
+
+
+class Kernel(forked.Started):
+    stdin = stdout = stderr = None  # there is no pipe to close
+
+
+def launch(cmd, **settings):
+    """A kernel as a process that has already imported what the notebooks import."""
+    assert cmd[0] == sys.executable, cmd
+    return Kernel(cmd[1:], settings["env"], settings["cwd"], own_session=True)
 
 
 @pytest.fixture
@@ -32,13 +56,23 @@ def execute(tmp_path, monkeypatch):
             monkeypatch.setenv("PYTHONPATH", os.pathsep.join(search))
             monkeypatch.setenv("LIGHTNING_CL_CACHE", str(tmp_path / "cache"))
             monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-            monkeypatch.setenv("OMP_NUM_THREADS", "2")
+            monkeypatch.setenv("OMP_NUM_THREADS", "1")
+            monkeypatch.setattr(local_provisioner, "launch_kernel", launch)
+            start = tmp_path / "ipython" / "profile_default" / "startup" / "pictures.py"
+            start.parent.mkdir(parents=True)
+            start.write_text(PICTURES_IN_CELLS)
             notebook = nbformat.read(shutil.copy(path, tmp_path), as_version=4)
+            narrowed = set()
             for cell in notebook.cells:
                 if cell.cell_type == "code":
                     cell.outputs = []  # what is found below must be new
+                    for wide, narrow in NARROWER.items() if path == FORGETTING else ():
+                        narrowed |= {wide} if wide in cell.source else set()
+                        cell.source = cell.source.replace(wide, narrow)
                     if path != FORGETTING:
                         cell.source = STEPS.sub(lambda found: f"{found[1]}{max(int(found[2]) // 8, 4)}", cell.source)
+                        cell.source = EVALUATED.sub(r"\g<1>2", cell.source)
+            assert path != FORGETTING or narrowed == set(NARROWER)
             resources = {"metadata": {"path": str(tmp_path)}}
             client = nbclient.NotebookClient(
                 notebook, timeout=900, kernel_name="python3", allow_errors=True, resources=resources
@@ -101,10 +135,12 @@ def test_forgetting_and_what_helps(source, execute):
     assert list(scores) == ["naive", "EWC", "SI", "Replay", "EWC + Replay", "frozen"]
     mean, forgetting, new_tasks = scores.pop("naive")
     frozen = scores.pop("frozen")
-    assert forgetting > 0.5
+    # Forgotten by naive training; left of it at most; gained at least. A narrower model shows less of all.
+    much, left, gained = (0.5, 0.5, 0.1) if source == "stored" else (0.3, 0.75, 0.05)
+    assert forgetting > much
     for method in scores.values():
-        assert method[0] < mean - 0.1
-        assert method[1] < forgetting / 2
+        assert method[0] < mean - gained
+        assert method[1] < forgetting * left
     # The table's own lesson: who learns nothing forgets nothing, and is worst.
     assert frozen[0] > mean
     assert frozen[1] == 0
