@@ -20,8 +20,9 @@ from lightning_cl.cli.yaml_files import read_yaml
 from lightning_cl.core.checkpoint_io import read_checkpoint
 
 _OF_A_RUN = re.compile(
-    r"tasks(-v\d+)?|checkpoints|buffers|model|guard|config\.yaml|hparams\.yaml|metrics\.csv|report\.json|losses\.json|matrix\.(csv|png)"
-    r"|importance\.png|predictions\.jsonl|samples\.(jsonl|md)|events\.out\.tfevents\..*|\.run\.lock"
+    r"tasks(-v\d+)?|checkpoints|buffers|model|guard|(config|hparams)\.yaml|metrics\.csv|(report|losses)\.json|report\.html"
+    r"|matrix(_\w+)?\.csv|(matrix|curves|importance)\.png|predictions\.jsonl|samples\.(jsonl|md)"
+    r"|events\.out\.tfevents\..*|\.run\.lock"
 )
 
 

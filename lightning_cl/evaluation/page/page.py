@@ -285,7 +285,7 @@ def _provenance(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _data_table(report: dict[str, Any]) -> list[list[str]]:
     rows = [["task", "checksum of the data", "samples", "settings"]]
     for name, on in report["measured_on"].items():
-        samples = ", ".join(f"{count:,}" for count in on.get("samples") or []) or "?"
+        samples = ", ".join("?" if count is None else f"{count:,}" for count in on.get("samples") or []) or "?"
         shown = {k: v for k, v in on.items() if k not in ("data", "samples", "batches") and v is not None}
         rows.append([name, str(on.get("data")), samples, ", ".join(f"{k} {v}" for k, v in shown.items())])
     return rows if len(rows) > 1 else []
