@@ -64,6 +64,7 @@ def a_report():
             {"step": 7, "training": b, "task": a, "D": 0.34375, "SE": 0.015625, "n": 64, "allowed": 0.05}
             | {"decision": "breach", "action": "replay"}
         ],
+        "budget": {a: "breach", b: "safe"},
         "recovery": {
             "steps": 5,
             "samples": 8,

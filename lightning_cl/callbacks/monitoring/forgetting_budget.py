@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_integer, check_share, is_number
 from lightning_cl.callbacks.monitoring.guard_actions import ACTIONS, Remedies, copy_of, interpolate_back, on_cpu
-from lightning_cl.callbacks.monitoring.guard_report import guard_sentences, losses_file
+from lightning_cl.callbacks.monitoring.guard_report import final_decisions, guard_sentences, losses_file
 from lightning_cl.callbacks.monitoring.guard_schedule import Schedule
 from lightning_cl.callbacks.monitoring.guard_sets import GuardSets
 from lightning_cl.core.checkpoint_io import run_folder
@@ -457,6 +457,6 @@ class ForgettingBudget(ContinualCallback):
             "confidence": self.confidence,
             "looks": self._look_number,
             "seconds": self.seconds,
-            "sections": {"guard": [dict(entry) for entry in self.looks]} if self.looks else {},
+            "sections": {"guard": [dict(entry) for entry in self.looks], "budget": final_decisions(self)},
             "sentences": guard_sentences(self),
         }

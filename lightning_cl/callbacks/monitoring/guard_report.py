@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lightning_cl.callbacks.monitoring.guard_sets import GuardSets
 from lightning_cl.core.run_state import RunState
-from lightning_cl.functional.guard import allowed_rise, confidence_width, kept_share, paired_rise
+from lightning_cl.functional.guard import Rise, allowed_rise, confidence_width, kept_share, paired_rise
 
 _TOLD = 10  # actions, each with a sentence
 
@@ -48,13 +48,25 @@ def guard_sentences(guard: Guard) -> list[str]:
     return told
 
 
-def _task_sentence(guard: Guard, name: str) -> str | None:
+def final_decisions(guard: Guard) -> dict[str, str]:
+    """Returns for each guarded task what is sure at the end: ``safe``, ``breach`` or ``uncertain``."""
+    found = {name: _final(guard, name) for name in guard.sets.sets}
+    return {name: rise.decision for name, rise in found.items() if rise is not None}
+
+
+def _final(guard: Guard, name: str) -> Rise | None:
+    """Compares a task's losses at the end with those when it was learnt; None for the task that was learnt last."""
     one = guard.sets.sets[name]
-    learnt_last = guard.run.position.name == name
-    if one.reference is None or one.now is None or learnt_last:
+    if one.reference is None or one.now is None or guard.run.position.name == name:
         return None
     allowed = allowed_rise(guard.unit, guard.budget, one.reference, None if one.watched else one.before)
-    rise = paired_rise(one.now, one.reference, allowed, 1.0 - guard.confidence)
+    return paired_rise(one.now, one.reference, allowed, 1.0 - guard.confidence)
+
+
+def _task_sentence(guard: Guard, name: str) -> str | None:
+    one, rise = guard.sets.sets[name], _final(guard, name)
+    if rise is None:
+        return None
     if not math.isfinite(rise.mean):
         return f"ForgettingBudget, {name}: a loss is not finite"
     verdict = {"safe": "within the budget", "breach": "over the budget", "uncertain": "too close to be sure"}
@@ -64,6 +76,8 @@ def _task_sentence(guard: Guard, name: str) -> str | None:
         f"ForgettingBudget, {name}: loss {rise.mean:+.3g} ± {margin:.2g} nats since {since} ({rise.size} sequences,"
         f" {guard.confidence:.0%}), allowed {rise.allowed:.3g}: {verdict[rise.decision]}"
     )
+    assert one.now is not None
+    assert one.reference is not None
     kept = kept_share(one.now, one.reference, one.before) if one.before is not None else math.nan
     return f"{words}; {kept:.0%} of what its training gave is kept" if math.isfinite(kept) else words
 

@@ -236,8 +236,9 @@ class RecoveryProbe(ContinualCallback):
             now, learnt = format_number(found["now"]), format_number(found["learnt"])
             return f"{name}: nothing to recover: {now} now, {learnt} when learnt"
         control = found["control"]
+        brought = "all, and more," if found["share"] > 1 else f"{found['share']:.0%}"
         words = (
-            f"{name}: {self.steps} steps on {self.samples} of its samples bring back {found['share']:.0%} of what seems"
+            f"{name}: {self.steps} steps on {self.samples} of its samples bring back {brought} of what seems"
             f" lost ({format_number(found['now'])} now, {format_number(found['after'])} after them,"
             f" {format_number(found['learnt'])} when learnt)"
         )

@@ -83,7 +83,7 @@ def format_page(
         costs=_cost_table(report),
         total_line=_total_line(report),
         left_out=[],
-        methods=_methods(report),
+        methods=_methods(report, shown=[line for drawing in _steps_drawing(report) for line in drawing["lines"]]),
         definitions=[
             {
                 "name": name.replace("_", " "),
@@ -258,7 +258,7 @@ def _total_line(report: dict[str, Any]) -> str:
     )
 
 
-def _methods(report: dict[str, Any]) -> list[dict[str, Any]]:
+def _methods(report: dict[str, Any], shown: Sequence[str]) -> list[dict[str, Any]]:
     """Sentences and single values of each method; longer ones stand in the raw report."""
     told = []
     for name, values in report["methods"].items():
@@ -267,7 +267,7 @@ def _methods(report: dict[str, Any]) -> list[dict[str, Any]]:
             for key, value in values.items()
             if isinstance(value, (str, int, float, bool)) and key != "sentences"
         ]
-        lines = list(values.get("sentences", []))
+        lines = [line for line in values.get("sentences", []) if line not in shown]
         if lines or facts:
             told.append({"name": name, "lines": lines, "facts": [["setting", "value"], *facts] if facts else []})
     return told

@@ -57,7 +57,7 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, Any]:
                     name,
                     f"after {when}",
                     *(format_number(found[key]) for key in ("learnt", "now", "after")),
-                    "–" if share is None else f"{share:.0%}".replace("-", "−"),
+                    _brought_back(share),
                     "–" if control is None else format_number(control["after"]),
                 ]
             )
@@ -67,6 +67,12 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, Any]:
     )
     table = {"rows": rows, "caption": caption, "texts": (1,)}
     return {"id": "recovery", "title": "Lost, or only hidden?", "lines": [], "tables": [table]}
+
+
+def _brought_back(share: float | None) -> str:
+    if share is None:
+        return "–"
+    return "all, and more" if share > 1 else f"{share:.0%}".replace("-", "−")
 
 
 def _guard(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -86,21 +92,21 @@ def _guard(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def budget_lines(report: dict[str, Any]) -> list[str]:
-    """Says if a run's budget of forgetting was met, by the last look at each task.
+    """Tells if a run's budget of forgetting was met at its end.
 
     Args:
         report: of :func:`~lightning_cl.evaluation.build_report`.
     """
-    last = {look["task"]: look for look in report.get("guard", [])}
+    last = report.get("budget")
     if not last:
         return []
-    over = [name for name, look in last.items() if look["decision"] == "breach"]
-    unsure = [name for name, look in last.items() if look["decision"] == "uncertain"]
+    over = [name for name, decision in last.items() if decision == "breach"]
+    unsure = [name for name, decision in last.items() if decision == "uncertain"]
     if over:
-        return [f"Budget of forgetting: exceeded for {', '.join(over)} at the last look."]
+        return [f"Budget of forgetting: exceeded for {', '.join(over)}."]
     if unsure:
-        return [f"Budget of forgetting: not enough evidence for {', '.join(unsure)} at the last look."]
-    return ["Budget of forgetting: met at the last look at every task."]
+        return [f"Budget of forgetting: not enough evidence for {', '.join(unsure)}."]
+    return ["Budget of forgetting: met."]
 
 
 def metric_matrices(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
