@@ -1,4 +1,4 @@
-"""``lightning-cl gate``: has a run kept its budget of forgetting? The exit code says so, for scripts and CI."""
+"""``lightning-cl gate``: a verdict on a run's budget of forgetting, with an exit code for scripts and CI."""
 
 from __future__ import annotations
 
@@ -35,11 +35,16 @@ def run_gate(arguments: Sequence[str]) -> int | None:
     parser = argparse.ArgumentParser("lightning-cl gate", description=_DESCRIPTION)
     parser.error = _refuse  # type: ignore[method-assign]  # argparse's own exit code is the one of an exceeded budget
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--budget", type=float, default=0.9, help="share to be kept, or nats; default: 0.9")
     parser.add_argument(
-        "--unit", choices=("retained", "nats"), default="retained", help="of what training gave, or of the loss' rise"
+        "--budget", type=float, default=0.9, help="the share to keep, or (--unit nats) the rise to allow; default: 0.9"
     )
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the verdict; default: 0.95")
+    parser.add_argument(
+        "--unit",
+        choices=("retained", "nats"),
+        default="retained",
+        help="retained: a share of what training gave; nats: a rise of the loss; default: retained",
+    )
+    parser.add_argument("--confidence", type=float, default=0.95, help="the confidence of the verdict; default: 0.95")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print Markdown, for a pull request")

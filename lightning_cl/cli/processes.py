@@ -143,7 +143,7 @@ def tell_folder(folder: Path, own: bool, ckpt_path: str | None) -> None:
 
 def why_not(option: str, each: str = "seed") -> str:
     """Says why an option does not go with several runs."""
-    return f"each {each} is a whole run from its start, and behind {option} all of them would share one beginning"
+    return f"each {each} is a whole run from its start, and after {option} all of them would share one beginning"
 
 
 def report_of(folder: Path | None, option: str, run: str) -> dict[str, Any]:

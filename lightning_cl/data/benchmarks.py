@@ -1,6 +1,6 @@
 """Folders of published benchmarks as tasks: TRACE, CL_Benchmark (O-LoRA) and Super-NaturalInstructions (SAPT).
 
-The files are read as they are, and nothing is downloaded. Prompts, task orders and metrics are the published ones. In a
+The files are read as they are, and nothing is downloaded. Prompts and task orders are the published ones; metrics differ in details. In a
 configuration: ``tasks: {benchmark: trace, folder: LLM-CL-Benchmark_500}``, with further arguments of the function. The
 metrics are measured by :class:`~lightning_cl.TaskMatrix`; the published figures are those of the test data
 (``metric_split="test"``).
@@ -67,7 +67,8 @@ def trace(
         epochs: True: train each task for as many epochs as TRACE did (5, 3, 7, 5, 3, 5, 5, 7).
 
     Raises:
-        FileNotFoundError: if there is no such folder, or a task's files are missing.
+        FileNotFoundError: if there is no such folder, or a task's ``train.json`` is missing.
+        ValueError: if `metrics` names a task that is not in `order`.
     """
     names = list(order) if order is not None else list(TRACE_TASKS)
     base, own = _folder(folder), dict(metrics or {})

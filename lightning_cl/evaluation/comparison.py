@@ -24,7 +24,7 @@ _INTERVAL = (
 
 
 def compared_run(report: dict[str, Any]) -> dict[str, Any]:
-    """What a comparison keeps of one run's report: the scores, and what it cost.
+    """Parts of one run's report that a comparison keeps: the scores, and what it cost.
 
     Args:
         report: as it was read from ``report.json``.

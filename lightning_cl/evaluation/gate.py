@@ -1,4 +1,4 @@
-"""A verdict on a finished run: was a budget of forgetting kept, exceeded, or is there not enough evidence."""
+"""A verdict on a finished run: its budget of forgetting is kept, is exceeded, or cannot be judged."""
 
 from __future__ import annotations
 

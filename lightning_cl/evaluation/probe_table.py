@@ -18,7 +18,7 @@ Where only their mean is known, it is the only value, and ``n`` is the number of
 
 
 def probe_report(rows: Rows, columns: Sequence[str]) -> dict[str, Any]:
-    """What the rows of a probe say, as plain containers.
+    """Returns the results in the rows of a probe, as plain containers.
 
     A change is sure if ``p < 0.05 / columns`` (Bonferroni), which holds for all columns together.
 

@@ -153,7 +153,7 @@ def _overlap(box: Box, taken: Sequence[Box]) -> float:
 
 
 def _outside(box: Box, inside: Sequence[float]) -> float:
-    """What of a box is not on the axes, as an area."""
+    """The area of a box that is not on the axes."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     kept = _overlap(box, [(inside[0], inside[1], inside[2], inside[3])])
     return area - kept

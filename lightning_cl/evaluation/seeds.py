@@ -17,13 +17,13 @@ from lightning_cl.evaluation.tables import SCORES as SCORES
 from lightning_cl.evaluation.tables import format_number, format_table
 
 ABOUT = ("tasks", "watched", "monitor", "mode", "definitions")
-"""What all runs of a table have in common."""
+"""Parts of a report that all runs of a table have in common."""
 
 FEWEST = 3  # the interval of two seeds is twelve times their spread
 
 
 def run_result(report: dict[str, Any]) -> dict[str, Any]:
-    """What a table of several runs keeps of one run's report.
+    """Parts of one run's report that a table of several runs keeps.
 
     Args:
         report: as it was read from ``report.json``.

@@ -168,7 +168,7 @@ def share_kept(matrix: Tensor, mode: Mode = "max") -> Tensor:
 
 
 def _kept(matrix: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-    """What its training gave each task, and what of it is there at the end; NaN where there is nothing to say."""
+    """The gain of each task from its own training, and the part of it at the end; NaN where there is nothing to say."""
     tasks, sign = _trained(matrix), _sign(mode)
     learnt, last = matrix.diagonal(offset=-1)[:tasks], matrix[tasks, :tasks]
     before = torch.where(matrix.diagonal()[:tasks].isnan(), matrix[0, :tasks], matrix.diagonal()[:tasks])

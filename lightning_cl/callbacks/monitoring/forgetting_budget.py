@@ -64,7 +64,7 @@ class ForgettingBudget(ContinualCallback):
     are chosen on them, a little. It needs :func:`~lightning_cl.fit_tasks`. All ranks decide from the same reduced
     numbers, and a resumed run decides as the run that was not stopped.
 
-    Memory: four numbers a sequence; with ``interpolate`` a copy of the trainable parameters, also in checkpoints; with
+    Memory: three numbers a sequence; with ``interpolate`` a copy of the trainable parameters, also in checkpoints; with
     ``rollback`` one checkpoint on disk (``guard/`` in the run's folder), written at each safe look. Compute: with
     ``every="auto"`` at most 2 % of a task's work, with fewer sequences where tasks are short; at each task's start and
     end a forward pass over the sequences.
@@ -72,11 +72,11 @@ class ForgettingBudget(ContinualCallback):
     Args:
         budget: with `unit` ``retained`` the share to be kept, and with ``nats`` the rise to be allowed.
         unit: ``retained``: the share of what a task's training gave; a watched task's loss may rise by the share
-            ``1 − budget``. ``nats``: the rise of a sequence's mean loss.
+            ``1 − budget``. At least 0.01 nats are always allowed. ``nats``: the rise of a sequence's mean loss.
         every: optimizer steps between looks. ``auto``: as the work of a look allows; it is counted, not timed.
         samples: number of sequences of a task.
         action: the actions, in order; an empty list only measures.
-        confidence: that no action is taken wrongly in a run.
+        confidence: the probability that a run has no wrong breach, over all looks and tasks.
         patience: breaches in a row before an action.
         grace_steps: steps of a task before the first look, since losses may rise and recover right after a switch.
         tasks: names of the tasks to guard, or ``all``.
@@ -325,7 +325,7 @@ class ForgettingBudget(ContinualCallback):
     # ------------------------------------------------------------------ actions
 
     def _keep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """All is safe: keeps what ``interpolate`` and ``rollback`` go back to."""
+        """Keeps what ``interpolate`` and ``rollback`` go back to; called when all tasks are safe."""
         if "interpolate" in self.action:
             self._safe = copy_of(pl_module)
         if "rollback" in self.action:
@@ -411,7 +411,7 @@ class ForgettingBudget(ContinualCallback):
     # ------------------------------------------------------------------ state and report
 
     def _own_state(self) -> dict[str, Any]:
-        """Returns what the guard has seen and done, without the place in training that it belongs to."""
+        """Returns what the guard has seen and done, without the position in training that it belongs to."""
         return {
             "entries": [dict(entry) for entry in self.looks],
             "looks": self._look_number,

@@ -1,4 +1,4 @@
-"""What a guard does against forgetting: each action by itself, and the ladder that they are."""
+"""Actions of a guard against forgetting, each by itself, and the ladder that they form."""
 
 from __future__ import annotations
 

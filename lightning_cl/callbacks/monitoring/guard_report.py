@@ -1,4 +1,4 @@
-"""What a guard says at the end: sentences, and the losses of single sequences for ``lightning-cl gate``."""
+"""The report of a guard at the end: sentences, and the losses of single sequences for ``lightning-cl gate``."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ class RecoveryProbe(ContinualCallback):
         recovered share = (loss now − loss after the steps) / (loss now − loss when it was learnt)
 
     A model that has truly lost a task also learns it again. So there is a control: the same steps on the same samples
-    when the task began, before it was learnt. Its share is of what the task's training gave::
+    when the task began, before it was learnt. The control's share is a part of what the task's training gave::
 
         control's share = (loss before the task − loss after the steps) / (loss before the task − loss when learnt)
 
-    A recovered loss far below the control's means that the task was hidden rather than gone. All losses are those of
+    If the loss after the steps is far below the control's, the task was hidden rather than gone. All losses are those of
     ``training_step`` on held-out samples, in evaluation mode. The steps use a fresh optimizer of the run's class, at
     the constant learning rate that the task's own schedule had as its base, without dropout, penalties and replay.
     Training stays the same, bit for bit.

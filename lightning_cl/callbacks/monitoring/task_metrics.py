@@ -240,7 +240,7 @@ class TaskMetrics:
     # ------------------------------------------------------------------ state
 
     def state(self) -> dict[str, Any]:
-        """What must survive a crash."""
+        """Returns what must survive a crash."""
         return {
             "exams": {
                 task: {

@@ -31,7 +31,7 @@ _UNUSED = 0.8  # a share of the budget below which the report says that it was n
 
 
 class KLBudget:
-    """A budget for the strength of a penalty or of ``LwF``: the model may move by so many nats, and no further.
+    """A budget that sets the strength of a penalty or of ``LwF``: the nats that the model's predictions may move by.
 
     The budget is ``KL(reference ‖ now)``, the mean over tokens that bear loss (for a classifier, over samples) of the
     data of the task that is trained. It predicts forgetting (RL's Razor, arXiv:2509.04259), and it has the same meaning

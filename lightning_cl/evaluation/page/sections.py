@@ -47,7 +47,7 @@ def _with_error(score: float | None, error: float | None) -> str:
 
 
 def _recovery(recovery: Mapping[str, Any]) -> dict[str, Any]:
-    """How much of what seems lost a few steps on old samples bring back."""
+    """The part of what seems lost that a few steps on old samples bring back."""
     rows = [["task", "measured", "when learnt", "now", "after the steps", "brought back", "control after them"]]
     for when, tasks in recovery["after"].items():
         for name, found in tasks.items():
