@@ -18,7 +18,7 @@ _NO_REPORT = "How well it knows its tasks was not measured, or its weights were 
 
 
 class Base(NamedTuple):
-    """The kinds of model that a run can start from."""
+    """The model before its first task."""
 
     words: str
     """In a sentence; no path of a disk."""

@@ -34,7 +34,7 @@ class RecoveryProbe(ContinualCallback):
         recovered share = (loss now − loss after the steps) / (loss now − loss when it was learnt)
 
     A model that has truly lost a task also learns it again. So there is a control: the same steps on the same samples
-    when the task began, before it was learnt. The control's share is a part of what the task's training gave::
+    when the task began, before it was learnt. The control's share is of what the task's training gave::
 
         control's share = (loss before the task − loss after the steps) / (loss before the task − loss when learnt)
 
