@@ -2,8 +2,8 @@
 
 The files are read as they are, and nothing is downloaded. Prompts and task orders are the published ones;
 metrics differ in details. In a configuration: ``tasks: {benchmark: trace, folder: LLM-CL-Benchmark_500}``, with further
-arguments of the function. The metrics are measured by :class:`~lightning_cl.TaskMatrix`; the published figures are those of the test data
-(``metric_split="test"``).
+arguments of the function. The metrics are measured by :class:`~lightning_cl.TaskMatrix`; the published figures are
+those of the test data (``metric_split="test"``).
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _task(
     now, learnt = _tensor(losses["now"]), _tensor(losses["learnt"])
     before = _tensor(losses["before"]) if losses["before"] is not None and not told["watched"] else None
     rise = paired_rise(now, learnt, allowed_rise(unit, budget, learnt, before), alpha)
-    numbers = (rise.mean, rise.error, rise.size, rise.allowed, rise.margin)
+    numbers = (rise.mean, rise.error, rise.size, rise.allowed, rise.rise_margin)
     kept = kept_share(now, learnt, before) if before is not None else math.nan
     told |= dict(zip(empty, [value if math.isfinite(value) else None for value in (*numbers, kept)], strict=True))
     spoilt = None if math.isfinite(rise.mean) else "a loss is not finite"

@@ -20,7 +20,8 @@ Where only their mean is known, it is the only value, and ``n`` is the number of
 def probe_report(rows: Rows, columns: Sequence[str]) -> dict[str, Any]:
     """Returns the results in the rows of a probe, as plain containers.
 
-    A change is sure if ``p < 0.05 / columns`` (Bonferroni), which holds for all columns together.
+    A change is sure if ``p < 0.05 / (columns · tests)`` (Bonferroni), which holds for all columns together. A column
+    has two tests where there are margins: one of its scores, one of its margins.
 
     Args:
         rows: the values of the single items, the same items in all rows.
@@ -59,9 +60,8 @@ def _change(rows: Rows, column: str, columns: int) -> dict[str, Any]:
         then, now = list(first.get(what, ())), list(last.get(what, ()))
         told[f"{mark}before"], told[f"{mark}now"] = mean_and_error(then)[0], mean_and_error(now)[0]
         told[f"{mark}p"] = paired_p(then, now) if then and len(then) == len(now) else math.nan
-    told["sure"] = next(
-        (name for name, p in (("score", told["p"]), ("margin", told["margin_p"])) if p < _SURE / columns), None
-    )
+    tests = [(name, p) for name, p in (("score", told["p"]), ("margin", told["margin_p"])) if not math.isnan(p)]
+    told["sure"] = next((name for name, p in tests if p < _SURE / (columns * len(tests))), None)
     return told
 
 

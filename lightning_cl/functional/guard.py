@@ -1,11 +1,16 @@
 """Statistics of a guard against forgetting: paired losses, bounds that hold at every look, and decisions.
 
 A loss of one held-out sequence now, less the loss of the same sequence at a reference, is a paired difference. Most of
-the spread between sequences cancels in it. The mean of these differences gets the asymptotic confidence sequence of
-Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2021, arXiv:2103.06476, theorem 2.2), which is Robbins' normal mixture
-(1970; Howard, Ramdas, McAuliffe and Sekhon 2021, arXiv:1810.08240, section 3.2) with an estimated variance::
+the spread between sequences cancels in it. The mean of these differences gets a confidence sequence: Robbins' normal
+mixture (1970; Howard, Ramdas, McAuliffe and Sekhon 2021, arXiv:1810.08240, section 3.2), here over the standardised
+mean and with the variance unknown, as in the Bayes factor of the t-test. With ``t = mean_n · sqrt(n) / sd_n``, the
+boundary solves ::
 
-    mean_n ± sd_n · sqrt( 2 (n ρ² + 1) / (n² ρ²) · log( sqrt(n ρ² + 1) / α ) )
+    (1 + n ρ²)^(−1/2) · [ (1 + t² / (n − 1)) / (1 + t² / ((n − 1)(1 + n ρ²))) ]^(n/2) = 1 / α
+
+so that it is right for normal differences at every n of at least 2, also where n is small and α tiny. For large n it is
+``mean_n ± sd_n · sqrt( 2 (n ρ² + 1) / (n² ρ²) · log( sqrt(n ρ² + 1) / α ) )``, the asymptotic confidence sequence of
+Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2021, arXiv:2103.06476, theorem 2.2).
 
 It holds for all n at once, so that more sequences may be looked at until the answer is clear. The weights change
 between two looks, so each look has another mean to estimate. So the k-th look spends ``α / (k (k + 1))`` of the error
@@ -35,6 +40,7 @@ class Rise(NamedTuple):
         error: SE, its standard error.
         size: n, the number of sequences.
         allowed: the rise that the budget allows.
+        rise_margin: half the width of the bound around `mean`.
         margin: half the width of the bound around the mean of what exceeds the budget.
         excess: the mean of what exceeds the budget; above 0 is too much.
         decision: what is sure.
@@ -44,6 +50,7 @@ class Rise(NamedTuple):
     error: float
     size: int
     allowed: float
+    rise_margin: float
     margin: float
     excess: float
     decision: Decision
@@ -74,7 +81,10 @@ def confidence_width(count: int, alpha: float, first: int) -> float:
     log = -2.0 * math.log(alpha)
     rho = (log + math.log(log) + 1.0) / first
     inside = count * rho + 1.0
-    return math.sqrt(2.0 * inside / (count**2 * rho) * math.log(math.sqrt(inside) / alpha))
+    ratio = math.exp(2.0 / count * math.log(math.sqrt(inside) / alpha))
+    if ratio >= inside:
+        return math.inf  # too few samples to be sure at this error probability
+    return math.sqrt((count - 1) / count * (ratio - 1.0) / (1.0 - ratio / inside))
 
 
 def check_confidence(argument: str, value: float) -> float:
@@ -116,13 +126,14 @@ def paired_rise(
     limit = torch.as_tensor(allowed, dtype=torch.float64).expand(count)
     mean_limit = float(limit.mean())
     if not bool(change.isfinite().all()):
-        return Rise(math.inf, 0.0, count, mean_limit, 0.0, math.inf, "breach")
+        return Rise(math.inf, 0.0, count, mean_limit, 0.0, 0.0, math.inf, "breach")
     excess = change - limit
-    margin = float(excess.std()) * confidence_width(count, alpha, first or count)
+    width = confidence_width(count, alpha, first or count)
+    rise_margin, margin = (sd * width if (sd := float(x.std())) > 0 else 0.0 for x in (change, excess))
     mean = float(excess.mean())
     decision: Decision = "breach" if mean - margin > 0 else "safe" if mean + margin <= 0 else "uncertain"
     error = float(change.std()) / math.sqrt(count)
-    return Rise(float(change.mean()), error, count, mean_limit, margin, mean, decision)
+    return Rise(float(change.mean()), error, count, mean_limit, rise_margin, margin, mean, decision)
 
 
 def allowed_rise(unit: str, budget: float, reference: Tensor, before: Tensor | None = None) -> float | Tensor:

@@ -17,18 +17,41 @@ from lightning_cl.functional.guard import (
 )
 
 
-def test_the_width_is_the_mixture_bound():
-    """At the bound, the likelihood ratio mixed over a normal prior is 1 / α."""
-    n, alpha, first = 100, 0.01, 64
+@pytest.mark.parametrize(("n", "alpha"), [(8, 0.01), (24, 0.001)])
+def test_at_the_bound_the_mixed_likelihood_ratio_is_one_over_alpha(n, alpha):
+    """Integrates over the standardised mean, which is normal with variance ρ², and the spread, with density 1 / σ."""
+    first = 16
     log = -2 * math.log(alpha)
     rho = (log + math.log(log) + 1) / first
-    low, high = 0.0, 2.0
-    for _ in range(200):
-        mid = (low + high) / 2
-        # ∫ exp(θ S − n θ²/2) N(θ; 0, ρ²) dθ at S = n · mid
-        ratio = math.exp((n * mid) ** 2 * rho / (2 * (n * rho + 1))) / math.sqrt(n * rho + 1)
-        low, high = (mid, high) if ratio < 1 / alpha else (low, mid)
-    assert confidence_width(n, alpha, first) == pytest.approx(low, rel=1e-9)
+    rest = torch.linspace(-1, 1, n, dtype=torch.float64)
+    x = rest / rest.std() + confidence_width(n, alpha, first)  # in units of their standard deviation
+    log_sigma = torch.linspace(-4, 5, 1801, dtype=torch.float64)
+    delta = torch.linspace(-9, 9, 3601, dtype=torch.float64) * rho**0.5
+    sigma = log_sigma.exp()
+    squares, total = x.square().sum(), x.sum()
+
+    def likelihood(d):
+        """Of the data for standardised means `d` and each σ, but for a constant."""
+        away = squares / sigma**2 - 2 * d[:, None] * total / sigma + n * d[:, None] ** 2
+        return (-0.5 * away - n * log_sigma).exp().sum(1)
+
+    prior = (-0.5 * delta.square() / rho).exp()
+    mixed = (prior / prior.sum() * likelihood(delta)).sum()
+    assert float(mixed / likelihood(torch.zeros(1, dtype=torch.float64))) == pytest.approx(1 / alpha, rel=1e-3)
+
+
+def test_for_many_samples_the_bound_is_the_normal_mixture_with_a_known_variance():
+    n, alpha, first = 200_000, 0.01, 64
+    log = -2 * math.log(alpha)
+    inside = n * (log + math.log(log) + 1) / first + 1
+    known = math.sqrt(2 * inside / (n * (inside - 1)) * math.log(math.sqrt(inside) / alpha))
+    assert confidence_width(n, alpha, first) == pytest.approx(known, rel=1e-3)
+
+
+def test_too_few_samples_are_never_sure():
+    assert confidence_width(2, 1e-6, 2) == math.inf
+    rise = paired_rise(torch.tensor([1.0, 1.1]), torch.zeros(2), 0.0, 1e-6)
+    assert rise.decision == "uncertain"
 
 
 def test_errors_of_all_looks_and_tasks_add_up_to_alpha():
@@ -36,15 +59,15 @@ def test_errors_of_all_looks_and_tasks_add_up_to_alpha():
     assert total == pytest.approx(0.05, rel=1e-4)
 
 
-def simulate(shift, looks=12, runs=1500, n=64, noise=0.006, heavy=False):
+def simulate(shift, looks=12, runs=1500, n=64, noise=0.006, heavy=False, tasks=1, seed=1):
     """Looks at one set of sequences again and again, with paired noise that is partly the same at every look."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     lasting, found = draw(runs, n), torch.zeros(runs, looks, dtype=torch.bool)
     for look in range(1, looks + 1):
         new = draw(runs, n)
         d = shift + noise * (lasting + (new**3 / 15**0.5 if heavy else new)) / 2**0.5
-        width = confidence_width(n, look_error(0.05, look, 1), n)
+        width = confidence_width(n, look_error(0.05, look, tasks), n)
         found[:, look - 1] = d.mean(1) - width * d.std(1) > 0
     return found
 
@@ -52,6 +75,9 @@ def simulate(shift, looks=12, runs=1500, n=64, noise=0.006, heavy=False):
 @pytest.mark.parametrize("heavy", [False, True])
 def test_false_alarms_under_the_null_and_power_at_a_planted_rise(heavy):
     assert simulate(0.0, heavy=heavy).any(1).double().mean() <= 0.05
+    # Few sequences, many looks at five tasks.
+    few = torch.stack([simulate(0.0, looks=40, runs=400, n=8, tasks=5, seed=seed).any(1) for seed in range(5)]).any(0)
+    assert few.double().mean() <= 0.05
     planted = simulate(0.05, looks=2, heavy=heavy)
     assert planted.all(1).double().mean() >= 0.99  # both looks: with patience 2, too
     assert simulate(0.05, looks=2, n=16, noise=0.03, heavy=heavy)[:, 1].double().mean() >= 0.5

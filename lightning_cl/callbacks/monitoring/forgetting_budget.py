@@ -401,7 +401,7 @@ class ForgettingBudget(ContinualCallback):
             if entry["task"] in due:
                 entry["action"] = action
         rises = ", ".join(
-            f"{name} {found[name].mean:+.3g} ± {found[name].margin:.2g} nats, allowed {found[name].allowed:.3g}"
+            f"{name} {found[name].mean:+.3g} ± {found[name].rise_margin:.2g} nats, allowed {found[name].allowed:.3g}"
             for name in due
         )
         self._breaches = {}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lightning_cl.callbacks.monitoring.guard_sets import GuardSets
 from lightning_cl.core.run_state import RunState
-from lightning_cl.functional.guard import Rise, allowed_rise, confidence_width, kept_share, paired_rise
+from lightning_cl.functional.guard import Rise, allowed_rise, kept_share, look_error, paired_rise
 
 _TOLD = 10  # actions, each with a sentence
 
@@ -55,12 +55,22 @@ def final_decisions(guard: Guard) -> dict[str, str]:
 
 
 def _final(guard: Guard, name: str) -> Rise | None:
-    """Compares a task's losses at the end with those when it was learnt; None for the task that was learnt last."""
-    one = guard.sets.sets[name]
-    if one.reference is None or one.now is None or guard.run.position.name == name:
+    """Compares a task's losses at the end with those when it was learnt; None for the task that was learnt last.
+
+    The error probability is divided among the tasks, so that all verdicts hold together, as those of the gate.
+    """
+    judged = {
+        task: one
+        for task, one in guard.sets.sets.items()
+        if one.reference is not None and one.now is not None and guard.run.position.name != task
+    }
+    if name not in judged:
         return None
+    one = judged[name]
+    assert one.now is not None
+    assert one.reference is not None
     allowed = allowed_rise(guard.unit, guard.budget, one.reference, None if one.watched else one.before)
-    return paired_rise(one.now, one.reference, allowed, 1.0 - guard.confidence)
+    return paired_rise(one.now, one.reference, allowed, look_error(2.0 * (1.0 - guard.confidence), 1, len(judged)))
 
 
 def _task_sentence(guard: Guard, name: str) -> str | None:
@@ -71,10 +81,9 @@ def _task_sentence(guard: Guard, name: str) -> str | None:
         return f"ForgettingBudget, {name}: a loss is not finite"
     verdict = {"safe": "within the budget", "breach": "over the budget", "uncertain": "too close to be sure"}
     since = "the first task began" if one.watched else "it was learnt"
-    margin = rise.error * math.sqrt(rise.size) * confidence_width(rise.size, 1.0 - guard.confidence, rise.size)
     words = (
-        f"ForgettingBudget, {name}: loss {rise.mean:+.3g} ± {margin:.2g} nats since {since} ({rise.size} sequences,"
-        f" {guard.confidence:.0%}), allowed {rise.allowed:.3g}: {verdict[rise.decision]}"
+        f"ForgettingBudget, {name}: loss {rise.mean:+.3g} ± {rise.rise_margin:.2g} nats since {since} ({rise.size}"
+        f" sequences, {guard.confidence:.0%} for all tasks), allowed {rise.allowed:.3g}: {verdict[rise.decision]}"
     )
     assert one.now is not None
     assert one.reference is not None

@@ -38,8 +38,8 @@ class RecoveryProbe(ContinualCallback):
 
         control's share = (loss before the task − loss after the steps) / (loss before the task − loss when learnt)
 
-    If the loss after the steps is far below the control's, the task was hidden rather than gone. All losses are those of
-    ``training_step`` on held-out samples, in evaluation mode. The steps use a fresh optimizer of the run's class, at
+    If the loss after the steps is far below the control's, the task was hidden rather than gone. All losses are those
+    of ``training_step`` on held-out samples, in evaluation mode. The steps use a fresh optimizer of the run's class, at
     the constant learning rate that the task's own schedule had as its base, without dropout, penalties and replay.
     Training stays the same, bit for bit.
 
