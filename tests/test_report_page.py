@@ -211,6 +211,28 @@ def test_runs_next_to_it_are_shown_if_they_measured_the_same(tmp_path):
     assert "other" not in text.split("Next to earlier runs")[1].split("Answers")[0].replace("another", "")
 
 
+def test_a_diverged_neighbour_is_left_out_and_other_files_do_no_harm(tmp_path):
+    for name, change in (("good", {}), ("diverged", {"forgetting": None})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(a_report() | change).replace("NaN", "null"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes(b"a: \xff\xfe")
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "report.json").symlink_to(tmp_path / "nowhere")
+    write_page(a_report(), tmp_path / "run")
+    shown = read((tmp_path / "run" / "report.html").read_text(encoding="utf-8")).text
+    table = shown.split("Next to earlier runs")[1].split("Answers")[0]
+    assert "good" in table
+    assert "diverged" not in table
+
+
+def test_a_configuration_in_the_working_folder_is_not_taken_for_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("password: secret")
+    write_page(a_report(), tmp_path)
+    assert "secret" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Runs the browser without a network."""

@@ -21,6 +21,8 @@ from lightning_cl.cli.methods import Method, read_methods
 from lightning_cl.cli.processes import new_file, report_of, run_process, told_folders, wait_for, why_not, write_json
 from lightning_cl.cli.seeds import PERMUTE, SettingsOf, parse_seeds, seed_options, task_orders
 from lightning_cl.cli.task_order import all_names, trained_names
+from lightning_cl.cli.trust import foreign_code
+from lightning_cl.cli.yaml_files import read_yaml
 from lightning_cl.core.checkpoint_io import find_last_checkpoint
 from lightning_cl.evaluation.comparison import compare_methods, compared_run, comparison_markdown, format_comparison
 from lightning_cl.evaluation.scatter import draw_comparison
@@ -191,8 +193,11 @@ def _run(
     start = next((folder for folder in earlier if _has_checkpoint(folder)), None)
     if start is not None:
         print(f"  resumes {start}", flush=True)
-        # Its saved configuration has the strength, the seed and the order; its owner has agreed to it already.
-        arguments = ["fit", "--run", str(start), "--trust"]
+        # Its saved configuration has the strength, the seed and the order. The user's own command has agreed to the
+        # code that it names, and to no other.
+        saved = read_yaml(start / "config.yaml", "compare")
+        agreed = set(foreign_code(saved)) <= set(foreign_code(method.settings))
+        arguments = ["fit", "--run", str(start), *(["--trust"] if agreed else [])]
         code, now = run_process(arguments, os.environ.copy(), "compare", told=told, resumes=True)
     else:
         arguments = [*method.arguments, *(seed_options(seed) if seed is not None else [])]

@@ -11,6 +11,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_cl.data.text.sources import as_tasks
+
 _LISTED = 6  # tasks whose orders, at most 720, are all written down
 
 
@@ -54,6 +56,13 @@ def set_order(data: Any, order: Sequence[str]) -> None:
     named = _named(tasks)
     if sorted(order) != sorted(trained_names(tasks)):
         raise ValueError(f"the order {', '.join(order)} is not of the tasks {', '.join(trained_names(tasks))}")
+    if _is_folder(tasks):
+        if tasks.get("more"):
+            raise ValueError(
+                "--permute-tasks: not with `more` tasks after a benchmark's folder; list the tasks one by one"
+            )
+        data["tasks"] = {**tasks, "order": list(order)}
+        return
     following = iter(order)
     names = [name if watched else next(following) for name, watched in named]
     content = dict(
@@ -63,8 +72,15 @@ def set_order(data: Any, order: Sequence[str]) -> None:
     data["tasks"] = ordered if isinstance(tasks, Mapping) else list(ordered.values())
 
 
+def _is_folder(tasks: Any) -> bool:
+    """Tells if tasks are given as the folder of a published benchmark."""
+    return isinstance(tasks, Mapping) and {"benchmark", "folder"} <= tasks.keys()
+
+
 def _named(tasks: Any) -> list[tuple[str, bool]]:
     """Each task's name, and True if it is only watched."""
+    if _is_folder(tasks):
+        return [(task.name, task.watched) for task in as_tasks(dict(tasks))]
     if isinstance(tasks, Mapping):
         return [
             (str(name), value is None or (isinstance(value, Mapping) and value.get("train") is None))

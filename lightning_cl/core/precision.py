@@ -41,5 +41,10 @@ def multiply_learning_rate(optimizer: torch.optim.Optimizer, schedulers: list[An
                 group[key] = group[key] * factor
     for scheduler in schedulers:
         for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
-            if getattr(part, "optimizer", None) is optimizer and hasattr(part, "base_lrs"):
-                part.base_lrs = [base * factor for base in part.base_lrs]
+            if getattr(part, "optimizer", None) is not optimizer:
+                continue
+            for name in ("base_lrs", "max_lrs"):
+                if hasattr(part, name):
+                    setattr(part, name, [value * factor for value in getattr(part, name)])
+            if hasattr(part, "eta_min"):
+                part.eta_min = part.eta_min * factor

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_cl.evaluation import figure
 from lightning_cl.evaluation.metric_tables import format_metrics, write_metrics
 from lightning_cl.evaluation.page import write_page
@@ -89,7 +91,10 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = False) -> No
     write_metrics(report, folder)
     replace_file(folder / "matrix.png", lambda path: figure.draw_matrix(report, path))
     if page:
-        write_page(report, folder)
+        try:
+            write_page(report, folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # a run must not end for the page's sake
+            rank_zero_warn(f"{folder / 'report.html'} could not be written ({error!r}); report.json has all of it")
 
 
 def format_report(report: dict[str, Any], folder: Path | None) -> str:

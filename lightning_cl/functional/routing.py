@@ -183,8 +183,11 @@ class TaskRouter:
         self._counts[: len(counts)] += counts
         self._sums[: len(counts)] += sums.double()
         self._moment += moment.double()
+        samples = state["samples"].cpu()
+        if samples.shape[1] == self.size:  # of an earlier version: one limit for prompts of all lengths
+            samples = torch.cat([samples.float(), samples.float(), torch.ones(len(samples), 2)], 1)
         for task in range(len(counts)):
-            more = state["samples"].cpu()[state["sample_tasks"].cpu() == task]
+            more = samples[state["sample_tasks"].cpu() == task]
             self._samples[task] = self._draw(self._samples[task], more.float())
         self._forget()
 

@@ -57,6 +57,10 @@ def evaluate_tasks(
         results[task.name] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if task.metrics:
             exercises = exercises_of(data, task, "val" if stage == "validate" else "test")
+            if not exercises:
+                raise ValueError(
+                    f"task {task.name!r}, metrics={task.metrics}: there is no prompt with an answer in its {stage} data"
+                )
             exam = hold_exam(trainer, module, data, task, exercises, new_tokens(task, exercises))
             results[task.name] |= {name: statistics.fmean(scores) for name, scores in exam.scores.items()}
     if not results:

@@ -101,7 +101,7 @@ def fit_tasks(
         raise
     finally:
         coordinator.end_sequence()
-    if hasattr(module, "run_report"):  # what it shows when it is saved
+    if "run_report" in vars(module) and hasattr(module, "save_pretrained"):  # what it shows when it is saved
         reports = (getattr(method, "last_report", None) for method in methods_of(trainer))
         setattr(module, "run_report", next((report for report in reports if report is not None), None))  # noqa: B010
     return next((method.summary() for method in methods_of(trainer) if hasattr(method, "summary")), {})

@@ -178,6 +178,11 @@ class ForgettingBudget(ContinualCallback):
                 f"{name}(action={self.action!r}): a rollback needs a checkpoint on disk, and"
                 " Trainer(enable_checkpointing=False) wants none; leave out 'rollback', or that argument"
             )
+        if "rollback" in self.action and TaskCoordinator.of(trainer).load_best:
+            raise MisconfigurationException(
+                f"{name}(action={self.action!r}) with load_best=True: what is trained before a rollback may delete the"
+                " best checkpoint that it goes back to; leave out one of the two"
+            )
         if self.run.data is not None:
             self.sets.check_names(self.run.data)
 
@@ -256,10 +261,10 @@ class ForgettingBudget(ContinualCallback):
         is_first, self._step = self._step == 0, step
         start = time.monotonic()
         try:
+            if is_first:
+                self._keep(trainer, pl_module)
             if step >= self._schedule.next:
                 self._look(trainer, pl_module, step)
-            elif is_first:
-                self._keep(trainer, pl_module)
         finally:
             self.seconds += time.monotonic() - start
 

@@ -30,7 +30,9 @@ def write_page(report: dict[str, Any], folder: Path) -> None:
         folder: of the run; its ``config.yaml`` and the reports of the runs next to it are shown too, if they exist.
     """
     config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    # Where a run has no folder of its own, the file may be another program's.
+    own = config.is_file() and folder.resolve() != Path.cwd()
+    text = config.read_text(encoding="utf-8", errors="replace") if own else ""
     page = format_page(report, title=folder.name, config=text, others=_runs_next_to(folder, report), hidden=folder)
     replace_file(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
 
@@ -182,24 +184,26 @@ def _rows_drawing(report: dict[str, Any]) -> dict[str, Any]:
 
 def _runs_next_to(folder: Path, report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Reports of the runs in the same folder that measured the same score of the same tasks on the same data."""
-    found = []
-    paths = sorted(folder.parent.glob("*/report.json"), key=lambda path: path.stat().st_mtime)[-_MOST_RUNS:]
-    for path in paths:
+    found: list[tuple[float, str, dict[str, Any]]] = []
+    for path in folder.parent.glob("*/report.json"):
         if path.parent == folder:
             continue
         try:
             other = json.loads(path.read_text(encoding="utf-8"))
             same = all(other[key] == report[key] for key in ("tasks", "monitor", "mode", "watched", "measured_on"))
+            if same and len(other["matrix"]) == len(report["matrix"]) and isinstance(other["methods"], dict):
+                found.append((path.stat().st_mtime, path.parent.name, _numbers(other)))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another program's file, or a damaged one
-        if same and len(other["matrix"]) == len(report["matrix"]):
-            found.append((path.parent.name, other))
-    return found
+    return [(name, other) for _, name, other in sorted(found, key=lambda run: run[:2])[-_MOST_RUNS:]]
 
 
 def _scatter(report: dict[str, Any], title: str, others: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:
     """This run among earlier ones: what was learnt against what was forgotten."""
-    runs = [*((name, _numbers(other)) for name, other in others), (title, report)]
+    scored = ("mean_when_learnt", "forgetting")
+    earlier = [(name, _numbers(other)) for name, other in others]
+    known = [(name, other) for name, other in earlier if all(math.isfinite(other[score]) for score in scored)]
+    runs = [*known, (title, report)]
     points = [
         {"number": i, "learnt": run["mean_when_learnt"], "forgetting": run["forgetting"], "own": run is report}
         for i, (_, run) in enumerate(runs, start=1)
