@@ -8,6 +8,7 @@ import pytest
 
 from lightning_cl import TaskDataModule, TrainedBPE
 from lightning_cl.cli.earlier_run import _add
+from lightning_cl.cli.task_order import order_for, set_order, trained_names
 from lightning_cl.data.benchmarks import CL_BENCHMARK_ORDERS, SUPERNI_ORDERS, TRACE_TASKS, cl_benchmark, superni, trace
 from lightning_cl.data.exercises import exercises_of
 
@@ -170,3 +171,16 @@ def test_superni_in_splits_and_as_single_files(tmp_path):
 def test_wrong_configurations(given, error, message):
     with pytest.raises(error, match=message):
         TaskDataModule(given, tokenizer=TrainedBPE(280))
+
+
+def test_the_order_of_a_folder_can_be_another_for_each_seed(trace_folder, tmp_path):
+    settings = {"tasks": {"benchmark": "trace", "folder": str(trace_folder)}}
+    assert trained_names(settings["tasks"]) == list(TRACE_TASKS)
+    order = order_for(trained_names(settings["tasks"]), 1)
+    assert order != list(TRACE_TASKS)
+    set_order(settings, order)
+    data = set_up(settings["tasks"], tmp_path)
+    assert [task.name for task in data.tasks] == order
+    more = {**settings["tasks"], "more": {"x": ["text"]}}
+    with pytest.raises(ValueError, match="more"):
+        set_order({"tasks": more}, [*order, "x"])

@@ -120,6 +120,15 @@ def test_the_state_is_tensors_and_loads_again(tmp_path):
 # ---------------------------------------------------------------------- none of them
 
 
+def test_the_state_of_an_earlier_version_gives_one_limit_for_all_lengths():
+    router = fitted(gaussians(count=30)[0])
+    old = router.state()
+    old["samples"] = old["samples"][:, :WIDTH]
+    other = fitted(gaussians(seed=5, count=30)[0])
+    other.load_state(old)
+    same(other, router, rtol=1e-6, atol=1e-6)
+
+
 def test_the_limit_leaves_each_prompt_out_of_the_fit():
     """In closed form what fitting again without the prompt gives, but for the shrinkage, which hardly moves."""
     prompts, _, _ = gaussians(count=20)
