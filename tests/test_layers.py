@@ -33,6 +33,7 @@ LAYERS = [
 ]
 
 
+@cache
 def modules():
     return {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 
