@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def provenance() -> dict[str, str | None]:
     }
 
 
+@lru_cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -44,6 +46,7 @@ def _command() -> str | None:
     return shlex.join([*start, *sys.argv[1:]])
 
 
+@lru_cache(maxsize=1)
 def _commit() -> str | None:
     try:
         asked = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_cl.evaluation import figure
 from lightning_cl.evaluation.metric_tables import format_metrics, write_metrics
 from lightning_cl.evaluation.page import write_page
+from lightning_cl.evaluation.plain import plain
 from lightning_cl.evaluation.probe_table import format_probe
 from lightning_cl.evaluation.provenance import provenance
 from lightning_cl.evaluation.sentences import Method, sentence
@@ -45,11 +46,14 @@ def build_report(
     summary = matrix.summary()
     trained = [name for name in summary["tasks"] if name not in summary["watched"]][: len(summary["matrix"]) - 1]
     told = {name: method.report() for method, name in methods if method is not matrix}
-    sections = [method.pop("sections", {}) for method in told.values()]  # of the whole report, by their key
+    # What belongs to the whole report, as what probes have measured, is no property of a method.
+    sections: dict[str, Any] = {"probe": {name: one.pop("probe") for name, one in told.items() if "probe" in one}}
+    for method in told.values():
+        sections |= method.pop("sections", {})
     return {
         "format": 1,
         **summary,
-        **{key: value for section in sections for key, value in section.items()},
+        **sections,
         "sentences": [
             sentence(summary, name, [method for method, _ in methods]) for name in [*trained, *summary["watched"]]
         ],
@@ -61,8 +65,6 @@ def build_report(
             "state_bytes": {name: method.state_bytes() for method, name in methods},
         },
         "methods": told,
-        # What probes have measured is evidence as the matrix is, and no property of a method.
-        "probe": {name: method.pop("probe") for name, method in told.items() if "probe" in method},
         "provenance": provenance(),
     }
 
@@ -75,7 +77,7 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = False) -> No
         folder: of the run.
         page: True writes ``report.html`` too.
     """
-    replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(_plain(report), indent=2) + "\n"))
+    replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(plain(report), indent=2) + "\n"))
 
     def write_csv(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -222,14 +224,3 @@ def _format_answers(report: dict[str, Any]) -> list[str]:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: both are null, and ``not_finite`` says which ones were measured."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

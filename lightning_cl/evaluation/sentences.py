@@ -14,7 +14,8 @@ Need = Literal["keep", "learn", "begin"]
 keep, where no method of the run has an answer."""
 
 
-_KEPT = 0.9  # no advice for a task of which more than this share was kept
+KEPT = 0.9
+"""The share of what a task's training gave that counts as kept: above it, no advice is given."""
 _TO_BEGIN_WITH = "add a method that replays earlier samples or holds the weights"
 _DIVERGED = "The run diverged: try a lower learning rate, or Trainer(gradient_clip_val=1.0)."
 
@@ -103,7 +104,7 @@ def _history(summary: dict[str, Any], values: list[float], row: int, methods: Se
     if kept < 0:
         return f"{begin}: all that its training gave is lost, and more. {advice('keep', methods)}"
     told = f"{begin}: {kept:.0%} of what its training gave was kept."
-    return told if kept >= _KEPT else f"{told} {advice('keep', methods)}"
+    return told if kept >= KEPT else f"{told} {advice('keep', methods)}"
 
 
 def advice(need: Need, methods: Sequence[Method]) -> str:

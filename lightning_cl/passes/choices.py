@@ -59,7 +59,6 @@ def log_likelihoods(
     Returns:
         one number for each row; NaN or infinite where the logits are.
     """
-    device = next(model.parameters()).device
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     cut = [_cut(row[0], row[1], longest) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(cut[index][0]) + len(cut[index][1]))
@@ -68,7 +67,7 @@ def log_likelihoods(
         head = SplitHead(model, quiet=True)
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            for index, score in zip(some, _scores(model, head, [cut[i] for i in some], pad_id, device), strict=True):
+            for index, score in zip(some, sums_of_batch(model, head, [cut[i] for i in some], pad_id), strict=True):
                 scores[index] = score
     return scores
 
@@ -81,9 +80,19 @@ def _cut(context: Sequence[int], continuation: Sequence[int], longest: int | Non
     return list(context)[-(longest - len(kept)) :], kept
 
 
-def _scores(
-    model: Any, head: SplitHead, rows: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device
+@torch.no_grad()
+def sums_of_batch(
+    model: Any, head: SplitHead, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int = 0
 ) -> list[float]:
+    """Sums of the log-probabilities of one batch's continuations, in nats; an empty continuation's is 0.
+
+    Args:
+        model: a causal model of ``transformers``, in evaluation mode.
+        head: the same model in two steps.
+        rows: pairs of token ids: a context, which is not empty, and its continuation.
+        pad_id: the token to pad with.
+    """
+    device = next(model.parameters()).device
     lengths = [len(context) + len(continuation) for context, continuation in rows]
     longest = max(lengths)
     ids = torch.tensor([[*row[0], *row[1], *[pad_id] * (longest - n)] for row, n in zip(rows, lengths, strict=True)])

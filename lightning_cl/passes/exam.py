@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.core.checks import refuse_sharded
@@ -19,6 +18,7 @@ from lightning_cl.data.module import TaskDataModule
 from lightning_cl.data.text.answer_ends import ends_of_answers
 from lightning_cl.data.text.tokenizer import pad_token_id
 from lightning_cl.metrics.text import BY_LIKELIHOOD, answer_score, choice_score
+from lightning_cl.passes.choices import sums_of_batch
 from lightning_cl.passes.generation import continue_tokens, generator_of
 from lightning_cl.passes.heads import SplitHead, evaluated
 from lightning_cl.passes.passes import progress
@@ -174,40 +174,11 @@ def _choose(
     head = SplitHead(model, quiet=True)
     groups = _groups([len(row) for _, row, _ in asked], rows, data.max_length)
     for group in progress(trainer, groups, f"Choices: {task.name}", len(groups)):
-        chosen = [asked[position][1:] for position in group]
-        for position, value in zip(group, log_likelihoods(model, head, chosen), strict=True):
+        chosen = [(row[:at], row[at:]) for _, row, at in (asked[position] for position in group)]
+        with evaluated(model):
+            sums = sums_of_batch(model, head, chosen)
+        for position, value in zip(group, sums, strict=True):
             values[position] = value
     for (i, _, _), value in zip(asked, values, strict=True):
         found[i].append(value)
     return found
-
-
-def log_likelihoods(model: Any, head: SplitHead, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
-    """``Σ log p`` of the last tokens of each row, given all before them; an empty sum is 0.
-
-    Logits exist only at the positions that predict these tokens.
-
-    Args:
-        model: a ``transformers`` model.
-        head: the same model in two steps.
-        rows: token ids, and the position of the first token to score; it is at least 1.
-    """
-    device, longest = next(model.parameters()).device, max(len(row) for row, _ in rows)
-    # Padding after a row is seen by none of its tokens.
-    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row, _ in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in rows], device=device)
-    places = torch.tensor([(i, at) for i, (row, first) in enumerate(rows) for at in range(first, len(row))])
-    places = places.reshape(-1, 2).to(device)
-    with evaluated(model):
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if head.exact:
-            hidden = head.hidden_states(inputs)
-            logits = head.logits(hidden[places[:, 0], places[:, 1] - 1])
-        else:
-            logits = model(**inputs, use_cache=False).logits[places[:, 0], places[:, 1] - 1]
-        chosen = ids[places[:, 0], places[:, 1]]
-        log_p = logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    totals = torch.zeros(len(rows), dtype=torch.float64)
-    totals.index_add_(0, places[:, 0].cpu(), log_p.double().cpu())
-    result: list[float] = totals.tolist()
-    return result

@@ -15,8 +15,8 @@ from toys import TINY_LLAMA, Classifier, classification, trainer
 
 from lightning_cl import CausalLM, TaskAdapters, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
 from lightning_cl.data.exercises import exercises_of
-from lightning_cl.passes.exam import hold_exam, log_likelihoods
-from lightning_cl.passes.heads import SplitHead
+from lightning_cl.passes.choices import log_likelihoods
+from lightning_cl.passes.exam import hold_exam
 from lightning_cl.sequence.evaluate import evaluate_tasks
 from lightning_cl.tasks import Task
 
@@ -92,9 +92,8 @@ def test_choices_are_compared_as_one_by_one(done, cache):
     scores = matrix.summary()["metrics"]["scores"]["acc"]
     assert scores["matrix"][3][0] == pytest.approx(sum(right) / 6)
     exercises = exercises_of(run.datamodule, run.datamodule.tasks[0])
-    found = log_likelihoods(
-        made.lm, SplitHead(made.lm, quiet=True), list(zip(exercises[2].rows, exercises[2].starts, strict=True))
-    )
+    asked = [(row[:at], row[at:]) for row, at in zip(exercises[2].rows, exercises[2].starts, strict=True)]
+    found = log_likelihoods(made.lm, asked)
     assert found == pytest.approx(chosen[2][1], abs=1e-4)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_cl.data.foreign_loader import task_indices, why_not_plannable
 from lightning_cl.data.measured_on import content_hash
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.passes.held_out import held_out_loader
 from lightning_cl.passes.sample_losses import sample_losses
 from lightning_cl.tasks import Task
 
@@ -124,17 +125,17 @@ class GuardSets:
         """Returns the losses of a task's sequences from number `first` to `end`, the same on all ranks."""
         task = next(task for task in data.tasks if task.name == name)
         with data.showing(task):
-            loader = _first_of(data.val_loader(task))
+            loader = held_out_loader(data, task)
             return sample_losses(trainer, pl_module, loader, first=first, end=end, seed=self.seed)
 
     def tokens(self, data: TaskDataModule, name: str) -> float:
         """Returns the mean length of a task's sequences; 1 where lengths are not known."""
         task = next(task for task in data.tasks if task.name == name)
-        return mean_length(_first_of(data.val_loader(task)))
+        return mean_length(held_out_loader(data, task))
 
     def _loader(self, data: TaskDataModule, task: Task) -> Any:
         """Returns a task's validation loader; None, and a warning once, where it cannot be guarded."""
-        loader = _first_of(data.val_loader(task))
+        loader = held_out_loader(data, task)
         reason = None
         if loader is None:
             reason = "it has no validation data"
@@ -173,10 +174,3 @@ def mean_length(loader: Any) -> float:
     picked = torch.linspace(0, size - 1, min(size, 256)).long().tolist()
     mean: float = sum(length_of(index) for index in picked) / len(picked)
     return max(mean, 1.0)
-
-
-def _first_of(loader: Any) -> Any:
-    """Returns the first of several loaders."""
-    if isinstance(loader, dict):
-        return next(iter(loader.values()), None)
-    return next(iter(loader), None) if isinstance(loader, (list, tuple)) else loader

@@ -13,8 +13,9 @@ from lightning_cl.evaluation.curves import curve_sentences
 from lightning_cl.evaluation.figure import changes_of, full_color
 from lightning_cl.evaluation.page.drawings import COLORS, draw_rows, draw_scatter, draw_steps
 from lightning_cl.evaluation.page.sections import budget_lines, metric_matrices, more_sections
-from lightning_cl.evaluation.page.verdict import ENOUGH, change_of_average, judge
-from lightning_cl.evaluation.sentences import row_names
+from lightning_cl.evaluation.page.verdict import change_of_average, judge
+from lightning_cl.evaluation.plain import plain
+from lightning_cl.evaluation.sentences import KEPT, row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number
 from lightning_cl.files import replace_file
 
@@ -58,7 +59,7 @@ def format_page(
     """
     report = _numbers(report)
     verdict = judge(report)
-    names = row_names(report)
+    names, steps = row_names(report), _steps_drawing(report)
     methods = [name for name, told in report["methods"].items() if not told.get("prompts")]
     trained = ", ".join(names[1:])
     page = _template().render(
@@ -72,20 +73,20 @@ def format_page(
                 "name": name,
                 "text": "–" if math.isnan(share) else f"{share:.0%}".replace("-", "−"),
                 "percent": 0 if math.isnan(share) else round(100 * min(max(share, 0.0), 1.0), 1),
-                "low": share < ENOUGH,
+                "low": share < KEPT,
             }
             for name, share in verdict.shares.items()
         ],
         sentences=report["sentences"],
         matrices=[_heat(report), *(_heat(part, title, names) for title, part in metric_matrices(report))],
-        drawings=[*_steps_drawing(report), _rows_drawing(report)],
+        drawings=[*steps, _rows_drawing(report)],
         scatter=_scatter(report, title, others),
         answers=_answers(report),
         more=more_sections(report),
         costs=_cost_table(report),
         total_line=_total_line(report),
         left_out=[],
-        methods=_methods(report, shown=[line for drawing in _steps_drawing(report) for line in drawing["lines"]]),
+        methods=_methods(report, shown=[line for drawing in steps for line in drawing["lines"]]),
         definitions=[
             {
                 "name": name.replace("_", " "),
@@ -97,7 +98,7 @@ def format_page(
         provenance=_provenance(report),
         data=_data_table(report),
         config=config,
-        raw=json.dumps(_plain(report), indent=1, ensure_ascii=False),
+        raw=json.dumps(plain(report), indent=1, ensure_ascii=False),
     )
     return _without_paths(page, hidden)
 
@@ -293,16 +294,6 @@ def _data_table(report: dict[str, Any]) -> list[list[str]]:
         shown = {k: v for k, v in on.items() if k not in ("data", "samples", "batches") and v is not None}
         rows.append([name, str(on.get("data")), samples, ", ".join(f"{k} {v}" for k, v in shown.items())])
     return rows if len(rows) > 1 else []
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _without_paths(page: str, hidden: Path | None) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from lightning_cl.evaluation.sentences import row_names
+from lightning_cl.evaluation.sentences import KEPT, row_names
 from lightning_cl.evaluation.tables import format_number
 
 State = Literal["kept", "lost", "diverged", "open"]
-ENOUGH = 0.9
-"""The share of what a task's training gave that counts as kept, where a run sets no budget of its own."""
 
 
 class Verdict(NamedTuple):
@@ -22,7 +20,7 @@ class Verdict(NamedTuple):
     """For each trained task but the last one: the share of its gain that is left; NaN where it is not known."""
 
 
-def judge(report: dict[str, Any], enough: float = ENOUGH) -> Verdict:
+def judge(report: dict[str, Any], enough: float = KEPT) -> Verdict:
     """Sums up what the run kept of its earlier tasks, the worst one by name.
 
     Args:
