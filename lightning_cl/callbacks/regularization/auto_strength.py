@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-FIRST_CHOICE = 4
+from typing_extensions import override
+
+from lightning_cl.callbacks.regularization.chosen_strength import FIRST_CHOICE, ChosenStrength
+from lightning_cl.callbacks.regularization.diagnosis import advice_of
+from lightning_cl.core.questions import Need
 
 
-class AutoStrength:
+class AutoStrength(ChosenStrength):
     """Chooses ``strength = share · ‖the task's pull‖ / ‖the pull of a penalty of strength 1‖`` at a few steps.
 
     Only the present task and the stored importance are used, never later tasks. At a task's first step the weights are
@@ -32,29 +37,21 @@ class AutoStrength:
     """
 
     def __init__(self, share: float) -> None:
+        super().__init__()
         self.share = share
-        self.value = 0.0
-        self.largest = 0.0
         self.next = FIRST_CHOICE
-        self.chosen: list[dict[str, Any]] = []
 
+    @override
     def begin_task(self) -> None:
-        """Starts a task: its first choice comes after a few steps, and the pull of earlier tasks does not count."""
+        # The pull of earlier tasks does not count.
         self.next, self.largest = FIRST_CHOICE, 0.0
 
+    @override
     def is_due(self, steps: int) -> bool:
-        """Tells if the strength is to be chosen after `steps` steps of the task."""
         return steps >= self.next
 
+    @override
     def choose(self, wanted: float, pull: float, task: str, steps: int) -> None:
-        """Chooses the strength.
-
-        Args:
-            wanted: norm of the task's pull, which is its gradient, or the optimizer's step per learning rate.
-            pull: norm of the penalty's pull at strength 1, in the same unit.
-            task: the task's name.
-            steps: number of steps that the task has taken.
-        """
         self.next = steps + 1  # after an overflow the strength is chosen at the next step
         if not (math.isfinite(wanted) and wanted > 0 and pull > 0):
             return
@@ -67,12 +64,20 @@ class AutoStrength:
             self.next = max(steps + 1, steps * 3 // 2)
             self.chosen.append({"task": task, "step": steps, "strength": value})
 
+    @override
     def state(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint."""
         chosen = [dict(choice) for choice in self.chosen]
         return {"value": self.value, "largest": self.largest, "next": self.next, "chosen": chosen}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state`."""
+    @override
+    def load(self, state: Mapping[str, Any]) -> None:
         self.value, self.next, self.chosen = state["value"], state["next"], list(state["chosen"])
         self.largest = state.get("largest", 0.0)  # older checkpoints do not have it
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return {"chosen": list(self.chosen), "share": self.share}
+
+    @override
+    def advice(self, owner: str, need: Need, diagnosis: Sequence[dict[str, Any]]) -> str | None:
+        return advice_of(owner, need, diagnosis, "share", self.share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_integer, check_positive, is_integer
-from lightning_cl.callbacks.regularization.auto_strength import FIRST_CHOICE
+from lightning_cl.callbacks.regularization.chosen_strength import FIRST_CHOICE, ChosenStrength
+from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.loops import steps_of_current_task
 from lightning_cl.core.placement import tensor_bytes
+from lightning_cl.core.questions import Need
 from lightning_cl.core.run_state import RunState
 from lightning_cl.functional.kl_budget import controlled_strength
 from lightning_cl.passes.divergence import Divergence
@@ -89,7 +91,7 @@ class KLBudget:
         return f"KLBudget({self.kl:g})" if self.of == "previous" else f"KLBudget({self.kl:g}, of={self.of!r})"
 
 
-class KLStrength:
+class KLStrength(ChosenStrength):
     """The strength of one method that has a :class:`KLBudget`.
 
     Args:
@@ -108,10 +110,9 @@ class KLStrength:
     def __init__(
         self, budget: KLBudget, owner: str, outputs: OutputsFunction | None = None, value: float = 0.0
     ) -> None:
+        super().__init__(value)
         self.budget, self.owner = budget, owner
         self.outputs = budget.outputs or outputs
-        self.value, self.largest = value, 0.0
-        self.chosen: list[dict[str, Any]] = []
         self.reached: dict[str, float] = {}
         self._next, self._every = FIRST_CHOICE, _EVERY
         self._kl: float | None = None  # the last measured one
@@ -120,14 +121,22 @@ class KLStrength:
         self._reference: StartingWeights | None = None
         self._batches: list[Any] | None = None
 
+    @override
+    def set_up(self, trainer: L.Trainer, outputs: OutputsFunction | None) -> None:
+        refuse_sharded(trainer, f"{self.owner}(strength=KLBudget(…)): a reference cannot be swapped in for")
+        self.outputs = self.budget.outputs or outputs
+
+    @override
     def begin_task(self) -> None:
         """Starts a task: the divergence starts anew."""
         self._next, self.largest, self._kl, self._before = FIRST_CHOICE, 0.0, None, None
 
+    @override
     def begin_sequence(self) -> None:
         """A new sequence starts, with its own base."""
         self._reference, self._begun = None, None
 
+    @override
     def keep_reference(self, pl_module: L.LightningModule, task: int, needed: bool) -> None:
         """Keeps the weights that a task starts with.
 
@@ -145,6 +154,7 @@ class KLStrength:
         else:
             self._reference = StartingWeights(pl_module) if needed else None
 
+    @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule, run: RunState) -> None:
         """Training starts or resumes: chooses the samples, and checks that they have logits."""
         self._batches = None
@@ -168,6 +178,7 @@ class KLStrength:
         """Frees the samples."""
         self._batches = None
 
+    @override
     def is_due(self, steps: int) -> bool:
         """Tells if the strength is to be chosen after `steps` steps of the task."""
         return self._batches is not None and steps >= self._next
@@ -182,10 +193,15 @@ class KLStrength:
         self._kl = total / positions if positions else math.nan
         return self._kl
 
+    @override
+    def observe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
+        return {"kl": self.measure(trainer, pl_module)}
+
     def _swap(self, pl_module: L.LightningModule) -> Callable[[], AbstractContextManager[None]]:
         assert self._reference is not None
         return self._reference.bring_to(pl_module)
 
+    @override
     def choose(self, wanted: float, pull: float, task: str, steps: int) -> None:
         """Chooses the strength by the divergence that was measured last.
 
@@ -212,6 +228,7 @@ class KLStrength:
         self.value, self._before, self._next = value, kl, steps + self._every
         self.chosen.append({"task": task, "step": steps, "kl": kl, "strength": value})
 
+    @override
     def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule, task: str) -> None:
         """Measures the divergence that a task has reached; call it before the anchor is set anew."""
         if self._batches is None:
@@ -226,10 +243,12 @@ class KLStrength:
         if self.budget.of == "previous":
             self._reference = None
 
+    @override
     def state_bytes(self) -> int:
         """Returns the bytes of the reference."""
         return tensor_bytes(self._reference.copies) if self._reference is not None else 0
 
+    @override
     def state(self) -> dict[str, Any]:
         """Returns the state for a checkpoint."""
         return {
@@ -243,6 +262,7 @@ class KLStrength:
             "reference": self._reference.state() if self._reference is not None else None,
         }
 
+    @override
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state`; that of another kind of strength gives no more than its value."""
         self.value, self.largest = state["value"], state.get("largest", 0.0)
@@ -254,6 +274,7 @@ class KLStrength:
         kept = state["reference"]
         self._reference = StartingWeights.load(kept) if kept is not None else None
 
+    @override
     def report(self) -> dict[str, Any]:
         """Returns the budget, the choices and what was reached."""
         return {
@@ -263,6 +284,7 @@ class KLStrength:
             "reached": dict(self.reached),
         }
 
+    @override
     def sentences(self) -> list[str]:
         """Returns one sentence for each task."""
         reference = "the model before it" if self.budget.of == "previous" else "the base"
@@ -274,8 +296,9 @@ class KLStrength:
             for name, kl in self.reached.items()
         ]
 
-    def advice(self, need: str) -> str:
-        """Returns advice on the budget."""
-        return (
-            f"a {'smaller' if need == 'keep' else 'larger'} {self.owner}(strength=KLBudget(…)), {self.budget.kl:g} now"
-        )
+    @override
+    def advice(self, owner: str, need: Need, diagnosis: Sequence[dict[str, Any]]) -> str | None:
+        if not (diagnosis or self.reached):
+            return None
+        size = "smaller" if need == "keep" else "larger"
+        return f"a {size} {owner}(strength=KLBudget(…)), {self.budget.kl:g} now"

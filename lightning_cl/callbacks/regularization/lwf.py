@@ -343,7 +343,7 @@ class LwF(ContinualCallback):
     @override
     def advice(self, need: Need) -> str | None:
         if self.budget is not None:
-            return self.budget.advice(need)
+            return self.budget.advice("LwF", need, ())
         return f"a {'higher' if need == 'keep' else 'lower'} LwF(strength=…), {self.strength:g} now"
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_strength
-from lightning_cl.callbacks.regularization.auto_strength import FIRST_CHOICE, AutoStrength
+from lightning_cl.callbacks.regularization.auto_strength import AutoStrength
+from lightning_cl.callbacks.regularization.chosen_strength import FIRST_CHOICE, ChosenStrength
 from lightning_cl.callbacks.regularization.diagnosis import (
     advice_of,
     compare_with_earlier,
@@ -22,7 +23,6 @@ from lightning_cl.callbacks.regularization.diagnosis import (
     warning_of,
 )
 from lightning_cl.callbacks.regularization.kl_budget import KLBudget, KLStrength
-from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.core.placement import (
     Streamed,
@@ -100,7 +100,7 @@ class QuadraticPenalty(ContinualCallback):
         self.share = check_strength(share, "share")
         if self.share == 0:
             raise ValueError("share=0: expected a number above 0, as 0.1; strength=0 switches the penalty off")
-        self.auto: AutoStrength | KLStrength | None = AutoStrength(self.share) if strength == "auto" else None
+        self.auto: ChosenStrength | None = AutoStrength(self.share) if strength == "auto" else None
         if isinstance(strength, KLBudget):
             self.auto = KLStrength(strength, type(self).__name__)
         self.state_dtype = getattr(torch, check_choice("state_dtype", state_dtype, ("float32", "bfloat16")))
@@ -130,16 +130,13 @@ class QuadraticPenalty(ContinualCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if isinstance(self.auto, KLStrength):
-            refuse_sharded(
-                trainer, f"{type(self).__name__}(strength=KLBudget(…)): a reference cannot be swapped in for"
-            )
-            self.auto.outputs = self.auto.budget.outputs or getattr(self, "outputs", None)
+        if self.auto is not None:
+            self.auto.set_up(trainer, getattr(self, "outputs", None))
 
     @override
     def on_run_start(self, trainer: L.Trainer) -> None:
         super().on_run_start(trainer)
-        if isinstance(self.auto, KLStrength):
+        if self.auto is not None:
             self.auto.begin_sequence()
 
     @override
@@ -147,8 +144,7 @@ class QuadraticPenalty(ContinualCallback):
         self._largest_share, self._too_strong = None, False
         if self.auto is not None:
             self.auto.begin_task()
-        if isinstance(self.auto, KLStrength) and self.task is not None:
-            self.auto.keep_reference(pl_module, self.task.index, self.is_active or self.tasks_done > 0)
+            self.auto.keep_reference(pl_module, self.run.position.index, self.is_active or self.tasks_done > 0)
 
     @override
     def place(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -165,7 +161,7 @@ class QuadraticPenalty(ContinualCallback):
             self.anchor[name] = fit_to(self.anchor[name], parameter, parameter.detach(), on_cpu)
             if name in self.importance:
                 self.importance[name] = fit_to(self.importance[name], parameter, None, on_cpu)
-        if isinstance(self.auto, KLStrength):
+        if self.auto is not None:
             self.auto.place(trainer, pl_module, self.run)
 
     @override
@@ -181,8 +177,9 @@ class QuadraticPenalty(ContinualCallback):
         if self.is_log_step(trainer) or self._steps(trainer) in _MEASURED_STEPS:
             self._measure(parameters, scale, self.is_log_step(trainer))
         self._due = self.auto is not None and self.auto.is_due(self._steps(trainer))
-        if self._due and isinstance(self.auto, KLStrength):
-            self.log_scalar("kl", self.auto.measure(trainer, pl_module))
+        if self._due and self.auto is not None:
+            for name, value in self.auto.observe(trainer, pl_module).items():
+                self.log_scalar(name, value)
         if self.apply == "proximal" and (self._due or self._steps(trainer) in _MEASURED_STEPS):
             self._before = {name: p.detach().clone() for name, p in parameters.items()}
         if self.apply == "proximal" or not self._due:
@@ -226,7 +223,7 @@ class QuadraticPenalty(ContinualCallback):
     @override
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         held = self._describe_hold(trainer, pl_module)
-        if isinstance(self.auto, KLStrength):
+        if self.auto is not None:
             self.auto.end_task(trainer, pl_module, self.run.position.name)
         self.update_importance(trainer, pl_module)
         if self._diagnosis:
@@ -414,33 +411,24 @@ class QuadraticPenalty(ContinualCallback):
 
     @override
     def state_bytes(self) -> int:
-        return tensor_bytes(self.importance, self.anchor) + _bytes_of(self.auto)
+        return tensor_bytes(self.importance, self.anchor) + (self.auto.state_bytes() if self.auto is not None else 0)
 
     @override
     def report(self) -> dict[str, Any]:
-        chosen: dict[str, Any] = {}
-        if isinstance(self.auto, KLStrength):
-            chosen = self.auto.report()
-        elif self.auto is not None:
-            chosen = {"chosen": list(self.auto.chosen), "share": self.share}
+        chosen = self.auto.report() if self.auto is not None else {}
         held = [words for entry in self._diagnosis for words in sentences_of(type(self).__name__, entry, self.apply)]
-        held += self.auto.sentences() if isinstance(self.auto, KLStrength) else []
+        held += self.auto.sentences() if self.auto is not None else []
         importance = list(self._diagnosis)
         strength = repr(self.strength) if isinstance(self.strength, KLBudget) else self.strength
         return {"strength": strength, "apply": self.apply, "importance": importance, **chosen, "sentences": held}
 
     @override
     def advice(self, need: Need) -> str | None:
-        if isinstance(self.auto, KLStrength):
-            return self.auto.advice(need) if self._diagnosis or self.auto.reached else None
-        what, value = ("share", self.share) if self.auto is not None else ("strength", self.factor)
-        return advice_of(type(self).__name__, need, self._diagnosis, what, value)
+        if self.auto is not None:
+            return self.auto.advice(type(self).__name__, need, self._diagnosis)
+        return advice_of(type(self).__name__, need, self._diagnosis, "strength", self.factor)
 
 
 def _norm(tensors: Iterator[Tensor | None] | Any) -> float:
     result: float = sum(float(whole(t.detach().float().square().sum())) for t in tensors if t is not None) ** 0.5
     return result
-
-
-def _bytes_of(auto: AutoStrength | KLStrength | None) -> int:
-    return auto.state_bytes() if isinstance(auto, KLStrength) else 0
