@@ -324,7 +324,7 @@ def test_generate_predict_and_prompt_samples_say_the_same(tokenizer, chat):
     assert [module.generate(prompt, 6, chat=chat) for prompt in prompts] == expected
     samples = PromptSamples(prompts, 6, chat=chat)
     run = SimpleNamespace(fast_dev_run=False, strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    samples._ask(run, module, SimpleNamespace(tokenizer=tokenizer), 1)
+    samples.ask(run, module, SimpleNamespace(tokenizer=tokenizer), 1)
     assert samples.answers == {1: expected}
     references = [tokenizer(text)["input_ids"] for text in ("x", "the barn", "")]
     batches = DataLoader([{"prompt": ids, "reference": references}], batch_size=None)

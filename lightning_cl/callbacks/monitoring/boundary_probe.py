@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_cl.callbacks.monitoring.boundary_questions import BoundaryQuestions
 from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.deployment import deployed
-from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.evaluation.probe_table import probe_report, probe_sentences
-from lightning_cl.passes.generation import generator_of
 from lightning_cl.passes.passes import forward_context, leaving_no_trace
-from lightning_cl.random_state import untouched_random_state
 
 Row = dict[str, dict[str, list[float]]]
 """For each column the ``values`` of its items, and perhaps their ``margins``."""
 
 
-class BoundaryProbe(ContinualCallback):
+class BoundaryProbe(BoundaryQuestions):
     """Measures a language model at the boundaries between tasks, in the view that its user gets, and leaves no trace.
 
     Subclasses answer :meth:`check` and :meth:`measure`, and set `definition` and `better`.
@@ -77,41 +75,22 @@ class BoundaryProbe(ContinualCallback):
         self.rows, self.fingerprint, self.seconds = {}, None, 0.0
 
     @override
+    def known(self) -> Mapping[int, Row]:
+        return self.rows
+
+    @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.run.data is None:
             name = type(self).__name__
             rank_zero_warn(f"{name} measures between tasks, under lightning_cl.fit_tasks only: this is a plain fit")
-        elif self.task is not None and self.task.index == 0 and 0 not in self.rows:
-            with untouched_random_state():
-                self._ask(trainer, pl_module, self.run.data, 0)
+        super().on_task_start(trainer, pl_module)
 
     @override
-    def at_boundary(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        data: TaskDataModule,
-        trained: int,
-        ckpt_path: str | None = None,
-    ) -> None:
-        if trained in self.rows or ckpt_path is not None:
-            return
-        if trainer.fast_dev_run and self.rows:  # type: ignore[attr-defined]
-            return  # one row has shown that it works
-        if trained == 0 and not (data.is_set_up and generator_of(pl_module)):
-            return  # nothing is built yet, so `on_task_start` asks
-        self._ask(trainer, pl_module, data, trained)
-
-    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
+    def ask(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
         name, start = type(self).__name__, time.monotonic()
-        model = generator_of(pl_module)
-        if model is None:
-            raise MisconfigurationException(
-                f"{name}: nothing in {type(pl_module).__name__} is a causal language model of transformers, which it"
-                " asks; leave it out"
-            )
-        if not hasattr(data.tokenizer, "decode"):
-            raise MisconfigurationException(f"{name}: needs a tokenizer: give TaskDataModule(tokenizer=…)")
+        model = self.model_of(
+            pl_module, data, "is a causal language model of transformers, which it asks; leave it out"
+        )
         device = next(model.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         with leaving_no_trace(pl_module), deployed(trainer, pl_module), forward_context(trainer), torch.no_grad():

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
+from lightning_cl.callbacks.monitoring.boundary_questions import BoundaryQuestions
 from lightning_cl.core.deployment import deployed
-from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
-from lightning_cl.passes.generation import answers, generator_of, prompt_tokens
-from lightning_cl.random_state import untouched_random_state
+from lightning_cl.passes.generation import answers, prompt_tokens
 
 
-class PromptSamples(ContinualCallback):
+class PromptSamples(BoundaryQuestions):
     """Lets the model continue fixed prompts, greedily, before training and after every task.
 
     Works with any module that contains a ``transformers`` model, under :func:`~lightning_cl.fit_tasks`. The report
@@ -57,39 +56,12 @@ class PromptSamples(ContinualCallback):
         self.answers = {}
 
     @override
-    def at_boundary(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        data: TaskDataModule,
-        trained: int,
-        ckpt_path: str | None = None,
-    ) -> None:
-        if trained in self.answers or ckpt_path is not None:
-            return
-        if trainer.fast_dev_run and self.answers:  # type: ignore[attr-defined]
-            return  # one answer has shown that it works
-        if trained == 0 and not (data.is_set_up and generator_of(pl_module)):
-            return  # nothing is built yet, so `on_task_start` asks
-        self._ask(trainer, pl_module, data, trained)
+    def known(self) -> Mapping[int, list[str]]:
+        return self.answers
 
     @override
-    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = self.run.data
-        if data is None:
-            return  # a plain fit has no boundaries between tasks
-        with untouched_random_state():
-            if self.task is not None and self.task.index == 0 and 0 not in self.answers:
-                self._ask(trainer, pl_module, data, 0)
-
-    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
-        model = generator_of(pl_module)
-        if model is None:
-            raise MisconfigurationException(
-                f"PromptSamples: nothing in {type(pl_module).__name__} can generate text; it needs a transformers model"
-            )
-        if not hasattr(data.tokenizer, "decode"):
-            raise MisconfigurationException("PromptSamples: needs a tokenizer: give TaskDataModule(tokenizer=…)")
+    def ask(self, trainer: L.Trainer, pl_module: L.LightningModule, data: TaskDataModule, trained: int) -> None:
+        model = self.model_of(pl_module, data, "can generate text; it needs a transformers model")
         length = 1 if trainer.fast_dev_run else self.max_new_tokens  # type: ignore[attr-defined]
         device = next(model.parameters()).device
         pl_module.to(trainer.strategy.root_device)
