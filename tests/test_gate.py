@@ -114,3 +114,8 @@ def test_files_of_two_moments_and_no_run_are_errors(tmp_path, capsys):
     code, output = gate(capsys, "--run", tmp_path / "none")
     assert code == 1
     assert "there is no report.json" in output.err
+
+
+@pytest.mark.parametrize(("drop", "words"), [("all", "train with ForgettingBudget"), (["<w>"], "did not guard it")])
+def test_what_is_lacking_is_named(tmp_path, capsys, drop, words):
+    assert words in gate(capsys, "--run", write(tmp_path / "run", drop=drop))[1].out

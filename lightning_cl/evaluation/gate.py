@@ -16,6 +16,8 @@ KEPT, EXCEEDED, UNKNOWN = 0, 2, 3
 """Exit codes of ``lightning-cl gate``."""
 
 _VERDICTS = {KEPT: "the budget is kept", EXCEEDED: "the budget is exceeded", UNKNOWN: "not enough evidence"}
+_NO_FILE = "no losses of single sequences: train with ForgettingBudget among the callbacks"
+_NOT_GUARDED = "ForgettingBudget did not guard it: too few validation samples, none by index, or not among its tasks"
 _DECISIONS = {"safe": "within", "breach": "over", "uncertain": "not sure"}
 
 
@@ -52,7 +54,8 @@ def judge(
     names = [name for name in report["tasks"] if name in report["watched"] or name in trained[:-1]]
     alpha = look_error(2.0 * (1.0 - confidence), 1, len(names))  # one look: all of it
     known = losses["tasks"] if losses is not None else {}
-    tasks = [_task(report, name, known.get(name), budget, unit, alpha) for name in names]
+    lacking = _NO_FILE if losses is None else _NOT_GUARDED
+    tasks = [_task(report, name, known.get(name), budget, unit, alpha, lacking) for name in names]
     decisions = {task["decision"] for task in tasks}
     code = EXCEEDED if "breach" in decisions else KEPT if decisions == {"safe"} else UNKNOWN
     told = {"budget": budget, "unit": unit, "confidence": confidence}
@@ -60,7 +63,13 @@ def judge(
 
 
 def _task(
-    report: Mapping[str, Any], name: str, losses: Mapping[str, Any] | None, budget: float, unit: str, alpha: float
+    report: Mapping[str, Any],
+    name: str,
+    losses: Mapping[str, Any] | None,
+    budget: float,
+    unit: str,
+    alpha: float,
+    lacking: str,
 ) -> dict[str, Any]:
     told: dict[str, Any] = {"task": name, "watched": name in report["watched"]}
     empty = dict.fromkeys(("D", "SE", "n", "allowed", "margin", "kept"))
@@ -68,8 +77,7 @@ def _task(
     if any(entry["task"] == name and entry["row"] == last for entry in report["not_finite"]):
         return told | empty | {"decision": "breach", "reason": f"{report['monitor']} is not finite"}
     if losses is None or losses["learnt"] is None or losses["now"] is None:
-        reason = "no losses of single sequences: train with ForgettingBudget among the callbacks"
-        return told | empty | {"decision": "uncertain", "reason": reason}
+        return told | empty | {"decision": "uncertain", "reason": lacking}
     now, learnt = _tensor(losses["now"]), _tensor(losses["learnt"])
     before = _tensor(losses["before"]) if losses["before"] is not None and not told["watched"] else None
     rise = paired_rise(now, learnt, allowed_rise(unit, budget, learnt, before), alpha)
