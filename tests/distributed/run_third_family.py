@@ -12,6 +12,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from adapting import Sentences, SomebodysAdapter, base_model  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from toys import Classifier, classification, trainer  # noqa: E402
@@ -20,7 +21,9 @@ from lightning_cl import (  # noqa: E402
     EWC,
     L2SP,
     MIGU,
+    SI,
     BlockExpansion,
+    ForgettingBudget,
     InputFreeze,
     Interpolate,
     KLBudget,
@@ -48,6 +51,12 @@ DDP = {
         L2SP(KLBudget(0.1, every=2, outputs=lambda module, batch: module(batch[0]))),
         LossCurves(every=4, samples=7),
         RecoveryProbe(steps=2, samples=12, held_out=9),
+    ],
+    "rollback": lambda: [
+        ForgettingBudget(0.0, "nats", every=2, samples=16, action=["rollback", "lr", "rollback"], patience=1),
+        SI(1e-3),
+        EWC(1e-3, samples=16),
+        ModelCheckpoint(),
     ],
     "adapters": lambda: [TaskAdapters(seed=3)],
     "progressive adapters": lambda: [ProgressiveAdapters(seed=3)],
@@ -107,7 +116,7 @@ def main(out: Path, ranks: int, kind: str) -> None:
     if texts:
         module = SomebodysAdapter(dropout=0.0) if kind in LORA else SomebodysModel()
     else:
-        module = Sharded(lr=0.05)
+        module = Sharded(lr=0.3 if kind == "rollback" else 0.05)
     data = TaskDataModule(TEXTS if texts else NUMBERS, batch_size=(4 if texts else 8) // ranks)
     fit_tasks(run, module, data)
     found = {name: full_cpu(value) for name, value in module.state_dict().items()}
@@ -117,6 +126,11 @@ def main(out: Path, ranks: int, kind: str) -> None:
         found["strengths"] = torch.tensor([choice["strength"] for choice in penalty.report()["chosen"]])
         found |= {f"curve of {name}": torch.tensor(points) for name, points in curves.curves.items()}
         found |= {f"recovery of {name}": torch.tensor(one["after"]) for name, one in probe.results["c"].items()}
+    if kind == "rollback":
+        looks = methods[0].looks
+        assert {"rollback, lr", "rollback, stop"} <= {look["action"] for look in looks}, looks
+        found["looks"] = torch.tensor([[float(look[key]) for key in ("step", "D", "SE", "n")] for look in looks])
+        found["acted"] = torch.tensor([float(len(look["action"])) for look in looks])
     torch.save(found, out / f"rank{run.global_rank}-{kind}.pt")
 
 
