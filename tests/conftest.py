@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -60,3 +61,9 @@ def no_file_waits_for_the_disk(request):
         if request.path.name not in TESTS_OF_DISKS:
             patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+def pytest_collection_finish(session):
+    """Thousands of tests and the imported packages stay to the end: the collector need not look at them each time."""
+    gc.collect()
+    gc.freeze()
