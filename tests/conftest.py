@@ -63,7 +63,12 @@ def no_file_waits_for_the_disk(request):
         yield
 
 
+def pytest_configure(config):
+    """Nothing is garbage while tests are collected."""
+    gc.disable()
+
+
 def pytest_collection_finish(session):
     """Thousands of tests and the imported packages stay to the end: the collector need not look at them each time."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
