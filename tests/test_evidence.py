@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toys import Classifier, classification, trainer
 
-from lightning_cl import EWC, SI, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
+from lightning_cl import EWC, L2SP, SI, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
 from lightning_cl.cli import strengths as cli_search
 from lightning_cl.data.measured_on import content_hash, difference, measured_on
 
@@ -341,6 +341,14 @@ def test_a_penalty_with_its_share_is_neither(tmp_path, apply):
     method = EWC(samples=8, apply=apply)
     assert penalised(tmp_path, method) == []
     assert 0 < method._diagnosis[1]["largest_share"] <= 1
+
+
+def test_a_task_that_has_come_to_rest_against_a_penalty_is_not_held_too_strongly(tmp_path):
+    """At the optimum of their sum both gradients have one norm, and noise makes either the larger one."""
+    method = L2SP(0.2)
+    assert penalised(tmp_path, method, max_epochs=30, log_every_n_steps=1) == []
+    assert method._diagnosis[1]["largest_share"] > 1
+    assert 0 < method._diagnosis[1]["excess"] < 1
 
 
 def test_the_share_in_proximal_mode_is_of_the_optimizers_step(tmp_path):

@@ -301,7 +301,8 @@ def test_advice_is_about_the_methods_of_the_run(method, keep, learn):
 def test_a_penalty_that_pulled_harder_than_the_task_is_not_to_be_stronger():
     method = EWC(5.0)
     method._diagnosis = [
-        {"task": "b", "strength": 5.0, "penalty": 1.0, "largest_share": 12.0, "too_strong": True, "total": 1.0}
+        {"task": "b", "strength": 5.0, "penalty": 1.0, "largest_share": 12.0, "total": 1.0}
+        | {"too_strong": True, "excess": 12.0}
     ]
     report = report_of(NOT_LEARNT, "ab", methods=[method])
     assert "a lower EWC(strength=…), 5 now, which is too strong: it pulled up to 12 times" in sentence(report, "b")

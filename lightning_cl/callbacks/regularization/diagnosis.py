@@ -90,7 +90,7 @@ def warning_of(entry: Mapping[str, Any], apply: str, auto: bool) -> str | None:
     """Returns the warning at a task's end if a penalty did nothing, or pulled harder than the task.
 
     Args:
-        entry: ``strength``, ``largest_share`` and ``too_strong`` of the task.
+        entry: ``strength``, ``largest_share``, ``too_strong`` and ``excess`` of the task.
         apply: ``gradient`` or ``proximal``.
         auto: True if the strength was chosen automatically.
     """
@@ -108,8 +108,12 @@ def warning_of(entry: Mapping[str, Any], apply: str, auto: bool) -> str | None:
             f" {0.1 / share:.0e} times as large{other}"
         )
     if entry["too_strong"]:
-        lower = "a lower share" if auto else f"a strength about {0.1 / share:.0e} times as large{other}"
-        return f"{pull} up to {share:.2g} times {task}: {strength} is too strong, it holds the task back. Try {lower}"
+        excess = entry["excess"]
+        lower = "a lower share" if auto else f"a strength about {0.1 / excess:.0e} times as large{other}"
+        return (
+            f"{pull} up to {excess:.2g} times the largest of {task}: {strength} is too strong, it holds the task back."
+            f" Try {lower}"
+        )
     return None
 
 
@@ -140,9 +144,9 @@ def advice_of(name: str, need: Need, diagnoses: Sequence[Mapping[str, Any]], wha
         what: the argument that sets how strong the penalty is, ``strength`` or ``share``.
         value: the value of that argument.
     """
-    shares = [entry["largest_share"] for entry in diagnoses if entry.get("too_strong")]
-    if shares:
-        pulled = f"pulled up to {max(shares):.2g} times as hard as the task itself"
+    excess = [entry["excess"] for entry in diagnoses if entry.get("too_strong")]
+    if excess:
+        pulled = f"pulled up to {max(excess):.2g} times as hard as the task itself"
         if need == "learn":
             return f"a lower {name}({what}=…), {value:g} now, which is too strong: it {pulled}"
         return f"stored samples next to {name}, and no higher {what}: it {pulled}, which is too strong already"

@@ -111,7 +111,8 @@ class QuadraticPenalty(ContinualCallback):
         self._diagnosis: list[dict[str, Any]] = []
         self._not_finite = 0  # number of weights whose last measured importance was not finite
         self._largest_share: float | None = None  # the penalty's largest measured share of this task's pull
-        self._too_strong = False  # True if the penalty has pulled harder than the task
+        self._task_pull = 0.0  # the largest measured pull of this task itself so far
+        self._excess = 0.0  # the penalty's largest pull, in units of the task's largest until then
         self._before: dict[str, Tensor] = {}  # weights before a step in which the pull is measured
         self._due = False  # True if a strength is chosen at this step
 
@@ -141,7 +142,7 @@ class QuadraticPenalty(ContinualCallback):
 
     @override
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._largest_share, self._too_strong = None, False
+        self._largest_share, self._task_pull, self._excess = None, 0.0, 0.0
         if self.auto is not None:
             self.auto.begin_task()
             self.auto.keep_reference(pl_module, self.run.position.index, self.is_active or self.tasks_done > 0)
@@ -357,11 +358,15 @@ class QuadraticPenalty(ContinualCallback):
                 self.log_scalar("penalty_to_gradient_norm", share)
 
     def _note_share(self, pull: float, wanted: float) -> None:
-        """Notes how hard the penalty pulls; ``auto`` is too strong above the task's largest pull so far."""
+        """Notes how hard the penalty pulls; it is too strong above the task's largest pull so far.
+
+        A task that is learnt pulls ever less, and where the two balance they pull alike: that is no fault.
+        """
         if not wanted > 0 or self.factor == 0:
             return  # `auto` has not chosen yet
         self._largest_share = max(pull / wanted, self._largest_share or 0.0)
-        self._too_strong |= pull > max(wanted, self.auto.largest if self.auto is not None else 0.0)
+        self._task_pull = max(self._task_pull, wanted, self.auto.largest if self.auto is not None else 0.0)
+        self._excess = max(self._excess, pull / self._task_pull)
 
     @torch.no_grad()
     def _describe_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -372,7 +377,8 @@ class QuadraticPenalty(ContinualCallback):
             "penalty": self.penalty(pl_module),
             "strength": self.factor,
             "largest_share": self._largest_share,
-            "too_strong": self._too_strong,
+            "too_strong": self._excess > 1.0,
+            "excess": self._excess,
         }
         steps = self._steps(trainer)
         if self.factor == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -394,7 +400,8 @@ class QuadraticPenalty(ContinualCallback):
             "constant": self.constant,
             "diagnosis": list(self._diagnosis),
             "largest_share": self._largest_share,
-            "too_strong": self._too_strong,
+            "task_pull": self._task_pull,
+            "excess": self._excess,
             "auto": self.auto.state() if self.auto is not None else None,
         }
 
@@ -405,7 +412,8 @@ class QuadraticPenalty(ContinualCallback):
         self.constant = state["constant"]
         self._diagnosis = list(state["diagnosis"])
         self._largest_share = state["largest_share"]
-        self._too_strong = state.get("too_strong", False)  # older checkpoints do not have it
+        # Older checkpoints do not have these.
+        self._task_pull, self._excess = state.get("task_pull", 0.0), state.get("excess", 0.0)
         if self.auto is not None and state["auto"] is not None:
             self.auto.load(state["auto"])
 
