@@ -14,7 +14,7 @@ PATH = Path(__file__).parents[1] / "notebooks" / "06_measuring.ipynb"
 KINDS = ("colour", "home", "food")
 NUMBER = r"[-+]?\d+\.\d\d"
 T_OF_THREE = 4.3027  # the 0.975 quantile of Student's t with two degrees of freedom, from a table
-FOLDED = re.compile(r"<details>.*?</details>", re.DOTALL)
+CODE_OR_FOLDED = re.compile(r"<details>.*?</details>|```.*?```|`[^`\n]*`", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +109,11 @@ def test_verdicts(printed):
 def test_the_text_quotes_the_stored_numbers(notebook, printed):
     """Every number with two decimals in the text was printed, but for those that are no result."""
     markdown = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    quoted = set(re.findall(r"(?<![\d.])\d+\.\d\d(?!\d)", FOLDED.sub("", markdown)))
+    told = CODE_OR_FOLDED.sub("", markdown)
+    quoted = set(re.findall(r"(?<![\d.])\d+\.\d\d(?!\d)", told))
     shown = {value.lstrip("+-") for value in re.findall(NUMBER, printed)}
     given = {"0.05", "0.25", "4.30"}  # the shares of replay, and a quantile
     assert len(quoted) > 15
     assert quoted <= shown | given, quoted - shown - given
-    shares = set(re.findall(r"(\d+) ?%", FOLDED.sub("", markdown))) - {"95", "80", "5", "4"}
+    shares = set(re.findall(r"(\d+) ?%", told)) - {"95", "80", "5", "4"}
     assert shares <= set(re.findall(r"(\d+)%", printed)), shares
