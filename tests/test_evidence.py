@@ -345,7 +345,7 @@ def test_a_penalty_with_its_share_is_neither(tmp_path, apply):
 
 def test_a_task_that_has_come_to_rest_against_a_penalty_is_not_held_too_strongly(tmp_path):
     """At the optimum of their sum both gradients have one norm, and noise makes either the larger one."""
-    method = L2SP(0.2)
+    method = L2SP(1.0)
     assert penalised(tmp_path, method, max_epochs=30, log_every_n_steps=1) == []
     assert method._diagnosis[1]["largest_share"] > 1
     assert 0 < method._diagnosis[1]["excess"] < 1
