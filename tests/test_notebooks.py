@@ -188,7 +188,7 @@ def test_says_what_to_expect_and_has_exercises(path, tmp_path):
         compile(code, f"solution {number + 1} of {path.name}", "exec")
         (tmp_path / f"solution_{number + 1}.py").write_text(code)
     options = ["--check", "--diff", "--no-cache", "--config", str(ROOT / "pyproject.toml"), str(tmp_path)]
-    ruff = subprocess.run([shutil.which("ruff") or "ruff", "format", *options], capture_output=True, text=True)
+    ruff = subprocess.run([sys.executable, "-m", "ruff", "format", *options], capture_output=True, text=True)
     assert ruff.returncode == 0, ruff.stdout + ruff.stderr
 
 
