@@ -174,6 +174,8 @@ class QuadraticPenalty(ContinualCallback):
         if not self.is_active:
             return
         parameters = self._parameters(pl_module)
+        if self._steps(trainer) == 0 and self.apply == "gradient":  # the penalty pulls later, and the task never harder
+            self._task_pull = _norm(p.grad for p in parameters.values() if p.grad is not None) / scale
         # A few steps are always measured, since a task may be shorter than the logging interval.
         if self.is_log_step(trainer) or self._steps(trainer) in _MEASURED_STEPS:
             self._measure(parameters, scale, self.is_log_step(trainer))
@@ -181,7 +183,7 @@ class QuadraticPenalty(ContinualCallback):
         if self._due and self.auto is not None:
             for name, value in self.auto.observe(trainer, pl_module).items():
                 self.log_scalar(name, value)
-        if self.apply == "proximal" and (self._due or self._steps(trainer) in _MEASURED_STEPS):
+        if self.apply == "proximal" and (self._due or self._steps(trainer) in (0, *_MEASURED_STEPS)):
             self._before = {name: p.detach().clone() for name, p in parameters.items()}
         if self.apply == "proximal" or not self._due:
             return
@@ -365,7 +367,8 @@ class QuadraticPenalty(ContinualCallback):
         if not wanted > 0 or self.factor == 0:
             return  # `auto` has not chosen yet
         self._largest_share = max(pull / wanted, self._largest_share or 0.0)
-        self._task_pull = max(self._task_pull, wanted, self.auto.largest if self.auto is not None else 0.0)
+        largest = self.auto.largest if self.auto is not None else 0.0
+        self._task_pull = max(self._task_pull, wanted, largest)
         self._excess = max(self._excess, pull / self._task_pull)
 
     @torch.no_grad()
