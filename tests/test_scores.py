@@ -55,6 +55,19 @@ def test_sapt_compares_with_the_references():
     assert "s_j" in summary["definitions"]["forward_transfer"]
 
 
+def test_one_matrix_under_every_preset():
+    matrix = with_reference()
+    scores = {preset: matrix.summary(preset) for preset in ("gem", "trace", "sapt")}
+    for preset, found in scores.items():
+        assert found == with_reference(preset).summary()
+    assert scores["gem"]["forward_transfer"] > 0 > scores["sapt"]["forward_transfer"]
+    assert matrix.summary() == scores["gem"]
+    with pytest.raises(ValueError, match=r"summary\(preset='sapt'\): .* give reference="):
+        with_reference(reference=None).summary("sapt")
+    with pytest.raises(ValueError, match="preset='best'"):
+        matrix.summary("best")
+
+
 def test_without_a_reference_there_is_no_intransigence(tmp_path):
     report = report_of(LOSSES)
     assert "intransigence" not in report

@@ -35,6 +35,8 @@ from lightning_cl.evaluation.to_loggers import log_evidence
 from lightning_cl.functional.retention import Mode, Preset, with_worst
 from lightning_cl.passes.passes import progress
 
+_PRESETS = ("gem", "trace", "sapt")
+
 
 class TaskMatrix(ContinualCallback):
     """Evaluates every task before training and after every task, under :func:`~lightning_cl.fit_tasks`.
@@ -99,7 +101,7 @@ class TaskMatrix(ContinualCallback):
         super().__init__()
         self.monitor = monitor
         self.mode: Mode = check_choice("mode", mode, ("min", "max"))  # type: ignore[assignment]
-        self.preset: Preset = check_choice("preset", preset, ("gem", "trace", "sapt"))  # type: ignore[assignment]
+        self.preset: Preset = check_choice("preset", preset, _PRESETS)  # type: ignore[assignment]
         self._reference = read_reference(reference) if reference is not None else {}
         self.matrix = torch.empty(0, 0)
         self.tasks: list[str] = []
@@ -337,8 +339,11 @@ class TaskMatrix(ContinualCallback):
                 comparable[: change["row"], self.tasks.index(change["task"])] = torch.nan
         return comparable[:, [i for i, name in enumerate(self.tasks) if name not in self.watched]]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, preset: Preset | None = None) -> dict[str, Any]:
         """The scores, each with its definition.
+
+        Args:
+            preset: whose definitions; None: those of the callback. The matrix is the same for all of them.
 
         Returns:
             the scores (floats, NaN where nothing is known, infinite where the run diverged), for each of them a
@@ -347,21 +352,29 @@ class TaskMatrix(ContinualCallback):
             list of rows), ``not_finite`` (the ``task`` and ``row`` of each such entry), and settings of the callback.
             If tasks have metrics, ``metrics`` too: ``scores`` (for each metric the same scores, ``matrix`` and
             ``standard_errors``), ``definitions``, ``tasks``, ``costs``, ``answers`` and ``changes``.
+
+        Raises:
+            ValueError: if there is no such preset, or ``sapt`` is asked for without a `reference` for each task.
         """
+        chosen: Preset = self.preset if preset is None else check_choice("preset", preset, _PRESETS)  # type: ignore[assignment]
         matrix, trained = self.trained_matrix(), [name for name in self.tasks if name not in self.watched]
         reference = {name: self._reference[name]["score"] for name in trained if name in self._reference}
         reference = reference if len(reference) == len(trained) else {}
-        scores = score_matrix(matrix, trained, self.mode, self.preset, reference)
-        settings = {"monitor": self.monitor, "mode": self.mode, "preset": self.preset}
+        if preset == "sapt" and not reference:
+            raise ValueError(
+                "summary(preset='sapt'): it compares with a model trained on each task alone; give reference="
+            )
+        scores = score_matrix(matrix, trained, self.mode, chosen, reference)
+        settings = {"monitor": self.monitor, "mode": self.mode, "preset": chosen}
         known = trained[: max(0, len(matrix) - 1)]
         if self._task_metrics.asked:
-            scores["metrics"] = self._task_metrics.summary(self.tasks, self.watched, len(self.matrix), self.preset)
+            scores["metrics"] = self._task_metrics.summary(self.tasks, self.watched, len(self.matrix), chosen)
         return scores | {
             "fingerprints": score_fingerprints(
                 list(scores["definitions"]), known, self.measured_on, settings, reference
             ),
             "reference": {name: dict(self._reference[name]) for name in reference},
-            "preset": self.preset,
+            "preset": chosen,
             "monitor": self.monitor,
             "mode": self.mode,
             "tasks": list(self.tasks),
