@@ -165,7 +165,9 @@ def run(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        loaders = TaskDataModule({name: {"train": data} for name, data in tasks.items()}, settings.batch_size, seed=seed)
+        loaders = TaskDataModule(
+            {name: {"train": data} for name, data in tasks.items()}, settings.batch_size, seed=seed
+        )
         fit_tasks(trainer, module, loaders, keep_checkpoints="none")
     last = [accuracy(module, context) for context in test]
     lost = [then - now for then, now in zip(measured.learnt, last, strict=False)][:-1]
@@ -204,12 +206,8 @@ def read_settings(arguments: list[str]) -> Any:
 
 
 def main() -> None:
+    """Runs what is missing, and prints the table."""
     settings = read_settings(sys.argv[1:])
-    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    # Denormal numbers in Adam's moments, behind pixels that are always black, take half of the time.
-    torch.set_flush_denormal(True)
     methods: Any = OmegaConf.to_container(settings.methods)
     names = settings.only.split(";") if settings.only else list(methods)
     plan = []
@@ -253,9 +251,16 @@ def main() -> None:
         for one in done:
             print(f"{one['method']:8s} strength {one['arguments']['strength']:8.1e}  {one['accuracy']:6.2f}")
     else:
-        print(f"{settings.protocol}: {number} contexts, {settings.iterations} iterations each, mean ± half the 95 % interval")
+        print(
+            f"{settings.protocol}: {number} contexts, {settings.iterations} iterations each, mean ± half the 95 % interval"
+        )
         print(table(done))
 
 
 if __name__ == "__main__":
+    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    # Denormal numbers in Adam's moments, behind pixels that are always black, take half of the time.
+    torch.set_flush_denormal(True)
     main()
