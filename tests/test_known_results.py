@@ -52,7 +52,8 @@ def test_a_seed_draws_the_order_of_pixels_and_test_images_follow():
         parts = [known_results.contexts("permuted", 3, *_pictures(*data), seed) for data in ((20, 0), (10, 1))]
         for train, test in zip(*parts, strict=True):
             order = train[0][0].long()
-            assert torch.equal(order, test[0][0].long()) and torch.equal(order.sort().values, torch.arange(784))
+            assert torch.equal(order, test[0][0].long())
+            assert torch.equal(order.sort().values, torch.arange(784))
             assert torch.equal(train.tensors()[0][5], train[5][0])
             orders[tuple(order.tolist())] = seed
     assert len(orders) == 6

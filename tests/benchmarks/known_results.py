@@ -242,8 +242,8 @@ def main() -> None:
         done.append(known[0])
         one = known[0]
         print(
-            f"seed {seed} {name:8s} {method.get('strength', ''):>8} accuracy {one['accuracy']:.2f}, lost {one['lost']:.2f},"
-            f" {one['cpu']:.0f} CPU s",
+            f"seed {seed} {name:8s} {method.get('strength', ''):>8} accuracy {one['accuracy']:.2f},"
+            f" lost {one['lost']:.2f}, {one['cpu']:.0f} CPU s",
             file=sys.stderr,
             flush=True,
         )
