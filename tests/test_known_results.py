@@ -100,7 +100,11 @@ def test_a_search_reads_no_test_images_and_repeats_no_run(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(("reset", "steps"), [(False, 6), (True, 3)])
 def test_adam_keeps_its_state_from_context_to_context(monkeypatch, reset, steps):
-    modules = []
+    modules, seen = [], []
+    step = known_results.MLP.training_step
+    monkeypatch.setattr(
+        known_results.MLP, "training_step", lambda *given: seen.append(len(given[1][0])) or step(*given)
+    )
     monkeypatch.setattr(
         known_results, "MLP", lambda *given, made=known_results.MLP: modules.append(made(*given)) or modules[-1]
     )
@@ -108,5 +112,6 @@ def test_adam_keeps_its_state_from_context_to_context(monkeypatch, reset, steps)
     data = known_results.contexts("split", 2, *_pictures(100, 0), 2)
     result = known_results.run(known_results.read_settings(given), {}, 2, data, data)
     (module,) = modules
+    assert seen == [8] * 6
     assert {int(state["step"]) for state in module.adam.state.values()} == {steps}
     assert result["accuracy"] == pytest.approx(sum(known_results.accuracy(module, one) for one in data) / 2)

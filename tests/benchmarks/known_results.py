@@ -165,9 +165,8 @@ def run(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        loaders = TaskDataModule(
-            {name: {"train": data} for name, data in tasks.items()}, settings.batch_size, seed=seed
-        )
+        parts = {name: {"train": data} for name, data in tasks.items()}
+        loaders = TaskDataModule(parts, batch_size=settings.batch_size, seed=seed)
         fit_tasks(trainer, module, loaders, keep_checkpoints="none")
     last = [accuracy(module, context) for context in test]
     lost = [then - now for then, now in zip(measured.learnt, last, strict=False)][:-1]
@@ -251,9 +250,7 @@ def main() -> None:
         for one in done:
             print(f"{one['method']:8s} strength {one['arguments']['strength']:8.1e}  {one['accuracy']:6.2f}")
     else:
-        print(
-            f"{settings.protocol}: {number} contexts, {settings.iterations} iterations each, mean ± half the 95 % interval"
-        )
+        print(f"{settings.protocol}: {number} contexts of {settings.iterations} iterations, ± half the 95 % interval")
         print(table(done))
 
 
