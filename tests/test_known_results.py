@@ -109,7 +109,7 @@ def test_adam_keeps_its_state_from_context_to_context(monkeypatch, reset, steps)
         known_results, "MLP", lambda *given, made=known_results.MLP: modules.append(made(*given)) or modules[-1]
     )
     given = ["hidden=8", "batch_size=8", "iterations=3", f"reset_optimizer={reset}"]
-    data = known_results.contexts("split", 2, *_pictures(100, 0), 2)
+    data = known_results.contexts("split", 2, *_pictures(240, 0), 2)
     result = known_results.run(known_results.read_settings(given), {}, 2, data, data)
     (module,) = modules
     assert seen == [8] * 6

@@ -1,7 +1,7 @@
 """Published results of the classical methods, from this library's callbacks on one small network.
 
     python tests/benchmarks/known_results.py folder=/usr/share/datasets/fashion-mnist [protocol=split|long|permuted]
-                                             [search=true] [only="EWC;SI"] [out=runs/known_results.jsonl]
+                                             [search=true] [only="EWC;SI"] [out=runs/known_results.jsonl] [table=true]
 
 The settings, with their source, are in ``configs/known_results.yaml``; each can be set on the command line. The module
 is nobody's but its own: a LightningModule of two hidden layers that knows nothing of continual learning.
@@ -9,7 +9,7 @@ is nobody's but its own: a LightningModule of two hidden layers that knows nothi
 Classes are put into contexts (or pixels into their order) by the seed, and strengths are chosen on training images that
 were held out. The test images are read for the final figures only: the accuracy at the end, the mean over contexts, and
 what was lost since each was learnt, the mean over all but the last. Results go to `out`, one line per run; runs that
-are there already are not repeated.
+are there already are not repeated, and ``table=true`` prints the table of those.
 """
 
 from __future__ import annotations
@@ -229,6 +229,8 @@ def main() -> None:
     for seed, name, method in plan:
         key = {"method": name, "seed": seed, "contexts": number, "arguments": method, **same}
         known = [one for one in before if all(one.get(k) == v for k, v in key.items())]
+        if not known and settings.table:
+            continue
         if not known:
             parts = ("train", "held out") if settings.search else ("all", "all")
             train, test = (
