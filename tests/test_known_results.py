@@ -115,3 +115,26 @@ def test_adam_keeps_its_state_from_context_to_context(monkeypatch, reset, steps)
     assert seen == [8] * 6
     assert {int(state["step"]) for state in module.adam.state.values()} == {steps}
     assert result["accuracy"] == pytest.approx(sum(known_results.accuracy(module, one) for one in data) / 2)
+
+
+def test_every_method_of_the_configuration_trains_and_is_idle_at_strength_0(monkeypatch):
+    modules = []
+    monkeypatch.setattr(
+        known_results, "MLP", lambda *given, made=known_results.MLP: modules.append(made(*given)) or modules[-1]
+    )
+    settings = known_results.read_settings(["hidden=8", "batch_size=8", "iterations=3", "protocol=split"])
+    data = known_results.contexts("split", 2, *_pictures(120, 0), 2)
+    weights = {}
+    for name, method in known_results.OmegaConf.to_container(settings.methods).items():
+        arguments = known_results.of_protocol(method, "split")
+        idle = {"DER++": {"alpha": 0.0}}.get(name, {"strength": 0.0} if "strength" in arguments else None)
+        for changed in ({}, *([idle] if idle else [])):
+            known_results.run(settings, arguments | changed, 2, data, data)
+            flat = torch.cat([p.detach().flatten() for p in modules[-1].parameters()])
+            weights[name, bool(changed)] = flat
+            assert flat.isfinite().all()
+    for (name, idle), flat in weights.items():
+        if idle:
+            assert torch.equal(flat, weights["replay" if name == "DER++" else "none", False]), name
+        elif name not in ("none", "A-GEM"):  # no gradients are at odds here
+            assert not torch.equal(flat, weights["none", False]), name
