@@ -186,6 +186,11 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_found_before_training(tmp_pa
     refused(tmp_path, module, {"a": TEXTS}, MisconfigurationException, match, made, **data)
 
 
+def test_a_batch_size_in_the_place_of_the_tokenizer_is_named():
+    with pytest.raises(ValueError, match=r"tokenizer=128: .*as batch_size=128"):
+        TaskDataModule({"a": [(torch.zeros(2), 0)]}, 128)
+
+
 def test_an_unknown_tokenizer_is_found_before_training(tmp_path):
     where = str(tmp_path / "nowhere")
     match = rf"tokenizer='{where}': no tokenizer folder of that name"

@@ -124,6 +124,11 @@ class TaskDataModule(L.LightningDataModule):
             check_integer(name, value, least, f"an integer of at least {least}")
         check_share("val_fraction", val_fraction, ends=False)
         check_choice("on_bad_record", on_bad_record, ("error", "skip"), "'error' or 'skip'")
+        if isinstance(tokenizer, int | float):  # it would be ignored where no task is text
+            raise ValueError(
+                f"tokenizer={tokenizer!r}: expected a tokenizer, or the name, folder or file of one; a batch size is"
+                f" given by its name, as batch_size={tokenizer!r}"
+            )
         self.tokenizer: Any = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
         self.seed, self.collate_fn, self.val_fraction = seed, collate_fn, val_fraction
