@@ -52,8 +52,8 @@ class Task:
             the log-likelihood of given choices: ``acc``, ``acc_norm`` (per character). The first one is the task's main
             metric. All are between 0 and 1, and higher is better (:mod:`lightning_cl.functional.text_scores`).
         choices: the possible answers, for all records that have no ``choices`` of their own.
-        max_new_tokens: the most tokens of an answer that the model writes; default: those of the longest reference,
-            and 8.
+        max_new_tokens: the most tokens of an answer that the model writes; default: 8 more than the longest
+            reference has.
 
     Raises:
         ValueError: if a value is out of its range.

@@ -183,7 +183,7 @@ def test_shipped_method_adds_to_the_quickstart(path):
         "replay": ["Replay"],
         "ewc_replay": ["EWC", "Replay"],
         "naive": [],
-        "probes": ["KLToBase"],
+        "kl_to_base": ["KLToBase"],
         "general_probe": ["GeneralProbe"],
         "inflora": ["InfLoRA"],
         "input_freeze": ["InputFreeze"],

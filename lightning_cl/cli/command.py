@@ -99,7 +99,7 @@ _EARLY_OPTIONS = {
         "Runs the command for the seeds 0 to N - 1, or for those given, and reports mean and confidence interval over"
         " them. Sets --seed_everything and --data.seed of each run.",
     ),
-    PERMUTE: (None, "With --seeds: each seed has an order of the tasks of its own, which the plan shows."),
+    PERMUTE: (None, "With --seeds: each seed has an order of the tasks of its own, which is printed first."),
     "--strengths": (
         "S,S,…|CALLBACK=S,S,…",
         "Tries each strength of a callback on the first tasks alone, then trains all tasks with the best.",

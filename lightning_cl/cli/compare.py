@@ -32,8 +32,8 @@ _STOPPED = (130, 143, -2, -15)  # by Ctrl-C or a request to end: not the run's o
 _EXAMPLE = """example:
   lightning-cl compare --config configs/quickstart.yaml --methods configs/methods/replay.yaml,configs/methods/ewc.yaml
 
-All other options are those of `lightning-cl fit`, and go to every run. The same command again resumes a comparison that
-was stopped."""
+--config is needed. All other options are those of `lightning-cl fit`, and go to every run, except --run, --ckpt_path,
+--add, --against, --first and --print_config. The same command again resumes a comparison that was stopped."""
 
 
 def run_compare(arguments: Sequence[str], settings_of: SettingsOf) -> int | None:
@@ -93,7 +93,7 @@ def run_compare(arguments: Sequence[str], settings_of: SettingsOf) -> int | None
     if state["complete"]:
         return 0
     last = state["failed"][-1]
-    words = "not all runs are finished" if state["failed"] else "stopped"
+    words = "stopped" if last["exit_code"] in _STOPPED else "not all runs are finished"
     print(
         f"lightning-cl: error: {words} ({last['method']} ended with code {last['exit_code']}); the same command again"
         f" resumes it, with the {len(runs)} finished runs of {folder}",
@@ -151,7 +151,7 @@ def _check_options(rest: Sequence[str], asked: argparse.Namespace) -> None:
             raise ValueError(f"compare and {option}: {why_not(option, 'method')}; leave {option} out")
     for option in ("--against", "--first", "--print_config"):
         if option in names:
-            raise ValueError(f"compare: {option} is an option of `fit`, which compares nothing here; leave it out")
+            raise ValueError(f"compare: {option} is for `fit` alone; leave it out")
     for option in ("--seed_everything", "--data.seed"):
         if option in names and asked.seeds:
             raise ValueError(f"--seeds and {option}: --seeds sets it for each run; give one of the two")

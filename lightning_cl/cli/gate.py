@@ -36,13 +36,17 @@ def run_gate(arguments: Sequence[str]) -> int | None:
     parser.error = _refuse  # type: ignore[method-assign]  # argparse's own exit code is the one of an exceeded budget
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument(
-        "--budget", type=float, default=0.9, help="the share to keep, or (--unit nats) the rise to allow; default: 0.9"
+        "--budget",
+        type=float,
+        help="the share to keep (default: 0.9); with --unit nats the rise to allow, which must be given. The budget of the"
+        " run's own guard is not read",
     )
     parser.add_argument(
         "--unit",
         choices=("retained", "nats"),
         default="retained",
-        help="retained: a share of what training gave; nats: a rise of the loss; default: retained",
+        help="retained: a share of what training gave (a watched task: its loss may rise by 1 - budget of itself); nats: a"
+        " rise of the loss; default: retained",
     )
     parser.add_argument("--confidence", type=float, default=0.95, help="the confidence of the verdict; default: 0.95")
     form = parser.add_mutually_exclusive_group()
@@ -50,6 +54,9 @@ def run_gate(arguments: Sequence[str]) -> int | None:
     form.add_argument("--markdown", action="store_true", help="print Markdown, for a pull request")
     given = parser.parse_args(list(arguments[1:]))
     retained = given.unit == "retained"
+    if given.budget is None and not retained:
+        raise ValueError("--unit nats: give the rise of the loss to allow, as in --budget 0.05")
+    given.budget = 0.9 if given.budget is None else given.budget
     if not is_number(given.budget) or given.budget < 0 or (retained and given.budget >= 1):
         right = "a share of at least 0 and less than 1" if retained else "nats, at least 0"
         raise ValueError(f"--budget={given.budget}: expected {right} (--unit {given.unit})")

@@ -17,7 +17,7 @@ KEPT, EXCEEDED, UNKNOWN = 0, 2, 3
 
 _VERDICTS = {KEPT: "the budget is kept", EXCEEDED: "the budget is exceeded", UNKNOWN: "not enough evidence"}
 _NO_FILE = "no losses of single sequences: train with ForgettingBudget among the callbacks"
-_NOT_GUARDED = "ForgettingBudget did not guard it: too few validation samples, none by index, or not among its tasks"
+_NOT_GUARDED = "ForgettingBudget did not guard it: too few validation samples, a stream, or not among its tasks"
 _DECISIONS = {"safe": "within", "breach": "over", "uncertain": "not sure"}
 
 

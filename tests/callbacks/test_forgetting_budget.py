@@ -306,6 +306,7 @@ def test_report_and_losses_file(tmp_path):
         ({"unit": "percent"}, "unit='percent'"),
         ({"every": 0}, "every=0"),
         ({"samples": 4}, "samples=4"),
+        ({"unit": "nats"}, "give budget, the rise"),
         ({"action": "warn"}, "expected a list of warn, replay"),
         ({"action": ["reboot"]}, "reboot"),
         ({"confidence": 1.0}, "confidence=1.0"),

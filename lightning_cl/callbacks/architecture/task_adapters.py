@@ -82,8 +82,8 @@ class TaskAdapters(ContinualCallback):
             adapter, ``mean`` from the mean of all earlier products ``B A``, at the same rank.
         router: ``embedding`` or ``likelihood``; None: who asks must say which task it is.
         router_tokens: tokens of a prompt that the router looks at, from its beginning.
-        unseen: for a task of the run that is not trained yet, and without a router for any other task:
-            ``latest``, the adapter of the last trained task, or ``base``, none.
+        unseen: what answers a task of the run that is not trained yet, a prompt that is too short for the router, and
+            without a router any other task: ``latest``, the adapter of the last trained task, or ``base``, none.
         train: ``AB`` trains both factors, ``B`` leaves the random one as it is (about half of the trained parameters).
         seed: of the random factors, which depend on the task's name too; None: that of the run's random state.
 

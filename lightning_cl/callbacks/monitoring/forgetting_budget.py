@@ -45,7 +45,7 @@ class ForgettingBudget(ContinualCallback):
     allowed, and ``safe`` if it is surely not more. Otherwise twice as many sequences are looked at, up to eight times
     `samples`. The probability of any wrong breach in a whole run is at most ``1 − confidence``, over all looks and
     tasks (:mod:`lightning_cl.functional.guard` has the formulas). After `patience` breaches of a task in a row, the
-    next action of the list is taken; the last one is repeated. Each task begins with the first.
+    next action of the list is taken; the last one is repeated, except ``rollback``. Each task begins with the first.
 
     ==============  ==================================================================================================
     ``warn``        says so
@@ -70,9 +70,10 @@ class ForgettingBudget(ContinualCallback):
     end a forward pass over the sequences.
 
     Args:
-        budget: with `unit` ``retained`` the share to be kept, and with ``nats`` the rise to be allowed.
-        unit: ``retained``: the share of what a task's training gave; a watched task's loss may rise by the share
-            ``1 − budget``. At least 0.01 nats are always allowed. ``nats``: the rise of a sequence's mean loss.
+        budget: with `unit` ``retained`` the share to be kept (default: 0.9), and with ``nats`` the rise to be allowed.
+        unit: ``retained``: the share of the fall in loss from just before a task's training to its end; a watched task's
+            loss may rise by the share ``1 − budget`` of itself. At least 0.01 nats are always allowed. ``nats``: the rise
+            of a sequence's mean loss.
         every: optimizer steps between looks. ``auto``: as the work of a look allows; it is counted, not timed.
         samples: number of sequences of a task.
         action: the actions, in order; an empty list only measures.
@@ -103,7 +104,7 @@ class ForgettingBudget(ContinualCallback):
 
     def __init__(
         self,
-        budget: float = 0.9,
+        budget: float | None = None,
         unit: Unit = "retained",
         every: int | Literal["auto"] = "auto",
         samples: int = 64,
@@ -117,6 +118,9 @@ class ForgettingBudget(ContinualCallback):
     ) -> None:
         super().__init__()
         self.unit: Unit = check_choice("unit", unit, ("retained", "nats"))  # type: ignore[assignment]
+        if budget is None and unit == "nats":
+            raise ValueError("unit='nats': give budget, the rise of the loss to allow, as in budget=0.05")
+        budget = 0.9 if budget is None else budget
         if not is_number(budget) or budget < 0 or (unit == "retained" and budget >= 1):
             right = "a share of at least 0 and less than 1" if unit == "retained" else "nats, at least 0"
             raise ValueError(f"budget={budget!r}: expected {right} (unit={unit!r})")
