@@ -186,5 +186,7 @@ def _check_strength(name: str, settings: dict[str, Any], trial: dict[str, Any]) 
     try:
         set_strength(callbacks, trial)
     except ValueError as error:
-        hint = "give strengths to a method that has one: --strengths ewc=0.1,1, or ewc:EWC=0.1,1 for one of its callbacks"
+        hint = (
+            "give strengths to a method that has one: --strengths ewc=0.1,1, or ewc:EWC=0.1,1 for one of its callbacks"
+        )
         raise ValueError(f"{name}: {error}; {hint}") from error
