@@ -101,6 +101,8 @@ def test_a_fingerprint_is_of_the_columns_that_a_score_reads():
     }
     reference = with_reference(measured_on=measured, reference=REFERENCE | {"a": 1.6}).summary()["fingerprints"]
     assert {name for name in SCORES if reference[name] != first[name]} == {"intransigence"}
+    other = with_reference(measured_on=measured, tasks=["b", "a", "c"]).summary()["fingerprints"]
+    assert {name for name in SCORES if other[name] == first[name]} == {"average", "worst_task"}  # whatever the order
     unknown = with_reference(measured_on=measured | {"a": on(None)}).summary()["fingerprints"]
     assert [name for name in SCORES if unknown[name] is not None] == ["forward_transfer"]  # of b and c
 

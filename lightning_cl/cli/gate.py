@@ -38,15 +38,15 @@ def run_gate(arguments: Sequence[str]) -> int | None:
     parser.add_argument(
         "--budget",
         type=float,
-        help="the share to keep (default: 0.9); with --unit nats the rise to allow, which must be given. The budget of the"
-        " run's own guard is not read",
+        help="the share to keep (default: 0.9); with --unit nats the rise to allow, which must be given. The budget of"
+        " the run's own guard is not read",
     )
     parser.add_argument(
         "--unit",
         choices=("retained", "nats"),
         default="retained",
-        help="retained: a share of what training gave (a watched task: its loss may rise by 1 - budget of itself); nats: a"
-        " rise of the loss; default: retained",
+        help="retained: a share of what training gave (a watched task: its loss may rise by 1 - budget of itself);"
+        " nats: a rise of the loss; default: retained",
     )
     parser.add_argument("--confidence", type=float, default=0.95, help="the confidence of the verdict; default: 0.95")
     form = parser.add_mutually_exclusive_group()

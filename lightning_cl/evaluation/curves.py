@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ Points = Sequence[Sequence[float]]
 
 _RECOVERED = 0.9  # of the gap's depth
 _TOLD = 0.005  # nats: a smaller gap or loss is no news
+_NOISE = 3.0  # times the noise of the looks: a smaller gap is none
 
 
 def geometric_looks(steps: int, looks: int) -> list[int]:
@@ -42,6 +45,8 @@ def stability_gap(points: Points, start: int, end: int) -> dict[str, Any] | None
         remains = max(loss at the task's end − loss before the switch, 0)
         depth   = rise − remains
 
+    A loss that is not a number counts as infinite: the run has diverged.
+
     Args:
         points: the looks at the earlier task.
         start: the step of the switch.
@@ -50,20 +55,22 @@ def stability_gap(points: Points, start: int, end: int) -> dict[str, Any] | None
     Returns:
         ``before``, ``peak``, ``peak_step`` (steps since the switch), ``end``, ``rise``, ``remains``, ``depth``, and
         ``steps_to_recover``: steps from the switch to the first look after the peak at which 90 % of the depth has
-        gone; None if the depth is 0. None instead of all this if there are no finite looks on both sides.
+        gone; None if the depth is 0. ``noise``: the standard deviation of a look, from the changes between
+        neighbours in the second half of the task; None with fewer than four looks there. None instead of all this if
+        there is no look on one side, or the run had diverged before.
     """
-    finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
-    earlier = [loss for step, loss in finite if step <= start]
-    during = [(step, loss) for step, loss in finite if start < step <= end]
-    if not earlier or not during:
+    looks = [(step, math.inf if math.isnan(loss) else loss) for step, loss in points]
+    earlier = [loss for step, loss in looks if step <= start]
+    during = [(step, loss) for step, loss in looks if start < step <= end]
+    if not earlier or not during or math.isinf(earlier[-1]):
         return None
     before, last = earlier[-1], during[-1][1]
     peak_step, peak = max(during, key=lambda point: point[1])
     rise, remains = max(peak - before, 0.0), max(last - before, 0.0)
-    depth = rise - remains
+    depth = rise - remains if math.isfinite(remains) else 0.0
     recovered = None
     if depth > 0:
-        level = peak - _RECOVERED * depth
+        level = peak - _RECOVERED * depth if math.isfinite(peak) else sys.float_info.max
         recovered = next(step for step, loss in during if step > peak_step and loss <= level) - start
     return {
         "before": before,
@@ -74,7 +81,16 @@ def stability_gap(points: Points, start: int, end: int) -> dict[str, Any] | None
         "remains": remains,
         "depth": depth,
         "steps_to_recover": recovered,
+        "noise": _noise([loss for step, loss in during if step - start >= (end - start) / 2]),
     }
+
+
+def _noise(losses: Sequence[float]) -> float | None:
+    """The standard deviation of a look around a slow change."""
+    if len(losses) < 4 or not all(map(math.isfinite, losses)):
+        return None
+    squares = [(now - before) ** 2 for before, now in itertools.pairwise(losses)]
+    return math.sqrt(sum(squares) / len(squares) / 2.0)
 
 
 def describe_switches(
@@ -100,16 +116,23 @@ def describe_switches(
 
 
 def curve_sentences(switches: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns one sentence for each gap that is worth one."""
+    """Returns one sentence for each gap that is worth one, and for each divergence."""
     return [
-        f"{name}, when {switch['task']} began: its loss rose by {format_number(gap['rise'])} (at step"
-        f" {gap['peak_step']}), of which {format_number(gap['depth'])} went away again ({_recovery(gap)}) and"
-        f" {format_number(gap['remains'])} stayed"
+        f"{name}, when {switch['task']} began: {words}"
         for switch in switches
         for name, gap in switch["gaps"].items()
-        if gap["depth"] >= _TOLD
+        if (words := _words(gap))
     ]
 
 
-def _recovery(gap: Mapping[str, Any]) -> str:
-    return f"nine tenths of it by step {gap['steps_to_recover']}"
+def _words(gap: Mapping[str, Any]) -> str | None:
+    if math.isinf(gap["peak"]):
+        after = f"finite again at step {gap['steps_to_recover']}" if gap["depth"] else "it stayed so"
+        return f"its loss was not finite (at step {gap['peak_step']}), {after}"
+    if gap["depth"] < max(_TOLD, _NOISE * (gap.get("noise") or 0.0)):
+        return None
+    return (
+        f"its loss rose by {format_number(gap['rise'])} (at step {gap['peak_step']}), of which"
+        f" {format_number(gap['depth'])} went away again (nine tenths of it by step {gap['steps_to_recover']}) and"
+        f" {format_number(gap['remains'])} stayed"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def judge(
         confidence: of the verdict.
 
     Returns:
-        ``code`` (0, 2 or 3), ``verdict``, ``budget``, ``unit``, ``confidence``, and ``tasks``: for each its ``task``,
+        ``code`` (0, 2 or 3), ``verdict``, ``budget``, ``unit``, ``confidence``, ``unseen`` (the share of all sequences
+        of the task with the fewest that may be unlike all that were looked at), and ``tasks``: for each its ``task``,
         ``watched``, ``D`` (mean rise in nats), ``SE``, ``n``, ``allowed``, ``margin``, ``kept`` (the share of what
         training gave), ``decision``, and a ``reason`` where it could not be judged.
 
@@ -58,7 +60,9 @@ def judge(
     tasks = [_task(report, name, known.get(name), budget, unit, alpha, lacking) for name in names]
     decisions = {task["decision"] for task in tasks}
     code = EXCEEDED if "breach" in decisions else KEPT if decisions == {"safe"} else UNKNOWN
-    told = {"budget": budget, "unit": unit, "confidence": confidence}
+    sizes = [task["n"] for task in tasks if task["n"]]
+    unseen = 1.0 - (1.0 - confidence) ** (1.0 / min(sizes)) if sizes else None
+    told = {"budget": budget, "unit": unit, "confidence": confidence, "unseen": unseen}
     return {"code": code, "verdict": _VERDICTS[code], **told, "tasks": tasks}
 
 
@@ -115,7 +119,8 @@ def gate_title(found: Mapping[str, Any]) -> str:
 def gate_text(found: Mapping[str, Any]) -> str:
     """Returns the verdict for a terminal."""
     table = format_table(gate_rows(found)) if found["tasks"] else []
-    return "\n".join([gate_title(found), "", *table]) + "\n"
+    note = ["", *textwrap.wrap(gate_note(found), 110)] if found["unseen"] else []
+    return "\n".join([gate_title(found), "", *table, *note]) + "\n"
 
 
 def gate_markdown(found: Mapping[str, Any]) -> str:
@@ -125,7 +130,19 @@ def gate_markdown(found: Mapping[str, Any]) -> str:
     lines = [f"### {mark} Forgetting: {_escaped(gate_title(found))}", ""]
     if rows:
         lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    if found["unseen"]:
+        lines += ["", gate_note(found)]
     return "\n".join(lines) + "\n"
+
+
+def gate_note(found: Mapping[str, Any]) -> str:
+    """Returns the limits of the verdict in two sentences."""
+    fewest = min(task["n"] for task in found["tasks"] if task["n"])
+    return (
+        "The bound is right for differences that are roughly normal, and a few sequences that lose very much are not."
+        f" With {fewest} sequences, up to {found['unseen']:.1%} of all may be unlike each of them; more validation data"
+        " make that less."
+    )
 
 
 def _escaped(text: str) -> str:

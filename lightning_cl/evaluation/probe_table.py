@@ -43,7 +43,9 @@ def probe_report(rows: Rows, columns: Sequence[str]) -> dict[str, Any]:
         table[mean] = [[value for value, _ in row] for row in pairs]
         table[error] = [[value for _, value in row] for row in pairs]
     table["n"] = [_count(rows[after[-1]][column]) for column in columns] if after else []
-    table["changes"] = [_change(rows, column, len(columns)) for column in columns] if len(after) > 1 else []
+    # A score that is known as a mean alone cannot be tested.
+    tested = sum("n" not in rows[after[-1]][column] for column in columns) if after else 0
+    table["changes"] = [_change(rows, column, tested) for column in columns] if len(after) > 1 else []
     return table
 
 
@@ -59,7 +61,8 @@ def _change(rows: Rows, column: str, columns: int) -> dict[str, Any]:
     for what, mark in (("values", ""), ("margins", "margin_")):
         then, now = list(first.get(what, ())), list(last.get(what, ()))
         told[f"{mark}before"], told[f"{mark}now"] = mean_and_error(then)[0], mean_and_error(now)[0]
-        told[f"{mark}p"] = paired_p(then, now) if then and len(then) == len(now) else math.nan
+        paired = then and len(then) == len(now) and "n" not in last
+        told[f"{mark}p"] = paired_p(then, now) if paired else math.nan
     tests = [(name, p) for name, p in (("score", told["p"]), ("margin", told["margin_p"])) if not math.isnan(p)]
     told["sure"] = next((name for name, p in tests if p < _SURE / (columns * len(tests))), None)
     return told
@@ -88,7 +91,9 @@ def probe_sentences(table: Mapping[str, Any]) -> list[str]:
                 f"{change['column']}: the margin of the right choice {verb} from {ends} nats ({items}, p ="
                 f" {_p(change['margin_p'])}); {scores} it answers right."
             )
-    unsure = [change["column"] for change in table["changes"] if change["sure"] is None]
+        elif math.isnan(change["p"]):
+            sentences.append(f"{change['column']} went {scores} ({items}; a mean alone is not tested).")
+    unsure = [c["column"] for c in table["changes"] if c["sure"] is None and not math.isnan(c["p"])]
     if unsure:
         sentences.append(f"No sure change in {', '.join(unsure)} (p < {_SURE} over all columns together).")
     return sentences

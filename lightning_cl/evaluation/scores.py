@@ -96,7 +96,9 @@ def score_fingerprints(
     with_reference = {"intransigence"} | ({"forward_transfer"} if single else set())
     found: dict[str, str | None] = {}
     for name in scores:
-        of = sorted(columns.get(name, trained))
+        # Most scores depend on the order in which the tasks were learnt.
+        of = list(columns.get(name, trained))
+        of = sorted(of) if name in ("average", "worst_task") else of
         about = {**settings, "reference": {task: (reference or {}).get(task) for task in of}}
         about = about if name in with_reference else dict(settings)
         found[name] = fingerprint({task: measured_on[task] for task in of if task in measured_on}, of, about)

@@ -8,7 +8,9 @@ boundary solves ::
 
     (1 + n ρ²)^(−1/2) · [ (1 + t² / (n − 1)) / (1 + t² / ((n − 1)(1 + n ρ²))) ]^(n/2) = 1 / α
 
-so that it is right for normal differences at every n of at least 2, also where n is small and α tiny. For large n it is
+so that it is right for normal differences at every n of at least 2, also where n is small and α tiny. It does not hold
+for a few sequences that lose very much: up to ``1 − α^(1/n)`` of all sequences may be unlike each of the n. For large n
+it is
 ``mean_n ± sd_n · sqrt( 2 (n ρ² + 1) / (n² ρ²) · log( sqrt(n ρ² + 1) / α ) )``, the asymptotic confidence sequence of
 Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2021, arXiv:2103.06476, theorem 2.2).
 

@@ -90,6 +90,8 @@ def mean_when_learnt(matrix: Tensor) -> Tensor:
 def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem") -> Tensor:
     """``Σ_{j<T} (R[T, j] − R[j, j])`` over ``T − 1`` (``gem``) or ``T`` (``trace``, ``sapt``): positive is good.
 
+    ``T`` counts the tasks that were measured.
+
     Args:
         matrix: ``[tasks + 1, tasks]``.
         mode: ``max`` if higher scores are better, ``min`` if lower ones are.
@@ -98,7 +100,8 @@ def backward_transfer(matrix: Tensor, mode: Mode = "max", preset: Preset = "gem"
     check_preset(preset)
     tasks = _trained(matrix)
     terms = _gain(matrix[tasks, : tasks - 1], matrix.diagonal(offset=-1)[: tasks - 1], mode)
-    if preset != "gem" and tasks > 1:
+    # The last task's own term is 0. A mean of nothing stays NaN.
+    if preset != "gem" and not (terms.isnan().all() or matrix[tasks, tasks - 1].isnan()):
         terms = torch.cat([terms, terms.new_zeros(1)])
     return terms.nanmean()
 

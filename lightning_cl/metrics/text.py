@@ -7,6 +7,7 @@ and its edit distance takes seconds for long texts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -164,7 +165,7 @@ def answer_score(
 def choice_score(metric: str, likelihoods: Sequence[float], choices: Sequence[str], right: int) -> float:
     """1 if the right choice is the most likely one, by ``acc`` or ``acc_norm``; else 0.
 
-    Of several equal ones the first counts, as in lm-evaluation-harness.
+    Of several equal ones the first counts, as in lm-evaluation-harness. A model without finite likelihoods knows none.
 
     Args:
         metric: ``acc`` or ``acc_norm``.
@@ -174,4 +175,6 @@ def choice_score(metric: str, likelihoods: Sequence[float], choices: Sequence[st
     """
     lengths = [max(len(choice), 1) if metric == "acc_norm" else 1 for choice in choices]
     scores = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
+    if any(math.isnan(score) for score in scores) or max(scores) == -math.inf:
+        return 0.0
     return float(max(range(len(scores)), key=scores.__getitem__) == right)

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import math
 import random
 from collections import Counter
 from contextlib import contextmanager
@@ -410,3 +411,18 @@ def test_a_local_task_of_the_harness(tmp_path, cache, monkeypatch):
     assert all(torch.equal(value, end[name]) for name, value in without.state_dict().items())
     with pytest.raises(MisconfigurationException, match=r"knows no task 'nonsense'"):
         fit(tmp_path / "unknown", cache, [LMEvalProbe(["nonsense"])])
+
+
+def test_a_score_that_is_known_as_a_mean_alone_is_told_and_not_tested():
+    """It takes no part in the correction for many columns either."""
+    rows = {
+        row: {"perplexity": {"values": [value], "n": [50.0]}, "acc": {"values": [float(i >= lost) for i in range(40)]}}
+        for row, value, lost in ((0, 12.0, 0), (1, 900.0, 30))
+    }
+    table = probe_report(rows, ["perplexity", "acc"])
+    mean, tested = table["changes"]
+    assert math.isnan(mean["p"])
+    assert mean["sure"] is None
+    assert tested["sure"] == "score"
+    assert probe_sentences(table)[0] == "perplexity went from 12.00 to 900.00 (50 items; a mean alone is not tested)."
+    assert not any("No sure change" in words for words in probe_sentences(table))

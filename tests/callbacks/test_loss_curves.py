@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
+import random
 
 import pytest
 import torch
@@ -163,7 +165,8 @@ def test_report_picture_and_loggers_have_the_curves(tmp_path):
         ([1.2, 1.4, 1.6, 1.8], {"rise": 0.8, "remains": 0.8, "depth": 0.0, "steps_to_recover": None}),
         ([2.0, 0.9, 0.8, 0.8], {"rise": 1.0, "remains": 0.0, "depth": 1.0, "steps_to_recover": 2}),
         ([0.9, 0.8, 0.7, 0.6], {"rise": 0.0, "remains": 0.0, "depth": 0.0, "steps_to_recover": None}),
-        ([float("nan"), 2.0, float("inf"), 1.0], {"rise": 1.0, "depth": 1.0, "steps_to_recover": 4}),
+        ([2.0, float("nan"), 2.0, 1.0], {"rise": math.inf, "remains": 0.0, "depth": math.inf, "steps_to_recover": 3}),
+        ([2.0, 3.0, float("inf"), float("nan")], {"rise": math.inf, "remains": math.inf, "depth": 0.0}),
     ],
 )
 def test_the_stability_gap_is_what_rises_and_passes(after, expected):
@@ -171,6 +174,34 @@ def test_the_stability_gap_is_what_rises_and_passes(after, expected):
     gap = stability_gap(points, 10, 14)
     assert {key: gap[key] for key in expected} == pytest.approx(expected)
     assert gap["before"] == 1.0
+
+
+def test_a_run_that_diverged_says_so():
+    def told(after):
+        points = [[10, 1.0], *([11 + i, loss] for i, loss in enumerate(after))]
+        switch = {"task": "b", "step": 10, "gaps": {"a": stability_gap(points, 10, 14)}}
+        return curve_sentences([switch])
+
+    assert told([2.0, math.nan, 2.0, 1.0]) == [
+        "a, when b began: its loss was not finite (at step 2), finite again at step 3"
+    ]
+    assert told([2.0, 3.0, math.inf, math.nan]) == [
+        "a, when b began: its loss was not finite (at step 3), it stayed so"
+    ]
+
+
+def test_jitter_is_no_gap_and_a_gap_in_jitter_is_one():
+    draw, told = random.Random(0), 0
+    for _ in range(200):
+        losses = [1.0 + draw.gauss(0.0, 0.01) for _ in range(20)]
+        switch = {"task": "b", "step": 0}
+        gap = stability_gap([[0, 1.0], *([1 + i, loss] for i, loss in enumerate(losses))], 0, 20)
+        told += bool(curve_sentences([switch | {"gaps": {"a": gap}}]))
+        assert gap["noise"] == pytest.approx(0.01, rel=0.7)
+        raised = [1.0, *(loss + 0.3 * 0.5**i for i, loss in enumerate(losses))]
+        gap = stability_gap(list(enumerate(raised)), 0, 20)
+        assert curve_sentences([switch | {"gaps": {"a": gap}}])
+    assert told < 60  # a gap in 88 % of them without a look at the noise
 
 
 def test_nothing_before_or_after_is_no_gap():

@@ -121,6 +121,18 @@ def test_average_skips_unknown_entries():
     assert average_score(matrix).item() == close((0.75 + 0.95) / 2)
 
 
+@pytest.mark.parametrize("preset", ["gem", "trace", "sapt"])
+def test_backward_transfer_counts_the_tasks_that_were_measured(preset):
+    """Three tasks; one has another metric than the two others, and so no entries here."""
+    nan = float("nan")
+    first_two = torch.tensor([[0.1, 0.2, nan], [0.8, 0.1, nan], [0.5, 0.9, nan], [0.4, 0.7, nan]])
+    assert backward_transfer(first_two, preset=preset).item() == close((-0.4 - 0.2) / 2)
+    first_and_last = torch.tensor([[0.1, nan, 0.2], [0.8, nan, 0.1], [0.5, nan, 0.1], [0.4, nan, 0.7]])
+    assert backward_transfer(first_and_last, preset=preset).item() == close(-0.4 if preset == "gem" else -0.4 / 2)
+    last = torch.tensor([[nan, nan, 0.2], [nan, nan, 0.1], [nan, nan, 0.1], [nan, nan, 0.7]])
+    assert backward_transfer(last, preset=preset).isnan()
+
+
 def test_backward_transfer_skips_a_task_with_an_unknown_end():
     matrix = hand_matrix()
     matrix[1, 0] = NAN  # R[1, 1]

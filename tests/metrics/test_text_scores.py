@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections import Counter
@@ -159,6 +160,14 @@ def test_choices_by_likelihood_and_by_character():
     assert choice_score("acc", [-3.0, -2.0], ["long answer", "no"], 1) == 1.0
     assert choice_score("acc_norm", [-3.0, -2.0], ["long answer", "no"], 1) == 0.0
     assert choice_score("acc", [-2.0, -2.0], ["a", "b"], 0) == 1.0  # of equal ones the first
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+@pytest.mark.parametrize("right", [0, 1])
+def test_a_model_that_has_diverged_knows_no_choice(metric, right):
+    for likelihoods in ([math.nan, math.nan], [math.nan, -1.0], [-math.inf, -math.inf]):
+        assert choice_score(metric, likelihoods, ["a", "b"], right) == 0.0
+    assert choice_score(metric, [-math.inf, -1.0], ["a", "b"], 1) == 1.0
 
 
 def test_classes_are_means_of_the_functions():

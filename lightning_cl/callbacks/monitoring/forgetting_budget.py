@@ -44,7 +44,8 @@ class ForgettingBudget(ContinualCallback):
     was learnt (a watched task: before the first task). A task is in ``breach`` if the mean rise is surely more than
     allowed, and ``safe`` if it is surely not more. Otherwise twice as many sequences are looked at, up to eight times
     `samples`. The probability of any wrong breach in a whole run is at most ``1 − confidence``, over all looks and
-    tasks (:mod:`lightning_cl.functional.guard` has the formulas). After `patience` breaches of a task in a row, the
+    tasks, where the differences are roughly normal (:mod:`lightning_cl.functional.guard` has the formulas, and says
+    what rare large losses do). After `patience` breaches of a task in a row, the
     next action of the list is taken; the last one is repeated, except ``rollback``. Each task begins with the first.
 
     ==============  ==================================================================================================
@@ -71,9 +72,9 @@ class ForgettingBudget(ContinualCallback):
 
     Args:
         budget: with `unit` ``retained`` the share to be kept (default: 0.9), and with ``nats`` the rise to be allowed.
-        unit: ``retained``: the share of the fall in loss from just before a task's training to its end; a watched task's
-            loss may rise by the share ``1 − budget`` of itself. At least 0.01 nats are always allowed. ``nats``: the rise
-            of a sequence's mean loss.
+        unit: ``retained``: the share of the fall in loss from just before a task's training to its end; a watched
+            task's loss may rise by the share ``1 − budget`` of itself. At least 0.01 nats are always allowed. ``nats``:
+            the rise of a sequence's mean loss.
         every: optimizer steps between looks. ``auto``: as the work of a look allows; it is counted, not timed.
         samples: number of sequences of a task.
         action: the actions, in order; an empty list only measures.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -38,7 +39,8 @@ class RecoveryProbe(ContinualCallback):
 
         control's share = (loss before the task − loss after the steps) / (loss before the task − loss when learnt)
 
-    If the loss after the steps is far below the control's, the task was hidden rather than gone. All losses are those
+    A loss after the steps that is far below the control's says that a part was hidden rather than gone. It is an upper
+    bound of that part: what the model has learnt from other tasks since helps it, too. All losses are those
     of ``training_step`` on held-out samples, in evaluation mode. The steps use a fresh optimizer of the run's class, at
     the constant learning rate that the task's own schedule had as its base, without dropout, penalties and replay.
     Training stays the same, bit for bit.
@@ -232,6 +234,8 @@ class RecoveryProbe(ContinualCallback):
         return {**settings, "sections": {"recovery": section}, "sentences": sentences}
 
     def _sentence(self, name: str, found: dict[str, Any]) -> str | None:
+        if not math.isfinite(found["now"]):
+            return f"{name}: its loss is not finite now, and {self.steps} steps led to {format_number(found['after'])}"
         if found["share"] is None:
             now, learnt = format_number(found["now"]), format_number(found["learnt"])
             return f"{name}: nothing to recover: {now} now, {learnt} when learnt"

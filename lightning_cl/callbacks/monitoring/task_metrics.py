@@ -189,14 +189,12 @@ class TaskMetrics:
         """
         shown = [column for column, name in enumerate(tasks) if name not in watched]
         trained = [tasks[column] for column in shown]
-        # No reference is given for these scores, which `sapt` cannot do without.
-        preset = "gem" if preset == "sapt" else preset
         results = {}
         for name in self.names():
             means, errors = self.matrices(name, tasks, rows)
             results[name] = {
                 "mode": "max",
-                **{k: v for k, v in score_matrix(means[:, shown], trained, "max", preset).items() if k in SCORES},
+                **_scores(means[:, shown], trained, preset),
                 "matrix": means.tolist(),
                 "standard_errors": errors.tolist(),
             }
@@ -265,3 +263,13 @@ class TaskMetrics:
             self.asked = {task: dict(asked) for task, asked in state["asked"].items()}
             self.costs = [dict(cost) for cost in state["costs"]]
             self.changes = [dict(change) for change in state["changes"]]
+
+
+def _scores(means: Tensor, trained: Sequence[str], preset: Preset) -> dict[str, float]:
+    """The scores of one metric.
+
+    ``sapt`` has the backward transfer of ``trace``; its forward transfer needs a reference, which no metric has.
+    """
+    scores = score_matrix(means, trained, "max", "trace" if preset == "sapt" else preset)
+    found = {name: value for name, value in scores.items() if name in SCORES}
+    return found | {"forward_transfer": math.nan} if preset == "sapt" else found
