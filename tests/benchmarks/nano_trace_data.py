@@ -3,8 +3,13 @@
     python tests/benchmarks/nano_trace_data.py folder=runs/nano_trace/data [train=500] [eval=50] [test=100] [seed=0]
 
 It writes ``<folder>/<task>/{train,eval,test}.json``, lists of ``{"prompt", "answer"}``, and ``pad.json``, text that has
-nothing to do with the tasks. It needs ``pip install num2words countryinfo babel``, and the lists of Debian's packages
-(``apt-get update``).
+nothing to do with the tasks.
+
+``capitals`` asks for the same facts in all splits, its evaluation prompts are among the test prompts, and about half of
+the word problems of the test have the story and the numbers of a training item: both measure what is kept in mind, and
+nothing is to be chosen on their evaluation data.
+
+It needs ``pip install num2words countryinfo babel``, and the lists of Debian's packages (``apt-get update``).
 """
 
 from __future__ import annotations
