@@ -168,4 +168,6 @@ def largest_error(rows: Array, kind: Any) -> Array:
     if kind == Type.BF16:
         return blocks * np.float32(2**-8)
     largest: Array = blocks.max(axis=-1, keepdims=True)
-    return largest * np.float32(_STEPS[kind] + 2**-9) + np.float32(1e-5)
+    # A block's scale is an F16, which has steps of 2**-24 near 0: they count where all numbers of a block are tiny.
+    smallest = 2**-24 * (128 * 32 if kind in _K_TYPES else 128)
+    return largest * np.float32(_STEPS[kind] + 2**-9) + np.float32(smallest)

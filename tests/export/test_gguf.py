@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import sys
 import tracemalloc
@@ -75,7 +76,7 @@ def tokenizer():
 
 
 def write(folder, path, kind="f32", **settings):
-    return export_gguf(folder, path, kind, tokenizer=tokenizer(), **({"check": False} | settings))
+    return export_gguf(folder, path, kind, tokenizer=tokenizer(), **({"check": False, "pre": "gpt-2"} | settings))
 
 
 def expected(model, ids=IDS):
@@ -143,7 +144,7 @@ def converter():
 
         def convert(folder, file, kind):
             sys.argv = ["convert", str(folder), "--outfile", str(file), "--outtype", kind]
-            with contextlib.redirect_stderr(None):
+            with contextlib.redirect_stderr(io.StringIO()):
                 script.main()
             return file
 
@@ -167,6 +168,9 @@ def test_every_tensor_and_key_is_that_of_llama_cpps_converter(saved, converter, 
     folder, _ = saved(case)
     keys, tensors = content(export_gguf(folder, tmp_path / "ours.gguf", kind, check=False))
     their_keys, their_tensors = content(converter(folder, tmp_path / "theirs.gguf", kind))
+    if case == "llama 3":  # computed in another order there
+        slowed, theirs = (np.frombuffer(held.pop("rope_freqs.weight")[2], "f4") for held in (tensors, their_tensors))
+        np.testing.assert_allclose(slowed, theirs, rtol=1e-6)
     assert tensors == their_tensors
     # It has names of the folder in it, which may be personal; and no words for what is the default.
     said = {name for name in their_keys if name.startswith(("general.", "tokenizer.")) and name not in keys}
@@ -229,12 +233,12 @@ def test_weights_that_are_read_back_compute_what_llama_cpp_does(tmp_path, kind, 
     assert 0 < (before.exp() * (before - asked)).sum() < divergence
 
 
-def test_several_files_one_tensor_at_a_time(saved, tmp_path, monkeypatch):
+def test_several_files_one_tensor_at_a_time(tmp_path, monkeypatch):
     """Memory does not grow with the model: the writer holds one packed tensor, the reader a few rows."""
-    _, model = saved("llama")
-    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    model = tiny(intermediate_size=8192)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="3MB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
-    monkeypatch.setattr(gguf_source, "_CHUNK", 1024)
+    monkeypatch.setattr(gguf_source, "_CHUNK", 1 << 16)
     chunks, written = [], []
     original, packing = gguf_source.SavedTensors.chunks, gguf.GGUFWriter.write_tensor_data
 
@@ -256,10 +260,10 @@ def test_several_files_one_tensor_at_a_time(saved, tmp_path, monkeypatch):
     file = write(tmp_path / "shards", tmp_path / "model.gguf")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(size for size, whole in chunks if not whole) <= 1024
+    assert max(size for size, whole in chunks if not whole) <= 1 << 16
     assert len(written) == sum(1 for _ in model.parameters())
-    largest = 4 * SIZE * model.config.hidden_size
-    assert peak < 2 * largest + 2**20, peak  # and the vocabulary's text, twice
+    largest, whole = 4 * 8192 * 64, sum(4 * parameter.numel() for parameter in model.parameters())
+    assert peak < 2 * largest < whole / 3, peak
     read = dict(gguf_weights(file, model.config))
     assert all(torch.equal(read[name], parameter) for name, parameter in model.named_parameters())
 
