@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA_3, SIZE, byte_bpe, split, tiny
+from tiny_models import LLAMA_3, SIZE, TEXTS, byte_bpe, split, tiny
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 
+from lightning_cl.data import TrainedBPE  # noqa: E402
 from lightning_cl.export import gguf as ours  # noqa: E402
 from lightning_cl.export import gguf_source, gguf_types  # noqa: E402
 from lightning_cl.export.gguf import export_gguf, gguf_weights, load_gguf_weights  # noqa: E402
@@ -385,8 +386,11 @@ KNOWN = {
 
 
 @needs_llama_cpp
-def test_ids_are_those_of_llama_cpp_on_hard_texts():
-    for name, make in KNOWN.items():
+def test_ids_are_those_of_llama_cpp_on_hard_texts(tmp_path):
+    trained = TrainedBPE(440, cache_dir=str(tmp_path)).train(TEXTS)
+    check_ids(trained, vocabulary := read_vocabulary(trained, SIZE))
+    assert (vocabulary.pre, vocabulary.add_bos, vocabulary.special) == ("gpt-2", False, {"eos": 0, "padding": 0})
+    for name, make in list(KNOWN.items())[1:]:
         made = make()
         vocabulary = read_vocabulary(made, SIZE, [2, 0])
         # Of a small vocabulary every word is what its letters merge to: either name is right then.
