@@ -75,7 +75,7 @@ def write_modelfile(
     render = partial(_render, tokenizer)
     start = tokenizer.decode(start_tokens(tokenizer))
     derived = derive_template(render, start) if template is True and has_template(tokenizer) else None
-    notes = [] if derived is None else _notes(derived, tokenizer, start)
+    notes = [] if template is not True else _notes(derived, tokenizer, start)
     _check_system(system, derived, template is True)
     commands = [("from", _relative(gguf, path)), ("parameter num_ctx", str(_positions(folder, num_ctx)))]
     if adapter is not None:
@@ -152,14 +152,14 @@ def modelfile_text(commands: Sequence[tuple[str, str]], comments: Sequence[str] 
             raise ValueError(f"{name}: Ollama drops the character {odd!r} from a Modelfile; write the text without it")
         if read_modelfile(f"FROM x\n{lines[-1]}\n")[1:] != [(name, value)]:
             raise ValueError(
-                f"{name}={value!r}: a Modelfile cannot hold this text; take out three quotes that follow each other, and"
-                " spaces around the name of a file"
+                f"{name}={value!r}: a Modelfile cannot hold this text; take out three quotes that follow each other,"
+                " and spaces or quotes around the name of a file"
             )
     return "\n".join(lines) + "\n"
 
 
 def read_modelfile(text: str) -> list[tuple[str, str]]:
-    """Reads a Modelfile as Ollama does: names in any case, values bare, in quotes, or in three quotes.
+    r"""Reads a Modelfile as Ollama does: names in any case, values bare, in quotes, or in three quotes.
 
     Args:
         text: of the file.
@@ -171,7 +171,7 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
         ValueError: for a line that begins with no command, a value that does not end, or no ``FROM``.
 
     Example:
-        >>> read_modelfile('FROM ./a.gguf\\nparameter stop "</s>"')
+        >>> read_modelfile('FROM ./a.gguf\nparameter stop "</s>"')
         [('from', './a.gguf'), ('parameter stop', '</s>')]
     """
     commands: list[tuple[str, str]] = []
@@ -180,14 +180,13 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
         line = lines.pop(0)
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        word, _, value = line.strip(" \t\n\r").partition(" ")
+        word, value = _first_word(line)
         name = word.lower()
         if name == "parameter":
-            parameter, _, value = value.strip().partition(" ")
+            parameter, value = _first_word(value)
             name = f"parameter {parameter}"
         elif name not in _COMMANDS:
             raise ValueError(f"Modelfile: {word!r} is no command; expected one of {', '.join(_COMMANDS)}, parameter")
-        value = line[line.index(value) :] if value else ""
         while (ended := _unquoted(value.strip())) is None:
             if not lines:
                 raise ValueError(f"Modelfile: the value of {name} does not end")
@@ -196,6 +195,11 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
     if not any(name == "from" for name, _ in commands):
         raise ValueError("Modelfile: has no FROM")
     return commands
+
+
+def _first_word(line: str) -> tuple[str, str]:
+    word, *rest = re.split(r"[ \t]", line.lstrip(), maxsplit=1)
+    return word.strip(), "".join(rest)
 
 
 def _unquoted(value: str) -> str | None:
@@ -254,8 +258,8 @@ def _check_system(system: str | None, derived: GoTemplate | None, is_derived: bo
         return
     if derived is None:
         raise ValueError(
-            f"system={system!r}: the tokenizer has no chat template, so the model has seen no system texts; leave it out,"
-            " or give a Go template of your own (template=…)"
+            f"system={system!r}: the tokenizer has no chat template, so the model has seen no system texts; leave it"
+            " out, or give a Go template of your own (template=…)"
         )
     if derived.system == "dropped":
         raise ValueError(
@@ -269,8 +273,10 @@ def _check_system(system: str | None, derived: GoTemplate | None, is_derived: bo
         )
 
 
-def _notes(derived: GoTemplate, tokenizer: Any, start: str) -> list[str]:
+def _notes(derived: GoTemplate | None, tokenizer: Any, start: str) -> list[str]:
     """What a reader of the file must know."""
+    if derived is None:
+        return ["The tokenizer has no chat template: the model continues the last prompt, and reads nothing else."]
     source = tokenizer.get_chat_template()
     notes = [
         "TEMPLATE writes what the tokenizer's chat template writes: it was derived from it, and compared with it.",
@@ -304,7 +310,7 @@ def _stops(folder: Path, tokenizer: Any, mid: str) -> list[str]:
         if ends is not None
     ]
     ids = [i for group in ([tokenizer.eos_token_id], *ends) for i in group if i is not None]
-    texts = [str(text) for text in tokenizer.convert_ids_to_tokens(ids) if text]
+    texts = [text for i in ids if (text := tokenizer.decode([i]))]
     special = sorted((t for t in tokenizer.get_added_vocab() if t.strip()), key=len, reverse=True)
     found = re.findall("|".join(map(re.escape, special)), mid) if special else []
     if not found and mid.strip() and not any(text in mid for text in texts):
