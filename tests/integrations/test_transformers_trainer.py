@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from forked import start
 from torch.utils.data import DataLoader
 from toys import trainer as lightning_trainer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -255,7 +254,7 @@ class Killed(TrainerCallback):
 
 
 def sequence(folder, kill=None, resume=False):
-    """Two tasks with dropout, Adam, accumulation, replay, two penalties and a matrix; a fresh process has fresh objects."""
+    """Two tasks with dropout, Adam, accumulation, replay, two penalties and a matrix; all objects are fresh."""
     network = model(attention_dropout=0.2)
     methods = [ours.EWC(strength="auto", samples=8), ours.Replay(ratio=0.25), ours.SI(strength=0.01, apply="proximal")]
     matrix = ours.TaskMatrix()
@@ -372,7 +371,7 @@ def test_the_callbacks_check_their_trainer(tmp_path):
         trainer(model(), tmp_path, samples(1), [ours.EWC(last_task=False)]).train()
     with pytest.raises(ValueError, match="draw='interfered'"):
         ours.Replay(draw="interfered")
-    with pytest.raises(ValueError, match="expected those of lightning_cl.integrations"):
+    with pytest.raises(ValueError, match=r"expected those of lightning_cl\.integrations"):
         ours.fit_tasks(lambda task: None, [Task("a", samples(1))], [lightning_cl.EWC()])
     with pytest.raises(ValueError, match="another model"):
         ours.fit_tasks(

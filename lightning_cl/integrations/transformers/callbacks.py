@@ -29,7 +29,7 @@ class EWC(TrainerHooks, ours.EWC):  # type: ignore[misc]
 
 
 class KFACEWC(TrainerHooks, ours.KFACEWC):  # type: ignore[misc]
-    """EWC with Kronecker factors, for a ``transformers.Trainer``; see :class:`lightning_cl.KFACEWC` for its arguments."""
+    """Kronecker-factored EWC, for a ``transformers.Trainer``; see :class:`lightning_cl.KFACEWC` for arguments."""
 
 
 class SI(TrainerHooks, ours.SI):  # type: ignore[misc]
@@ -49,7 +49,7 @@ class L2SP(TrainerHooks, ours.L2SP):  # type: ignore[misc]
 
 
 class Interpolate(TrainerHooks, ours.Interpolate):  # type: ignore[misc]
-    """Interpolation of weights, for a ``transformers.Trainer``; see :class:`lightning_cl.Interpolate` for its arguments."""
+    """Interpolation of weights, for a ``transformers.Trainer``; see :class:`lightning_cl.Interpolate` for arguments."""
 
 
 class Replay(TrainerHooks, ours.Replay):  # type: ignore[misc]
