@@ -1,0 +1,1 @@
+"""Other people's trainers, with the methods of this library."""
