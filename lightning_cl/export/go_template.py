@@ -285,13 +285,13 @@ def literal(text: str) -> str:
         >>> print(literal("a {{ b }}"))
         a {{ "{{" }} b }}
     """
-    parts = (re.sub(r"\{\{+|\{$|\"+|[^\n\t\x20-\x7e]", _quoted, part) for part in text.split(_SYSTEM))
+    parts = (re.sub(r"\{\{+|\{\Z|\{?\"\"+|\{?[^\n\t\x20-\x7e]", _quoted, part) for part in text.split(_SYSTEM))
     return "{{ $.System }}".join(parts)
 
 
 def _quoted(found: re.Match[str]) -> str:
     text = found[0]
-    if text == '"' or (text[0] not in '{"' and text.isprintable()):
+    if text.isprintable() and not re.search(r"\{\{|\{$|\"", text):
         return text
     escaped = "".join(f"\\U{ord(c):08x}" if not c.isprintable() or c == '"' else c for c in text)
     return f'{{{{ "{escaped}" }}}}'

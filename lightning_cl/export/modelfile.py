@@ -150,7 +150,11 @@ def modelfile_text(commands: Sequence[tuple[str, str]], comments: Sequence[str] 
         odd = next((c for c in value if not c.isprintable() and c not in "\n\r\t"), None)
         if odd is not None:
             raise ValueError(f"{name}: Ollama drops the character {odd!r} from a Modelfile; write the text without it")
-        if read_modelfile(f"FROM x\n{lines[-1]}\n")[1:] != [(name, value)]:
+        try:
+            whole = read_modelfile(f"FROM x\n{lines[-1]}\n")[1:] == [(name, value)]
+        except ValueError:  # a part of it is read as a line of its own
+            whole = False
+        if not whole:
             raise ValueError(
                 f"{name}={value!r}: a Modelfile cannot hold this text; take out three quotes that follow each other,"
                 " and spaces or quotes around the name of a file"

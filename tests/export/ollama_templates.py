@@ -20,7 +20,7 @@ PROMPT = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n'
 PLAIN = LOOP + TURN + PROMPT
 MADE = {
     "plain": PLAIN,
-    "system by default": '{% if messages[0].role != \'system\' %}{{ \'<|im_start|>system\nBe """good""".<|im_end|>\n\' }}'
+    "system by default": '{% if messages[0].role != \'system\' %}{{ \'<|im_start|>system\nBe """it"""<|im_end|>\n\' }}'
     "{% endif %}" + PLAIN,
     "system in the last prompt": "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}" + LOOP + "{% if m.role == 'user' %}[INST] "
