@@ -78,7 +78,9 @@ class TaskMatrix(ours.TaskMatrix):
         for module, training in modes.items():
             module.training = training
         self.matrix = rows
-        self.measured_on = {task.name: {"samples": len(task.val), "content": content_hash(task.val)} for task in tasks}
+        self.measured_on = {
+            task.name: _measured_on(task.val, trainer.args.per_device_eval_batch_size) for task in tasks
+        }
         self.seconds += time.monotonic() - start
 
     def write(self, folder: Path | None, methods: list[Any], costs: list[dict[str, float]], final: bool) -> None:
@@ -96,3 +98,17 @@ class TaskMatrix(ours.TaskMatrix):
             write_report(report, folder, page=final)
         if final:
             rank_zero_info(format_report(report, folder))
+
+
+def _measured_on(dataset: Any, batch_size: int) -> dict[str, Any]:
+    """Describes a task's data as :func:`lightning_cl.data.measured_on.measured_on` does."""
+    unknown = dict.fromkeys(("packing", "max_length", "template"))
+    return {
+        "data": content_hash(dataset),
+        "samples": [len(dataset)],
+        "batches": [-(-len(dataset) // batch_size)],
+        "limit": "1.0",
+        "batch_size": [batch_size],
+        "processes": 1,
+        **unknown,
+    }
