@@ -182,7 +182,7 @@ def test_a_budget_in_tokens_favours_no_place_in_the_stream(stop):
     """
     expected = inclusion_in_tokens(LENGTHS, BUDGET)
     assert expected[0] == expected[4] == expected[7] > expected[1] > expected[3] > expected[5]
-    runs, kept = 1500, Counter()
+    runs, kept = 700, Counter()
     for seed in range(runs):
         buffer = ReplayBuffer(BUDGET, seed=seed, unit="tokens")
         for number, length in enumerate(LENGTHS):
@@ -213,7 +213,7 @@ def test_after_removals_places_are_filled_again_without_favour(stop):
     Of the samples that are left, those before the removal are as likely as each other, and those behind it too. The
     latter are favoured by less than one part in the number of places: what was let go before is not there to come back.
     """
-    places, runs = 5, 1500
+    places, runs = 5, 700
     early, late = Counter(), Counter()
     for seed in range(runs):
         buffer = ReplayBuffer(places, seed=seed)
@@ -270,7 +270,7 @@ def weighted_inclusion(weights, count) -> list[float]:
 )
 def test_surprise_is_sequential_weighted_sampling_without_replacement(weights, stop):
     count = 3 if len(weights) > 3 else 2
-    expected, runs, kept = weighted_inclusion(weights, count), 3000, Counter()
+    expected, runs, kept = weighted_inclusion(weights, count), 1200, Counter()
     assert sum(expected) == pytest.approx(count)
     for seed in range(runs):
         buffer = ReplayBuffer(count, "surprise", seed=seed)
