@@ -18,6 +18,7 @@ LAYERS = [
     ["__init__", "__main__"],
     ["cli"],
     ["sequence"],
+    ["export", "integrations"],
     ["callbacks/__init__"],
     [f"callbacks/{family}" for family in ("architecture", "merging", "monitoring", "regularization", "replay")],
     ["models"],

@@ -1,0 +1,1 @@
+"""Files for other programs, made from folders that ``save_pretrained`` wrote."""
