@@ -78,7 +78,7 @@ class TaskDriver:
         if saved is not None:
             self._load(saved)
         done = max(method.tasks_done for method in self.methods)
-        given = next((m.position for m in self.methods if getattr(m, "position", None) is not None), None)
+        given = next((at for m in self.methods if (at := getattr(m, "position", None)) is not None), None)
         self.run.position = given or TaskPosition(done, f"task-{done}", done + 1)
         for method in self.methods:
             if getattr(method, "last_task", True) is False:
@@ -120,7 +120,7 @@ class TaskDriver:
 
     def scalars(self) -> dict[str, float]:
         """Returns what the methods have logged since the last call."""
-        found = {}
+        found: dict[str, float] = {}
         for method, name in named(self.methods):
             found |= {f"continual/{name}/{key}": float(value) for key, value in method.scalars.items()}
             method.scalars.clear()
@@ -298,7 +298,7 @@ class TrainerHooks(TrainerCallback):
             driver.save()
 
     @override
-    def on_train_end(  # type: ignore[override]
+    def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if (driver := self._leads()) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -110,13 +111,13 @@ class _Run:
                 continue
             trainer = self._trainer(make_trainer, task)
             if saved is not None:
-                load_model_tensors(trainer.model, saved["model"])
+                load_model_tensors(_model_of(trainer), saved["model"])
                 saved = None
             elif index == 0:
                 self._end(trainer, 0)
             self._train(trainer, task, index, self._checkpoint(trainer, resume))
         if saved is not None:  # all tasks were trained before
-            load_model_tensors(self._trainer(make_trainer, self.trained[-1]).model, saved["model"])
+            load_model_tensors(_model_of(self._trainer(make_trainer, self.trained[-1])), saved["model"])
         return self.matrix.summary() if self.matrix is not None else {}
 
     def _trainer(self, make_trainer: Callable[[Task], Trainer], task: Task) -> Trainer:
@@ -172,7 +173,7 @@ class _Run:
             if done:
                 self.matrix.write(self.folder, named(self.all), self.costs, final=done == len(self.trained))
         if self.folder is not None:
-            own = {"costs": self.costs, "model": model_tensors(trainer.model), "random": get_random_state()}
+            own = {"costs": self.costs, "model": model_tensors(_model_of(trainer)), "random": get_random_state()}
             write_state(self._end_file(done), state_of(self.all) | own)
 
     # ------------------------------------------------------------------ files
@@ -199,3 +200,9 @@ class _Run:
                 " checkpoints, and the task is trained from its beginning"
             )
         return whole[-1] if whole else None
+
+
+def _model_of(trainer: Trainer) -> nn.Module:
+    model = trainer.model
+    assert isinstance(model, nn.Module)
+    return model
