@@ -13,7 +13,7 @@ import lightning_cl
 ROOT = Path(lightning_cl.__file__).parent
 MODULES = [
     ".".join(("lightning_cl", *path.relative_to(ROOT).with_suffix("").parts))
-    for folder in ("callbacks", "export", "functional", "data", "evaluation", "passes")
+    for folder in ("callbacks", "export", "functional", "data", "evaluation", "integrations", "passes")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "\n        >>> " in path.read_text(encoding="utf-8") or "\n    >>> " in path.read_text(encoding="utf-8")
 ]

@@ -391,3 +391,53 @@ def test_the_callbacks_check_their_trainer(tmp_path):
             lambda task: trainer(model(), tmp_path, task.train),
             [Task("a", samples(1, 4)), Task("b", samples(1, 4))],
         )
+
+
+# ---------------------------------------------------------------------- TRL
+
+
+def test_an_sft_trainer_reads_the_plan(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    mixed, seen = ours.ReplayDataset(samples(1, 10), filled(), ratio=0.3, seed=1), []
+    settings = {key: getattr(arguments(tmp_path), key) for key in ("per_device_train_batch_size", "learning_rate")}
+    args = trl.SFTConfig(
+        str(tmp_path),
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        **settings,
+    )
+
+    def watching(batch):
+        seen.extend(batch)
+        tensors = [{key: torch.tensor(s[key]) for key in ("input_ids", "labels")} for s in batch]
+        return collate(tensors)
+
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w0"
+    )
+    network, penalty = model(), ours.SI(strength=0.01)
+    run = trl.SFTTrainer(
+        network,
+        ours.continual_args(args),
+        train_dataset=mixed.to_datasets(),
+        data_collator=watching,
+        processing_class=tokenizer,
+        callbacks=[penalty],
+    )
+    run.args.num_train_epochs = 1
+    run.train()
+    assert [list(s["input_ids"]) for s in seen] == [s["input_ids"].tolist() for s in mixed]
+    assert penalty.tasks_done == 1
+    assert float(sum(value.sum() for value in penalty.importance.values())) > 0
+    args.packing = True
+    with pytest.raises(ValueError, match="packing=True"):
+        ours.continual_args(args)
