@@ -16,8 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lightning_cl.data.text.tokenizer import load_tokenizer, start_tokens
 from lightning_cl.export.gguf_types import gguf
 
@@ -53,7 +51,7 @@ HARD_TEXTS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the file says about a tokenizer.
+    """A tokenizer as the file describes it.
 
     Attributes:
         tokens: their texts, by id.
@@ -77,16 +75,15 @@ class Vocabulary:
 
 
 def live_tokenizer(folder: Path) -> Any:
-    """Loads a folder's tokenizer, as it was when the folder was written.
+    """Loads a folder's tokenizer, and compares it with its file.
 
     For some kinds of models ``AutoTokenizer`` takes a class of its own, which cuts texts in its own way, whatever the
-    file says. A file that another class wrote is taken as it is then.
+    file says.
 
     Raises:
         ValueError: if there is no tokenizer, or its file does not say what it does.
     """
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = load_tokenizer(str(folder))
     file = folder / "tokenizer.json"
@@ -97,15 +94,10 @@ def live_tokenizer(folder: Path) -> Any:
     other = next((text for text in HARD_TEXTS if _ids(written, text) != _ids(backend, text)), None)
     if other is None:
         return tokenizer
-    settings = folder / "tokenizer_config.json"
-    writer = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
-    says = f"{file.name}: AutoTokenizer loads {type(tokenizer).__name__}, which does not cut {other[:40]!r} as the"
-    if writer in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-        rank_zero_warn(f"{says} file says; the file is taken, since {writer} wrote it and does what it says")
-        return PreTrainedTokenizerFast.from_pretrained(folder)
     raise ValueError(
-        f"{says} file says; give the one that the model was trained with as `tokenizer`:"
-        " AutoTokenizer.from_pretrained(folder), or PreTrainedTokenizerFast(tokenizer_file=…, eos_token=…, …)"
+        f"{file.name}: AutoTokenizer loads {type(tokenizer).__name__}, which does not cut {other[:40]!r} as the file"
+        " says; give the one that the model was trained with as `tokenizer`: AutoTokenizer.from_pretrained(folder), or"
+        " PreTrainedTokenizerFast(tokenizer_file=…, eos_token=…, …)"
     )
 
 

@@ -15,6 +15,8 @@ from lightning_cl.data.text.model_files import find_damaged_file
 from lightning_cl.data.text.pretrained import resolve_source
 from lightning_cl.files import cache_folder, replace_file
 
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class, under its older and its newer name
+
 
 class TrainedBPE:
     """A byte-level BPE vocabulary of fixed size, trained once and cached.
@@ -84,7 +86,7 @@ def load_tokenizer(name: str) -> Any:
         if path.endswith(".gguf"):
             file = Path(path)
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        return AutoTokenizer.from_pretrained(path)
+        return _as_written(AutoTokenizer.from_pretrained(path), Path(path))
     except Exception as error:  # a damaged file can raise any error
         damaged = None if "pip install" in str(error) else find_damaged_file(path, error)
         if damaged is not None:
@@ -94,6 +96,23 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(
             f"tokenizer={name!r}: no tokenizer folder of that name and none on the hub ({error})"
         ) from error
+
+
+def _as_written(tokenizer: Any, folder: Path) -> Any:
+    """Loads a tokenizer again if the generic class wrote its folder, and another class has read it.
+
+    For some kinds of models ``AutoTokenizer`` takes a class of their own, which cuts texts in its own way, whatever the
+    file says: a vocabulary of ours next to a Qwen2 model would give other tokens than in training.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    settings = folder / "tokenizer_config.json"
+    if not (settings.is_file() and (folder / "tokenizer.json").is_file()):
+        return tokenizer
+    writer = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+    if writer not in _GENERIC or type(tokenizer).__name__ in _GENERIC:
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def read_template(chat_template: str | Path) -> str:
