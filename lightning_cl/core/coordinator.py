@@ -29,6 +29,7 @@ from lightning_cl.core.loops import (
     leave_fit,
     let_methods_mix,
 )
+from lightning_cl.core.moments import after_step, before_step, consolidating
 from lightning_cl.core.precision import amp_scale, reshard, scale_learning_rate
 from lightning_cl.core.questions import Questions, answers
 from lightning_cl.core.ranks import from_all_ranks
@@ -241,25 +242,12 @@ class TaskCoordinator(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        methods = self._in_edit_order(trainer)
         scale = amp_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
-        for method in methods:
-            method.observe_gradients(trainer, pl_module, optimizer, scale)
-        for method in methods:
-            method.edit_gradients(trainer, pl_module, optimizer, scale)
-
-    def _in_edit_order(self, trainer: L.Trainer) -> list[Questions]:
-        """The same order whatever the order in the Trainer's list, down to the rounding of sums."""
-        return sorted(self.methods(trainer), key=lambda method: (method.edit_order, type(method).__name__))
+        before_step(self.methods(trainer), trainer, pl_module, optimizer, scale)
 
     def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        methods = self._in_edit_order(trainer)
         self._batch.weights_moved()
-        self.run.applied.clear()
-        for method in methods:
-            method.edit_weights(trainer, pl_module, optimizer)
-        for method in methods:
-            method.after_step(trainer, pl_module, optimizer)
+        after_step(self.methods(trainer), self.run, trainer, pl_module, optimizer)
 
     @override
     def on_train_batch_end(
@@ -342,7 +330,7 @@ class TaskCoordinator(Callback):
     def _consolidate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lets the methods change the weights, once: a run that resumes later finds them changed."""
         methods = self.methods(trainer)
-        changing = [method for method in methods if method.consolidates]
+        changing = consolidating(methods)
         done, self._consolidated = self._consolidated, False
         assert self._frozen is not None
         if done:
@@ -352,7 +340,7 @@ class TaskCoordinator(Callback):
         for method in methods:
             method.close_path(trainer, pl_module)
         self._frozen["inexact"] = "while a method changed the weights at a task's end"
-        for method in sorted(changing, key=lambda method: (method.consolidate_order, type(method).__name__)):
+        for method in changing:
             method.consolidate(trainer, pl_module)
         self._frozen = self._entry(trainer) | {"consolidated": True}
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_cl.core.checks import check_trainer
 from lightning_cl.core.coordinator import TaskCoordinator
+from lightning_cl.core.moments import after_step, before_step, consolidating
 from lightning_cl.core.questions import Questions
 from lightning_cl.core.run_state import Limits, RunState, named
 from lightning_cl.integrations.transformers.arguments import continual_args
@@ -100,23 +101,11 @@ class TaskDriver:
 
     def before_step(self, optimizer: Any) -> None:
         """Gradients are complete: observers first, then edits."""
-        methods = self._in_edit_order()
-        for method in methods:
-            method.observe_gradients(self.view, self.module, optimizer, 1.0)
-        for method in methods:
-            method.edit_gradients(self.view, self.module, optimizer, 1.0)
+        before_step(self.methods, self.view, self.module, optimizer, 1.0)
 
     def after_step(self, optimizer: Any) -> None:
         """The optimizer has made its step: edits of the weights first, then observers."""
-        methods = self._in_edit_order()
-        self.run.applied.clear()
-        for method in methods:
-            method.edit_weights(self.view, self.module, optimizer)
-        for method in methods:
-            method.after_step(self.view, self.module, optimizer)
-
-    def _in_edit_order(self) -> list[Questions]:
-        return sorted(self.methods, key=lambda method: (method.edit_order, type(method).__name__))
+        after_step(self.methods, self.run, self.view, self.module, optimizer)
 
     def scalars(self) -> dict[str, float]:
         """Returns what the methods have logged since the last call."""
@@ -133,10 +122,10 @@ class TaskDriver:
         self.begin()
         start = time.monotonic()
         with untouched_random_state():
-            changing = [method for method in self.methods if method.consolidates]
+            changing = consolidating(self.methods)
             for method in self.methods if changing else ():
                 method.close_path(self.view, self.module)
-            for method in sorted(changing, key=lambda m: (m.consolidate_order, type(m).__name__)):
+            for method in changing:
                 method.consolidate(self.view, self.module)
             for method in self.methods:
                 method.on_task_end(self.view, self.module)
