@@ -13,6 +13,7 @@ import lightning_cl.callbacks as ours
 from lightning_cl.data.measured_on import content_hash
 from lightning_cl.evaluation import build_report, format_report, write_report
 from lightning_cl.functional.retention import Mode, Preset, with_worst
+from lightning_cl.passes.heads import evaluated
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import Task
 
@@ -61,9 +62,8 @@ class TaskMatrix(ours.TaskMatrix):
         self.tasks, self.watched = [task.name for task in tasks], [task.name for task in tasks if task.watched]
         rows = torch.full((trained + 1, len(tasks)), torch.nan, dtype=torch.float64)
         rows[: len(self.matrix)] = self.matrix[: trained + 1] if len(self.matrix) else rows[:0]
-        modes = {module: module.training for module in trainer.model.modules()}
         history = list(trainer.state.log_history)
-        with untouched_random_state():
+        with untouched_random_state(), evaluated(trainer.model):
             for column, task in enumerate(tasks):
                 if task.val is None:
                     raise ValueError(f"task {task.name!r}: there is nothing to measure it on: give Task(val=…)")
@@ -75,8 +75,6 @@ class TaskMatrix(ours.TaskMatrix):
                     )
                 rows[trained, column] = with_worst(torch.tensor(float(metrics[self.monitor])).double(), self.mode)
         trainer.state.log_history[:] = history
-        for module, training in modes.items():
-            module.training = training
         self.matrix = rows
         self.measured_on = {
             task.name: _measured_on(task.val, trainer.args.per_device_eval_batch_size) for task in tasks

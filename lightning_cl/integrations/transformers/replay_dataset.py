@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -167,6 +168,10 @@ class ReplayDataset(Dataset[Any]):
 
     def fingerprint(self) -> str:
         """Returns a hash of the first epoch's plan: a resumed run must have the same."""
+        return self._first_plan
+
+    @cached_property
+    def _first_plan(self) -> str:
         named = repr([self._of(index) for index in self._planned(0)])
         return hashlib.sha256(named.encode()).hexdigest()[:16]
 

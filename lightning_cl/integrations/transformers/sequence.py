@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,7 +140,7 @@ class _Run:
             trainer.train_dataset = replay.mix(
                 trainer.train_dataset,
                 batch_size=args.per_device_train_batch_size,
-                epochs=max(1, -(-int(args.num_train_epochs * 1000) // 1000)),
+                epochs=max(1, math.ceil(args.num_train_epochs)),
             )
         return trainer
 

@@ -31,7 +31,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         OSError: if the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    header = json.dumps(_taken_apart(state, "", tensors))
+    header = json.dumps(_taken_apart(state, "", tensors, set()))
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata={_KEY: header})
@@ -62,21 +62,24 @@ def read_state(path: Path) -> dict[str, Any]:
     return result
 
 
-def _taken_apart(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON; its tensors go into `tensors`."""
+def _taken_apart(value: Any, where: str, tensors: dict[str, Tensor], memories: set[int]) -> Any:
+    """The value as JSON; its tensors go into `tensors`, and where they lie into `memories`."""
     if isinstance(value, Tensor):
-        # A view of one number, or two names for one memory, cannot be written.
-        tensors[where] = value.detach().to("cpu", copy=True).contiguous()
+        kept = value.detach().cpu().contiguous()
+        memory = kept.untyped_storage()
+        # A part of a larger memory, or two names for one memory, cannot be written; all else needs no copy.
+        tensors[where] = kept.clone() if memory.data_ptr() in memories or memory.nbytes() != kept.nbytes else kept
+        memories.add(memory.data_ptr())
         return {"tensor": where}
     if isinstance(value, dict):
         if not all(isinstance(key, (str, int)) and not isinstance(key, bool) for key in value):
             raise TypeError(
                 f"state at {where or 'its top'}: a dictionary with keys that are neither texts nor integers"
             )
-        return {"dict": [[key, _taken_apart(item, f"{where}/{key}", tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _taken_apart(item, f"{where}/{key}", tensors, memories)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_taken_apart(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]}
+        return {kind: [_taken_apart(item, f"{where}/{i}", tensors, memories) for i, item in enumerate(value)]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if isinstance(value, _PLAIN):

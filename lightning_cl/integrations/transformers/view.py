@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
@@ -57,13 +57,7 @@ class OneProcess:
 
     def batch_to_device(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Returns the batch with its tensors on the device."""
-        if isinstance(batch, Tensor):
-            return batch.to(self.root_device)
-        if isinstance(batch, Mapping):
-            return {key: self.batch_to_device(value) for key, value in batch.items()}
-        if isinstance(batch, (list, tuple)):
-            return type(batch)(self.batch_to_device(value) for value in batch)
-        return batch
+        return move_data_to_device(batch, self.root_device)
 
 
 class _Precision:
