@@ -98,7 +98,7 @@ def test_markdown_and_text_show_names_as_text(tmp_path, capsys):
     [
         (["--budget", "90"], "--budget=90.0: expected a share"),
         (["--budget", "x"], "invalid float value"),
-        (["--unit", "nats"], "--unit nats: give the rise of the loss to allow, as in --budget 0.05"),
+        (["--unit", "nats"], "unit='nats': give --budget, the rise of the loss to allow, as in --budget=0.05"),
         (["--confidence", "1"], "--confidence=1.0"),
         (["--json", "--markdown"], "not allowed with"),
     ],

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_cl.arguments import is_number
 from lightning_cl.evaluation.gate import gate_markdown, gate_text, judge
-from lightning_cl.functional.guard import check_confidence
+from lightning_cl.functional.guard import check_budget, check_confidence
 
 _DESCRIPTION = """Tells if a run has kept a budget of forgetting, from the losses of single sequences that
 ForgettingBudget wrote into its folder (losses.json) and from its report.json. Exit code: 0 the budget is kept, 2 it is
@@ -53,18 +52,12 @@ def run_gate(arguments: Sequence[str]) -> int | None:
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print Markdown, for a pull request")
     given = parser.parse_args(list(arguments[1:]))
-    retained = given.unit == "retained"
-    if given.budget is None and not retained:
-        raise ValueError("--unit nats: give the rise of the loss to allow, as in --budget 0.05")
-    given.budget = 0.9 if given.budget is None else given.budget
-    if not is_number(given.budget) or given.budget < 0 or (retained and given.budget >= 1):
-        right = "a share of at least 0 and less than 1" if retained else "nats, at least 0"
-        raise ValueError(f"--budget={given.budget}: expected {right} (--unit {given.unit})")
+    budget = check_budget("--budget", given.budget, given.unit)
     check_confidence("--confidence", given.confidence)
     report = _read(given.run / "report.json")
     if report is None:
         raise FileNotFoundError(f"--run={given.run}: there is no report.json; TaskMatrix writes it after every task")
-    found = judge(report, _read(given.run / "losses.json"), given.budget, given.unit, given.confidence)
+    found = judge(report, _read(given.run / "losses.json"), budget, given.unit, given.confidence)
     if given.json:
         print(json.dumps({"run": str(given.run), **found}, indent=2))
     else:

@@ -34,6 +34,30 @@ LEAST_ALLOWED = 0.01
 """Nats that a task may always lose in the unit ``retained``: a task that gave nothing would be allowed nothing."""
 
 
+def check_budget(name: str, budget: float | None, unit: str) -> float:
+    """Checks a budget of forgetting.
+
+    Args:
+        name: of the argument, for messages.
+        budget: the budget; None: 0.9 in the unit ``retained``.
+        unit: ``retained`` or ``nats``.
+
+    Returns:
+        the budget.
+
+    Raises:
+        ValueError: if it is out of its range, or not given in the unit ``nats``.
+    """
+    if budget is None and unit == "nats":
+        raise ValueError(f"unit='nats': give {name}, the rise of the loss to allow, as in {name}=0.05")
+    budget = 0.9 if budget is None else budget
+    known = isinstance(budget, (int, float)) and not isinstance(budget, bool) and math.isfinite(budget)
+    if not known or budget < 0 or (unit == "retained" and budget >= 1):
+        right = "a share of at least 0 and less than 1" if unit == "retained" else "nats, at least 0"
+        raise ValueError(f"{name}={budget!r}: expected {right} (unit={unit!r})")
+    return float(budget)
+
+
 class Rise(NamedTuple):
     """The mean of paired differences of losses, in nats per sequence mean, and what is sure of it.
 

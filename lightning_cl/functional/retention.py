@@ -265,4 +265,4 @@ def _sign(mode: Mode) -> int:
 def check_preset(preset: Preset) -> None:
     """Raises ValueError for an unknown preset."""
     if preset not in ("gem", "trace", "sapt"):
-        raise ValueError(f"preset: expected 'gem', 'trace' or 'sapt', got {preset!r}")
+        raise ValueError(f"preset={preset!r}: expected 'gem', 'trace' or 'sapt'")

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_choice, check_integer, check_share, is_number
+from lightning_cl.arguments import check_choice, check_integer, check_share
 from lightning_cl.callbacks.monitoring.guard_actions import ACTIONS, Remedies, copy_of, interpolate_back, on_cpu
 from lightning_cl.callbacks.monitoring.guard_report import final_decisions, guard_sentences, losses_file
 from lightning_cl.callbacks.monitoring.guard_schedule import Schedule
@@ -30,7 +30,7 @@ from lightning_cl.core.task_files import safe_file
 from lightning_cl.data.batch_source import is_stream
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.files import replace_file
-from lightning_cl.functional.guard import Rise, allowed_rise, check_confidence, look_error, paired_rise
+from lightning_cl.functional.guard import Rise, allowed_rise, check_budget, check_confidence, look_error, paired_rise
 
 Action = Literal["warn", "replay", "lr", "interpolate", "rollback", "stop"]
 Unit = Literal["retained", "nats"]
@@ -119,12 +119,7 @@ class ForgettingBudget(ContinualCallback):
     ) -> None:
         super().__init__()
         self.unit: Unit = check_choice("unit", unit, ("retained", "nats"))  # type: ignore[assignment]
-        if budget is None and unit == "nats":
-            raise ValueError("unit='nats': give budget, the rise of the loss to allow, as in budget=0.05")
-        budget = 0.9 if budget is None else budget
-        if not is_number(budget) or budget < 0 or (unit == "retained" and budget >= 1):
-            right = "a share of at least 0 and less than 1" if unit == "retained" else "nats, at least 0"
-            raise ValueError(f"budget={budget!r}: expected {right} (unit={unit!r})")
+        self.budget = check_budget("budget", budget, unit)
         if isinstance(action, str) or not all(one in ACTIONS for one in action):
             raise ValueError(f"action={action!r}: expected a list of {', '.join(ACTIONS)}")
         if every != "auto":
@@ -132,7 +127,7 @@ class ForgettingBudget(ContinualCallback):
         if isinstance(tasks, str) and tasks != "all":
             raise ValueError(f"tasks={tasks!r}: expected a list of names, or 'all'")
         check_integer("samples", samples, 8)
-        self.budget, self.every, self.samples, self.action = float(budget), every, samples, list(action)
+        self.every, self.samples, self.action = every, samples, list(action)
         self.confidence = check_confidence("confidence", confidence)
         self.patience = check_integer("patience", patience, 1)
         self.grace_steps = check_integer("grace_steps", grace_steps, 0)

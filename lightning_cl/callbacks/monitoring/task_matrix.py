@@ -32,10 +32,8 @@ from lightning_cl.evaluation.reference import check_reference, on_other_data, re
 from lightning_cl.evaluation.scores import score_fingerprints, score_matrix
 from lightning_cl.evaluation.sentences import Method
 from lightning_cl.evaluation.to_loggers import log_evidence
-from lightning_cl.functional.retention import Mode, Preset, with_worst
+from lightning_cl.functional.retention import Mode, Preset, check_preset, with_worst
 from lightning_cl.passes.passes import progress
-
-_PRESETS = ("gem", "trace", "sapt")
 
 
 class TaskMatrix(ContinualCallback):
@@ -101,7 +99,8 @@ class TaskMatrix(ContinualCallback):
         super().__init__()
         self.monitor = monitor
         self.mode: Mode = check_choice("mode", mode, ("min", "max"))  # type: ignore[assignment]
-        self.preset: Preset = check_choice("preset", preset, _PRESETS)  # type: ignore[assignment]
+        check_preset(preset)
+        self.preset: Preset = preset
         self._reference = read_reference(reference) if reference is not None else {}
         self.matrix = torch.empty(0, 0)
         self.tasks: list[str] = []
@@ -356,7 +355,8 @@ class TaskMatrix(ContinualCallback):
         Raises:
             ValueError: if there is no such preset, or ``sapt`` is asked for without a `reference` for each task.
         """
-        chosen: Preset = self.preset if preset is None else check_choice("preset", preset, _PRESETS)  # type: ignore[assignment]
+        chosen = self.preset if preset is None else preset
+        check_preset(chosen)
         matrix, trained = self.trained_matrix(), [name for name in self.tasks if name not in self.watched]
         reference = {name: self._reference[name]["score"] for name in trained if name in self._reference}
         reference = reference if len(reference) == len(trained) else {}
