@@ -160,7 +160,7 @@ def _without(render: Render, start: str) -> Render:
 
 
 def _rules(render: Render) -> tuple[dict[Slot, str], str]:
-    """What stands in each place, and what is done with system texts."""
+    """The text in each place, and what is done with system texts."""
     rules: dict[Slot, str] = {}
     for turns in range(1, _TURNS + 1):
         _learn(rules, render, False, turns)
@@ -229,7 +229,7 @@ def _add_greeting(render: Render, rules: dict[Slot, str], system: str) -> bool:
 
 
 def _notes(render: Render) -> Iterator[str]:
-    """What the chat template does with contents, and the Go template cannot."""
+    """Notes on what the chat template does with contents, and the Go template cannot."""
 
     def text(*contents: str) -> str:
         roles = ("user", "assistant")
@@ -266,7 +266,7 @@ def _begin(text: str) -> str:
 
 
 def _choice(rules: dict[Slot, str], kind: str, left: int) -> str:
-    """What a place writes; `left` messages are left, with this one, where the prompt there is the last."""
+    """The template of a place; `left` messages are left, with this one, where the prompt there is the last."""
 
     def by_system(last: bool) -> str:
         return _if("$.System", literal(rules[Slot(kind, True, last)]), literal(rules[Slot(kind, False, last)]))

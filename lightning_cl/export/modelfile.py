@@ -278,7 +278,7 @@ def _check_system(system: str | None, derived: GoTemplate | None, is_derived: bo
 
 
 def _notes(derived: GoTemplate | None, tokenizer: Any, start: str) -> list[str]:
-    """What a reader of the file must know."""
+    """Comments for a reader of the file."""
     if derived is None:
         return ["The tokenizer has no chat template: the model continues the last prompt, and reads nothing else."]
     source = tokenizer.get_chat_template()
@@ -307,7 +307,7 @@ def _notes(derived: GoTemplate | None, tokenizer: Any, start: str) -> list[str]:
 
 
 def _stops(folder: Path, tokenizer: Any, mid: str) -> list[str]:
-    """What ends an answer: end tokens, and what follows an answer in the chat template."""
+    """The texts that end an answer: end tokens, and those that follow an answer in the chat template."""
     ends = [
         ends if isinstance(ends, list) else [ends]
         for ends in (_settings(folder, file).get("eos_token_id") for file in ("generation_config.json", "config.json"))
