@@ -296,6 +296,9 @@ def test_report_and_losses_file(tmp_path):
     told = report["methods"]["ForgettingBudget"]["sentences"]
     assert told[0].startswith("ForgettingBudget, a: loss +")
     assert "of what its training gave is kept" in told[0]
+    one = guard.sets.sets["a"]
+    one.now = one.before + 1.0
+    assert guard.report()["sentences"][0].endswith("all that its training gave is lost, and more")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,12 @@ def _task_sentence(guard: Guard, name: str) -> str | None:
     assert one.now is not None
     assert one.reference is not None
     kept = kept_share(one.now, one.reference, one.before) if one.before is not None else math.nan
-    return f"{words}; {kept:.0%} of what its training gave is kept" if math.isfinite(kept) else words
+    if not math.isfinite(kept):
+        return words
+    told = (
+        f"{kept:.0%} of what its training gave is kept" if kept >= 0 else "all that its training gave is lost, and more"
+    )
+    return f"{words}; {told}"
 
 
 def losses_file(guard: Guard, trained: int) -> str:
