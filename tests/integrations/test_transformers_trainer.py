@@ -320,6 +320,15 @@ def test_the_report_is_that_of_a_run_under_lightning(unbroken, tmp_path):
     assert methods[0].report()["importance"][1]["task"] == "b"
 
 
+def test_without_replay_the_report_counts_the_samples_too(tmp_path):
+    network, matrix = model(), ours.TaskMatrix()
+    tasks = [Task("a", samples(1, 10), val=samples(11)), Task("b", samples(2, 7), val=samples(12))]
+    ours.fit_tasks(lambda task: trainer(network, tmp_path / task.name, task.train, []), tasks, [matrix])
+    costs = matrix.last_report["costs"]["tasks"]
+    assert [(cost["new_samples"], cost["replayed_samples"]) for cost in costs] == [(10, 0), (7, 0)]
+    assert "10                 0" in format_report(matrix.last_report, None)
+
+
 def test_a_checkpoint_without_the_callbacks_state_is_refused(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2}
     network = model()

@@ -160,9 +160,12 @@ class _Run:
             "train_seconds": time.monotonic() - start - ends,
             "end_seconds": ends,
         }
+        seen = state.global_step * args.gradient_accumulation_steps * args.per_device_train_batch_size
+        seen = min(seen, round((state.epoch or 0.0) * len(dataset)))
         if isinstance(dataset, ReplayDataset):
-            seen = state.global_step * args.gradient_accumulation_steps * args.per_device_train_batch_size
-            cost |= dataset.counts(min(seen, round((state.epoch or 0.0) * len(dataset))))
+            cost |= dataset.counts(seen)
+        else:
+            cost |= {"new_samples": float(seen), "replayed_samples": 0.0}
         self.costs.append(cost)
         self._end(trainer, index + 1)
 
