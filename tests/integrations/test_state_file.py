@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_cl.integrations.transformers import state_file
+from lightning_cl.integrations._transformers import state_file
 
 
 def test_shared_and_partial_memory_comes_back_and_the_rest_is_not_copied(tmp_path, monkeypatch):

@@ -450,3 +450,16 @@ def test_an_sft_trainer_reads_the_plan(tmp_path):
     args.packing = True
     with pytest.raises(ValueError, match="packing=True"):
         ours.continual_args(args)
+
+
+def test_short_names_on_the_command_line_are_those_of_lightning():
+    """These classes are callbacks of Lightning too; jsonargparse refuses a short name that two classes answer to."""
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch.callbacks import Callback
+
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    for name in ours.__all__:
+        if isinstance(getattr(ours, name), type) and issubclass(getattr(ours, name), Callback):
+            read = parser.parse_args([f"--callbacks+={name}"])
+            assert read.callbacks[0].class_path == f"lightning_cl.{name}"

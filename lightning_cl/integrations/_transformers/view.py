@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 from typing_extensions import override
 
-from lightning_cl.integrations.transformers.replay_dataset import ReplayDataset
+from lightning_cl.integrations._transformers.replay_dataset import ReplayDataset
 
 
 class ModelModule(L.LightningModule):

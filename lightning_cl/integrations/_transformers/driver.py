@@ -19,10 +19,10 @@ from lightning_cl.core.coordinator import TaskCoordinator
 from lightning_cl.core.moments import after_step, before_step, consolidating
 from lightning_cl.core.questions import Questions
 from lightning_cl.core.run_state import Limits, RunState, named
-from lightning_cl.integrations.transformers.arguments import continual_args
-from lightning_cl.integrations.transformers.replay_dataset import ReplayDataset
-from lightning_cl.integrations.transformers.state_file import read_state, write_state
-from lightning_cl.integrations.transformers.view import ModelModule, TrainerView
+from lightning_cl.integrations._transformers.arguments import continual_args
+from lightning_cl.integrations._transformers.replay_dataset import ReplayDataset
+from lightning_cl.integrations._transformers.state_file import read_state, write_state
+from lightning_cl.integrations._transformers.view import ModelModule, TrainerView
 from lightning_cl.random_state import untouched_random_state
 from lightning_cl.tasks import TaskPosition
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lightning_cl.core.run_state import RunState, named
-from lightning_cl.integrations.transformers.arguments import continual_args
-from lightning_cl.integrations.transformers.callbacks import Replay
-from lightning_cl.integrations.transformers.driver import STATE_FILE, TrainerHooks, load_methods, state_of
-from lightning_cl.integrations.transformers.matrix import TaskMatrix
-from lightning_cl.integrations.transformers.replay_dataset import ReplayDataset
-from lightning_cl.integrations.transformers.state_file import (
+from lightning_cl.integrations._transformers.arguments import continual_args
+from lightning_cl.integrations._transformers.callbacks import Replay
+from lightning_cl.integrations._transformers.driver import STATE_FILE, TrainerHooks, load_methods, state_of
+from lightning_cl.integrations._transformers.matrix import TaskMatrix
+from lightning_cl.integrations._transformers.replay_dataset import ReplayDataset
+from lightning_cl.integrations._transformers.state_file import (
     load_model_tensors,
     model_tensors,
     read_state,
@@ -161,7 +161,8 @@ class _Run:
             "end_seconds": ends,
         }
         seen = state.global_step * args.gradient_accumulation_steps * args.per_device_train_batch_size
-        seen = min(seen, round((state.epoch or 0.0) * len(dataset)))
+        if isinstance(dataset, Sized):  # a stream has no end that a last batch is cut at
+            seen = min(seen, round((state.epoch or 0.0) * len(dataset)))
         if isinstance(dataset, ReplayDataset):
             cost |= dataset.counts(seen)
         else:

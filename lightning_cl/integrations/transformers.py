@@ -16,12 +16,12 @@ The callbacks also work in a Trainer of your own, without ``fit_tasks``: each ca
 subclass of ``Trainer``.
 """
 
-from lightning_cl.integrations.transformers.arguments import continual_args
-from lightning_cl.integrations.transformers.callbacks import EWC, KFACEWC, L2SP, MAS, SI, Interpolate, Replay, RWalk
-from lightning_cl.integrations.transformers.driver import load_state
-from lightning_cl.integrations.transformers.matrix import TaskMatrix
-from lightning_cl.integrations.transformers.replay_dataset import ReplayDataset
-from lightning_cl.integrations.transformers.sequence import fit_tasks
+from lightning_cl.integrations._transformers.arguments import continual_args
+from lightning_cl.integrations._transformers.callbacks import EWC, KFACEWC, L2SP, MAS, SI, Interpolate, Replay, RWalk
+from lightning_cl.integrations._transformers.driver import load_state
+from lightning_cl.integrations._transformers.matrix import TaskMatrix
+from lightning_cl.integrations._transformers.replay_dataset import ReplayDataset
+from lightning_cl.integrations._transformers.sequence import fit_tasks
 
 __all__ = [
     "EWC",

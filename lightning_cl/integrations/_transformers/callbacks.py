@@ -20,8 +20,8 @@ from lightning_cl.buffers.budget import Unit
 from lightning_cl.buffers.policies import PolicyName
 from lightning_cl.data.mixing.drawing import Draw
 from lightning_cl.data.mixing.ratio import RatioLike
-from lightning_cl.integrations.transformers.driver import TrainerHooks
-from lightning_cl.integrations.transformers.replay_dataset import ReplayDataset
+from lightning_cl.integrations._transformers.driver import TrainerHooks
+from lightning_cl.integrations._transformers.replay_dataset import ReplayDataset
 
 
 class EWC(TrainerHooks, ours.EWC):  # type: ignore[misc]
