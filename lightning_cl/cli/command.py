@@ -1,16 +1,13 @@
-"""The command line: ``lightning-cl fit|validate|test|predict|preview|compare|runs``, on LightningCLI."""
+"""The command line: ``lightning-cl fit|validate|test|predict|preview|compare|export|runs``, on LightningCLI."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-import logging
 import os
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,10 @@ from lightning_cl import callbacks, data, models
 from lightning_cl.callbacks import TaskProgress
 from lightning_cl.cli.compare import run_compare
 from lightning_cl.cli.earlier_run import EarlierRun, expand_run
+from lightning_cl.cli.export import Loaded, run_export
 from lightning_cl.cli.first_help import first_help, wants_all
 from lightning_cl.cli.gate import run_gate
+from lightning_cl.cli.messages import own_error, quiet
 from lightning_cl.cli.overlays import merged_overlays
 from lightning_cl.cli.parser import EarlyOption, HelpFormatter, HelpfulParser, take_option
 from lightning_cl.cli.processes import asked_trial, tell_folder
@@ -69,6 +68,7 @@ forgot.
   lightning-cl fit --config configs/quickstart.yaml --print_config       all settings, none hidden
   lightning-cl runs runs                                                 what is in each run, and which others it needs
   lightning-cl gate --run RUN --budget 0.9                               was too much forgotten? exit code 0, 2 or 3
+  lightning-cl export RUN --to gguf,ollama --type q8_0                   for llama.cpp and Ollama; also mlx and hf
   lightning-cl fit --help                                                what is set first; --help all: everything
 """
 
@@ -320,7 +320,7 @@ def main(args: list[str] | None = None) -> None:
     """
     # Denormal numbers, which Adam's moments are full of, cost up to half of the time on a CPU.
     torch.set_flush_denormal(True)
-    _quiet()
+    quiet()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # own classes, as `class_path: my_methods.MyCallback`, next to the configuration
     try:
@@ -331,6 +331,8 @@ def main(args: list[str] | None = None) -> None:
         if code is None:
             code = run_gate(arguments)
         if code is None:
+            code = run_export(arguments, loaded_run)
+        if code is None:
             code = run_search(arguments)
         if code is None:
             code = run_seeds(arguments, settings_of)
@@ -339,13 +341,28 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        ours = _ours(error)
+        ours = own_error(error)
         if ours is None:
             raise
         print(f"lightning-cl: error: {ours}", file=sys.stderr)
         sys.exit(1)
     if code:
         sys.exit(code)
+
+
+class _Made(ContinualCLI):
+    """A command whose parts are made, and that does nothing with them."""
+
+    @override
+    def validate(
+        self, model: L.LightningModule, datamodule: TaskDataModule, ckpt_path: str | None = None, **_: Any
+    ) -> None:
+        self.parts = Loaded(self.trainer, model, datamodule)
+
+
+def loaded_run(arguments: Sequence[str]) -> Loaded:
+    """Makes Trainer, module and data of a ``validate`` command line, without their weights."""
+    return _Made(list(arguments)).parts
 
 
 def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
@@ -368,23 +385,3 @@ def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
 def _has_own_folder(trainer: L.Trainer) -> bool:
     """Returns True if the logger chooses a folder that no run has yet; to be asked before it has chosen."""
     return isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)) and has_no_version_yet(trainer.logger)
-
-
-def _quiet() -> None:
-    """Leaves out what Lightning says that is no news, or wrong, in a sequence of tasks."""
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # our own config.yaml is in it
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec")
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a folder per task
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
-
-
-def _ours(error: BaseException | None) -> BaseException | None:
-    """The error of the chain that this library raised itself: its message says it all, a traceback would hide it."""
-    package = str(Path(__file__).parents[1]) + os.sep
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename.startswith(package) and (frames[-1].line or "").startswith("raise "):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

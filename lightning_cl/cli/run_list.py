@@ -20,8 +20,8 @@ from lightning_cl.cli.yaml_files import read_yaml
 from lightning_cl.core.checkpoint_io import read_checkpoint
 
 _OF_A_RUN = re.compile(
-    r"tasks(-v\d+)?|checkpoints|buffers|model|guard|(config|hparams)\.yaml|metrics\.csv|(report|losses)\.json|report\.html"
-    r"|matrix(_\w+)?\.csv|(matrix|curves|importance)\.png|predictions\.jsonl|samples\.(jsonl|md)"
+    r"tasks(-v\d+)?|checkpoints|buffers|model|export|guard|(config|hparams)\.yaml|metrics\.csv|(report|losses)\.json"
+    r"|report\.html|matrix(_\w+)?\.csv|(matrix|curves|importance)\.png|predictions\.jsonl|samples\.(jsonl|md)"
     r"|events\.out\.tfevents\..*|\.run\.lock"
 )
 

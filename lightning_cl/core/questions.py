@@ -31,7 +31,7 @@ on_task_end         after ``consolidate``: compute importances, anchors, teacher
 deployed            whenever outputs are wanted: the matrix, evaluations, predictions, prompts
 at_boundary         between tasks, outside ``trainer.fit``, only with ``fit_tasks``; in the order of
                     ``boundary_order``
-after_boundary      when all have answered ``at_boundary``: time to report
+after_boundary      when all have answered ``at_boundary``, in the same order: time to report
 on_sequence_end     ``fit_tasks`` returns: leave the module as it is to be used
 end_cost            the plan is printed: return what the end of a task will take
 advice              the report is written: name what could be changed of the method

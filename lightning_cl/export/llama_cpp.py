@@ -83,7 +83,9 @@ class LlamaCpp:
             found[entry["id"]] = entry["logprob"]
         return found
 
-    def token_logprobs(self, ids: Sequence[int], scales: Sequence[float] = ()) -> Tensor:
+    def token_logprobs(
+        self, ids: Sequence[int], scales: Sequence[float] = (), places: Sequence[int] | None = None
+    ) -> Tensor:
         """Returns the log-probability of each token of a text, after those before it.
 
         Each token is one call, which computes one position: a sequence takes as long as it takes to write it.
@@ -91,12 +93,13 @@ class LlamaCpp:
         Args:
             ids: the text's tokens, at least two.
             scales: by how much each adapter is applied, 0 for those that are not named.
+            places: positions of the tokens that are asked for, from 1 on; default: all.
 
         Returns:
-            log-probabilities (tokens - 1); the mean of their negatives is the loss of a causal language model.
+            log-probabilities, one per position; the mean of their negatives is the loss of a causal language model.
         """
         found = []
-        for end in range(1, len(ids)):
+        for end in range(1, len(ids)) if places is None else places:
             wanted = int(ids[end])
             answer = self._ask(ids[:end], wanted, scales, n_probs=1, logprobs=1, cache_prompt=self._adapters == 0)
             if answer is not None:

@@ -307,9 +307,9 @@ def _boundary(
     trainer: L.Trainer, module: L.LightningModule, data: TaskDataModule, trained: int, ckpt_path: str | None = None
 ) -> None:
     """Lets the methods evaluate and report, without an effect on training."""
-    methods = TaskCoordinator.methods(trainer)
+    methods = sorted(TaskCoordinator.methods(trainer), key=lambda m: m.boundary_order)
     with TaskCoordinator.of(trainer).evaluating():
-        for method in sorted(methods, key=lambda m: m.boundary_order):
+        for method in methods:
             method.at_boundary(trainer, module, data, trained, ckpt_path)
             heed(trainer, all_ranks=True)
         for method in methods:

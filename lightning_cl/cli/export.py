@@ -1,0 +1,170 @@
+"""``lightning-cl export``: a run's model for llama.cpp, Ollama, MLX and transformers, and what each format costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+
+from lightning_cl.cli.earlier_run import last_boundary
+from lightning_cl.core.checkpoint_io import check_checkpoint, read_checkpoint
+from lightning_cl.core.deployment import deployed
+from lightning_cl.core.task_files import BEFORE_END
+from lightning_cl.data import TaskDataModule
+from lightning_cl.export.handover import check_formats, check_types, export_model
+from lightning_cl.models.adapter_names import task_name
+from lightning_cl.models.adapters import list_adapters
+from lightning_cl.models.causal_lm import CausalLM
+from lightning_cl.tasks import Task
+
+_DESCRIPTION = """Writes a run's model into one folder that can be handed on, reads every file back, and shows the loss
+of every task in each format. All other options are those of `validate`, as --data.batch_size 1."""
+_EXAMPLE = """
+  lightning-cl export runs/quickstart/version_0 --to gguf,ollama --type q8_0
+  lightning-cl export runs/quickstart/version_0 --to gguf --type f16,q8_0,q4_k    several types, one table
+  lightning-cl export RUN --to gguf,ollama --task all                             adapters: one base, one per task"""
+
+
+class Loaded(NamedTuple):
+    """A run that was made again, without its weights."""
+
+    trainer: L.Trainer
+    module: L.LightningModule
+    data: TaskDataModule
+
+
+Load = Callable[[Sequence[str]], Loaded]
+
+
+def run_export(arguments: Sequence[str], load: Load) -> int | None:
+    """Exports a run's model.
+
+    Args:
+        arguments: the command line.
+        load: makes the run of a ``validate`` command line again.
+
+    Returns:
+        the exit code; None if the command is another one.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError, ImportError: if an argument is wrong, a format cannot hold the
+            model, a file does not read back, or a package is missing.
+    """
+    if list(arguments[:1]) != ["export"]:
+        return None
+    given, rest = _parser().parse_known_args(list(arguments[1:]))
+    if rest and not rest[0].startswith("-"):
+        raise ValueError(f"export: {rest[0]!r}: expected one run's folder, and options")
+    to = given.to.split(",")
+    types = given.type.split(",")
+    if "gguf" in check_formats(to):
+        check_types(types)
+    run: Path = given.run
+    last = last_boundary(run)
+    loaded = load(["validate", "--run", str(run), *rest, "--trainer.limit_val_batches=1"])
+    if not isinstance(loaded.module, CausalLM):
+        raise ValueError(
+            f"export: the run's model is a {type(loaded.module).__name__}, expected a CausalLM; save its transformers"
+            " model with save_pretrained, and write the folder with lightning_cl.export.gguf.export_gguf"
+        )
+    checkpoint, task = _checkpoint(run, last, given.task, loaded.data.trained_tasks)
+    _load_weights(loaded, checkpoint)
+    report = _report(run) if checkpoint == last else None
+    stem = given.name or (run.absolute().parent.name if run.name.startswith("version_") else run.absolute().name)
+    place = "final" if given.task is None else re.sub(r"[^\w.-]+", "-", given.task)
+    folder = given.out or run / "export" / place
+    adapters = list_adapters(loaded.module) if loaded.module.lora is not None else []
+    with deployed(loaded.trainer, loaded.module, task if task in adapters else None):
+        done = export_model(
+            loaded.module,
+            folder,
+            to,
+            types,
+            task,
+            loaded.data,
+            report,
+            name=stem,
+            system=given.system,
+            num_ctx=given.num_ctx,
+            tokens=given.tokens,
+        )
+    sys.stdout.write(f"\n{folder}\n{done}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lightning-cl export",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "--to", default="gguf,ollama", help="formats: gguf, ollama, mlx, hf, joined by commas; default: gguf,ollama"
+    )
+    parser.add_argument(
+        "--type", default="q8_0", help="of the GGUF file: f32, f16, bf16, q8_0, q6_k, q4_k …, or several; default: q8_0"
+    )
+    parser.add_argument(
+        "--task",
+        help="a task with an adapter: it is merged; mean: the mean of all adapters is; all: they stay apart. Without"
+        " adapters: the model as it was after that task",
+    )
+    parser.add_argument("--out", type=Path, help="the folder; default: RUN/export/final, or RUN/export/TASK")
+    parser.add_argument("--name", help="of the files; default: the run's name")
+    parser.add_argument("--system", help="text that Ollama begins each conversation with")
+    parser.add_argument("--num_ctx", type=int, help="positions of a conversation in Ollama; default: at most 8192")
+    parser.add_argument(
+        "--tokens", type=int, default=512, help="of each task, to measure losses on; default: 512 validation tokens"
+    )
+    return parser
+
+
+def _checkpoint(run: Path, last: Path, task: str | None, tasks: Sequence[Task]) -> tuple[Path, str | None]:
+    """The checkpoint to export, and the adapter's task: without adapters, a task's name is that of a checkpoint.
+
+    Raises:
+        ValueError: if the run has no such task.
+        FileNotFoundError: if the task's checkpoint was not kept.
+    """
+    adapted = _adapted(last)
+    if task is None or task in adapted or task in ("mean", "all"):
+        return last, task
+    index = next((index for index, each in enumerate(tasks) if each.name == task), None)
+    if index is None or adapted:
+        known = adapted or [each.name for each in tasks]
+        raise ValueError(f"--task={task}: expected one of {', '.join([*known, 'mean', 'all'] if adapted else known)}")
+    path = run / "tasks" / f"{index}-{tasks[index].slug}.ckpt"
+    if not path.is_file():
+        kept = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt") if not p.name.endswith(BEFORE_END)))
+        raise FileNotFoundError(
+            f"--task={task}: its checkpoint was not kept; there are {kept}. Train with --keep_checkpoints all"
+        )
+    check_checkpoint(path)
+    return path, None
+
+
+def _adapted(checkpoint: Path) -> list[str]:
+    """The tasks with an adapter of their own in a checkpoint, by the names of its weights."""
+    parts = (part for name in read_checkpoint(checkpoint)["state_dict"] for part in name.split("."))
+    return list(dict.fromkeys(task for task in map(task_name, parts) if task is not None))
+
+
+def _load_weights(loaded: Loaded, checkpoint: Path) -> None:
+    """Loads the weights as an evaluation does, which also builds what methods have added to the model."""
+    data = loaded.data
+    with data.showing(data.tasks[0]):
+        loaded.trainer.validate(loaded.module, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
+
+
+def _report(run: Path) -> Any:
+    path = run / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,141 @@
+"""The table of an export: formats, sizes, and the loss of every task in each."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+INDEX = "export.json"
+"""The file of an exported folder that says what is in it."""
+
+TRAINED = "as trained"
+"""The row of the model in memory, which the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of an exported model."""
+
+    name: str
+    """As ``gguf q8_0``; of the model in memory: :data:`TRAINED`."""
+    files: tuple[str, ...] = ()
+    """Names in the folder."""
+    bytes: int = 0
+    """Size of the files."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """For each task its mean loss in nats a token; NaN where nothing could be measured."""
+    measured: str = ""
+    """The program that computed the losses."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written.
+
+    Attributes:
+        folder: the folder.
+        formats: the model in memory first, if losses were measured.
+        tokens: of each task that a loss is a mean over.
+        forgetting: of the run, in its own unit; None: unknown.
+        checksums: SHA-256 of each file in the folder.
+    """
+
+    folder: Path
+    formats: tuple[Format, ...]
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    forgetting: float | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes :data:`INDEX` into a folder; it has no path."""
+        content = {
+            "format": "lightning_cl export 1",
+            "formats": [_plain(asdict(each)) for each in self.formats],
+            "tokens": dict(self.tokens),
+            "forgetting": self.forgetting,
+            "sha256": dict(self.checksums),
+        }
+        (folder / INDEX).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: str | Path) -> Exported:
+        """Reads what :meth:`write` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+        """
+        folder = Path(folder)
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        formats = tuple(
+            Format(
+                **each | {"files": tuple(each["files"]), "losses": {k: _number(v) for k, v in each["losses"].items()}}
+            )
+            for each in content["formats"]
+        )
+        return Exported(folder, formats, content["tokens"], content["forgetting"], content["sha256"])
+
+    def rows(self) -> list[list[str]]:
+        """The table's cells, its head first: losses of the model in memory, then differences to it."""
+        tasks = list(self.tokens)
+        trained = next((each for each in self.formats if each.name == TRAINED), None)
+        table = [["format", "size", *tasks, *(["measured by"] if tasks else [])]]
+        for each in self.formats:
+            cells = []
+            for task in tasks:
+                loss = each.losses.get(task, math.nan)
+                base = trained.losses.get(task, math.nan) if trained is not None and each is not trained else 0.0
+                sign = "" if each is trained else "+"
+                cells.append("–" if math.isnan(loss - base) else f"{loss - base:{sign}.3f}")
+            size = f"{each.bytes / 1e6:,.1f} MB" if each.bytes else "–"
+            table.append([each.name, size, *cells, *([each.measured or "–"] if tasks else [])])
+        return table
+
+    def sentences(self) -> list[str]:
+        """What the numbers say, in words."""
+        said = []
+        if self.tokens:
+            counts = sorted(set(self.tokens.values()))
+            over = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+            said.append(
+                f"Losses in nats a token, over {over} tokens of each task's validation data; below {TRAINED!r} as"
+                " differences to it."
+            )
+        trained = next((each.losses for each in self.formats if each.name == TRAINED), {})
+        for each in self.formats:
+            rises = {task: loss - trained.get(task, math.nan) for task, loss in each.losses.items()}
+            rises = {task: rise for task, rise in rises.items() if not math.isnan(rise)}
+            mean = sum(rises.values()) / len(rises) if rises else 0.0
+            if mean >= 0.01:
+                worst = max(rises, key=lambda task: rises[task])
+                text = f"{each.name} costs {mean:.3f} nats a token on average, most on {worst} ({rises[worst]:.3f})"
+                if self.forgetting is not None:
+                    text += f"; the tasks that came later cost {self.forgetting:.3f}"
+                said.append(f"{text}.")
+        return said
+
+    def __str__(self) -> str:
+        table = self.rows()
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        first, *others = widths
+        lines = [
+            "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))])
+            for name, *cells in table
+        ]
+        return "\n".join([*lines, *self.sentences()])
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
