@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from lightning_cl.cli.command import ContinualCLI
     from lightning_cl.data import TaskDataModule, TrainedBPE
+    from lightning_cl.export.callback import Export
     from lightning_cl.metrics import (
         AverageAccuracy,
         AverageOverRows,
@@ -79,6 +80,7 @@ _HOME = {
     "DER": "callbacks",
     "DERpp": "callbacks",
     "EWC": "callbacks",
+    "Export": "export.callback",
     "Forgetting": "metrics",
     "ForgettingBudget": "callbacks",
     "ForwardTransfer": "metrics",
@@ -141,6 +143,7 @@ __all__ = [
     "CausalLM",
     "ContinualCLI",
     "DERpp",
+    "Export",
     "Forgetting",
     "ForgettingBudget",
     "ForwardTransfer",

@@ -43,6 +43,7 @@ from lightning_cl.cli.yaml_files import check_files
 from lightning_cl.core.loops import plan_limits
 from lightning_cl.data import TaskDataModule
 from lightning_cl.data.preview import printable, wants_colour
+from lightning_cl.export.callback import Export
 from lightning_cl.lightning_internals import has_no_version_yet
 from lightning_cl.models.decoder_columns import has_columns
 from lightning_cl.sequence.evaluate import evaluate_tasks
@@ -51,7 +52,7 @@ from lightning_cl.sequence.predict import predict_tasks
 from lightning_cl.sequence.run_files import first_missing, forget_start
 from lightning_cl.stopping import INTERRUPTED
 
-__all__ = ["ContinualCLI", "callbacks", "data", "main", "models"]
+__all__ = ["ContinualCLI", "Export", "callbacks", "data", "main", "models"]
 
 _DESCRIPTION = """Continual learning for language models: trains a model on one task after another and shows what it
 forgot.

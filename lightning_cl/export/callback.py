@@ -69,10 +69,11 @@ class Export(ContinualCallback):
         self._asked: tuple[CausalLM, TaskDataModule] | None = None
 
     @override
-    def on_run_start(self, trainer: L.Trainer) -> None:
-        if not isinstance(trainer.lightning_module, CausalLM):
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not isinstance(pl_module, CausalLM):
             raise MisconfigurationException(
-                f"Export: {type(trainer.lightning_module).__name__} is no CausalLM; save its transformers model with"
+                f"Export: {type(pl_module).__name__} is no CausalLM; save its transformers model with"
                 " save_pretrained, and write the folder with lightning_cl.export.gguf.export_gguf"
             )
 

@@ -7,17 +7,50 @@ packs them as llama.cpp does, byte for byte.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-try:
-    import gguf
-except ImportError as error:  # the writer is of no use without it
-    raise ImportError('a GGUF file needs the package gguf: pip install "lightning_cl[gguf]"') from error
-
 Array = np.ndarray[Any, Any]
-Type = gguf.GGMLQuantizationType
+
+
+class _Package:
+    """The package ``gguf``, imported when something of it is first used: other formats do without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    @cached_property
+    def _module(self) -> Any:
+        try:
+            import gguf
+        except ImportError as error:
+            raise ImportError('a GGUF file needs the package gguf: pip install "lightning_cl[gguf]"') from error
+        return gguf
+
+
+gguf: Any = _Package()
+
+
+class Type(IntEnum):
+    """Types of tensors, with their numbers in a file."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    BF16 = 30
+
 
 _LARGEST_F16 = 65504.0
 
@@ -57,27 +90,23 @@ class FileType:
         raise AssertionError
 
 
-def _file_types() -> dict[str, FileType]:
-    numbers = gguf.LlamaFileType
-    rows = [
-        ("f32", Type.F32, Type.F32, Type.F32, numbers.ALL_F32),
-        ("f16", Type.F16, Type.F16, Type.F16, numbers.MOSTLY_F16),
-        ("bf16", Type.BF16, Type.BF16, Type.BF16, numbers.MOSTLY_BF16),
-        ("q8_0", Type.Q8_0, Type.Q8_0, Type.F16, numbers.MOSTLY_Q8_0),
-        ("q5_1", Type.Q5_1, Type.Q8_0, Type.F16, numbers.MOSTLY_Q5_1),
-        ("q5_0", Type.Q5_0, Type.Q8_0, Type.F16, numbers.MOSTLY_Q5_0),
-        ("q4_1", Type.Q4_1, Type.Q8_0, Type.F16, numbers.MOSTLY_Q4_1),
-        ("q4_0", Type.Q4_0, Type.Q8_0, Type.F16, numbers.MOSTLY_Q4_0),
-        ("q6_k", Type.Q6_K, Type.Q6_K, Type.Q8_0, numbers.MOSTLY_Q6_K),
-        ("q5_k", Type.Q5_K, Type.Q6_K, Type.Q5_1, numbers.MOSTLY_Q5_K_S),
-        ("q4_k", Type.Q4_K, Type.Q6_K, Type.Q5_0, numbers.MOSTLY_Q4_K_S),
-        ("q3_k", Type.Q3_K, Type.Q6_K, Type.Q4_0, numbers.MOSTLY_Q3_K_S),
-        ("q2_k", Type.Q2_K, Type.Q6_K, Type.Q4_0, numbers.MOSTLY_Q2_K_S),
-    ]
-    return {name: FileType(name, matrix, output, short, int(number)) for name, matrix, output, short, number in rows}
-
-
-FILE_TYPES = _file_types()
+# Name, types of the matrices, of the output matrix and of short rows, and the file's number: llama.cpp's MOSTLY_…_S.
+_ROWS = [
+    ("f32", Type.F32, Type.F32, Type.F32, 0),
+    ("f16", Type.F16, Type.F16, Type.F16, 1),
+    ("bf16", Type.BF16, Type.BF16, Type.BF16, 32),
+    ("q8_0", Type.Q8_0, Type.Q8_0, Type.F16, 7),
+    ("q5_1", Type.Q5_1, Type.Q8_0, Type.F16, 9),
+    ("q5_0", Type.Q5_0, Type.Q8_0, Type.F16, 8),
+    ("q4_1", Type.Q4_1, Type.Q8_0, Type.F16, 3),
+    ("q4_0", Type.Q4_0, Type.Q8_0, Type.F16, 2),
+    ("q6_k", Type.Q6_K, Type.Q6_K, Type.Q8_0, 18),
+    ("q5_k", Type.Q5_K, Type.Q6_K, Type.Q5_1, 16),
+    ("q4_k", Type.Q4_K, Type.Q6_K, Type.Q5_0, 14),
+    ("q3_k", Type.Q3_K, Type.Q6_K, Type.Q4_0, 11),
+    ("q2_k", Type.Q2_K, Type.Q6_K, Type.Q4_0, 10),
+]
+FILE_TYPES = {row[0]: FileType(*row) for row in _ROWS}
 _K_TYPES = frozenset({Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K})
 
 # The largest error of a number, as a share of the largest magnitude in its block: the step of the type (half of it
@@ -102,11 +131,12 @@ def file_type(name: str) -> FileType:
 
     Raises:
         ValueError: if there is no such type.
-        ImportError: if it needs ``libgguf``, which is not installed.
+        ImportError: if ``gguf``, or ``libgguf`` for a K-type, is not installed.
     """
     found = FILE_TYPES.get(name.lower()) if isinstance(name, str) else None
     if found is None:
         raise ValueError(f"type={name!r}: expected one of {list(FILE_TYPES)}")
+    _ = gguf.GGUFWriter  # raises where the package is missing
     if found.matrix in _K_TYPES:
         _libgguf()
     return found
@@ -141,12 +171,14 @@ def encode(rows: Array, kind: Any, name: str) -> Array:
     if kind in _K_TYPES:
         packed: Array = _libgguf().quantize_rows(np.ascontiguousarray(rows), int(kind))
         return packed.view(np.uint8).reshape(*rows.shape[:-1], -1)
-    return gguf.quantize(np.ascontiguousarray(rows), kind)
+    plain: Array = gguf.quantize(np.ascontiguousarray(rows), kind)
+    return plain
 
 
 def decode(packed: Array, kind: Any) -> Array:
     """Returns the fp32 numbers of packed rows."""
-    return gguf.dequantize(packed, kind)
+    numbers: Array = gguf.dequantize(packed, kind)
+    return numbers
 
 
 def largest_error(rows: Array, kind: Any) -> Array:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from lightning_cl.arguments import check_integer
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.export.formats import INDEX, Exported
+from lightning_cl.export.gguf_types import file_type
 from lightning_cl.export.making import Making
 from lightning_cl.export.sequences import held_out_sequences
 from lightning_cl.models.adapters import list_adapters
@@ -123,8 +124,6 @@ def check_types(type: str | Sequence[str]) -> list[str]:
     types = [type] if isinstance(type, str) else list(dict.fromkeys(type))
     if not types:
         raise ValueError("type=[]: expected at least one, as in 'q8_0'")
-    from lightning_cl.export.gguf_types import file_type
-
     for each in types:
         file_type(each)
     return [each.lower() for each in types]

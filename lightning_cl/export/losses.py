@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from lightning_cl.export.llama_cpp import LlamaCpp
 from lightning_cl.export.sequences import HeldOut, label_tensors
-
-if TYPE_CHECKING:  # needs the package gguf
-    from lightning_cl.export.llama_cpp import LlamaCpp
 
 NOTHING = float("nan")
 """The loss where there is nothing to measure it on."""

@@ -13,6 +13,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cl.export.formats import TRAINED, Exported, Format
+from lightning_cl.export.gguf import export_gguf, load_gguf_weights
+from lightning_cl.export.gguf_tokenizer import live_tokenizer
+from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
 from lightning_cl.export.losses import llama_loss, torch_loss
 from lightning_cl.export.modelfile import write_modelfile, write_task_modelfiles
 from lightning_cl.export.sequences import HeldOut
@@ -86,8 +89,6 @@ class Making:
 
     def gguf(self, type: str) -> None:
         """Writes the model as a GGUF file of one type."""
-        from lightning_cl.export.gguf import export_gguf
-
         path = export_gguf(self.saved, self._gguf_path(type), type, name=self.stem)
         files = {self._name(path): path.stat().st_size}
         if self.task == "all":
@@ -107,8 +108,6 @@ class Making:
         return self.adapter_files
 
     def _gguf_losses(self, path: Path) -> tuple[dict[str, float], str]:
-        from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
-
         if not is_installed():
             return self._unpacked_losses(path), "torch, unpacked"
         longest = max((len(each.ids) for rows in self.sequences.values() for each in rows), default=1)
@@ -120,8 +119,6 @@ class Making:
         }, "llama.cpp"
 
     def _unpacked_losses(self, path: Path) -> dict[str, float]:
-        from lightning_cl.export.gguf import load_gguf_weights
-
         model = load_gguf_weights(load_pretrained(str(self.saved), "float32"), path).eval()
         if self.task != "all":
             return {task: torch_loss(model, sequences) for task, sequences in self.sequences.items()}
@@ -140,8 +137,6 @@ class Making:
 
     def ollama(self, type: str, system: str | None, num_ctx: int | None) -> None:
         """Writes a Modelfile, or one per adapter."""
-        from lightning_cl.export.gguf_tokenizer import live_tokenizer
-
         arguments: dict[str, Any] = {"system": system, "num_ctx": num_ctx, "tokenizer": live_tokenizer(self.saved)}
         gguf = self._gguf_path(type)
         if self.task == "all":

@@ -450,3 +450,10 @@ def test_a_class_of_transformers_own_does_not_hide_what_the_file_says(saved):
             live_tokenizer(folder)
     finally:
         file.write_text(json.dumps(settings))
+
+
+def test_the_numbers_of_types_are_those_of_the_format():
+    for kind in gguf_types.Type:
+        assert gguf.GGMLQuantizationType(int(kind)).name == kind.name
+    for name, each in gguf_types.FILE_TYPES.items():
+        assert gguf.LlamaFileType(each.number).name.removesuffix("_S").split("_", 1)[1].lower() == name

@@ -1,0 +1,286 @@
+"""A whole export: the losses in its table, adapters, what is refused, what is left when it fails, and the callback."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+from tiny_models import byte_bpe, tiny
+from transformers import AutoModelForCausalLM
+
+from lightning_cl import CausalLM, Export, Task, TaskAdapters, TaskDataModule, TaskMatrix, fit_tasks
+from lightning_cl.export.formats import INDEX, TRAINED, Exported, Format
+from lightning_cl.export.handover import export_model
+from lightning_cl.export.modelfile import read_modelfile
+from lightning_cl.export.sequences import held_out_sequences
+
+pytest.importorskip("gguf", reason="the extra gguf is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXTS = {
+    "zoo": "The quick brown fox sleeps in the barn; I'm sure that it's 12 or 123. ",
+    "ant/2": "def f(x):\n    if x > 0:\n        return x**2\n",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tiny().save_pretrained(folder)
+    byte_bpe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for index, text in enumerate(TEXTS.values()):
+        (folder / f"{index}.txt").write_text(text * 40)
+    return folder
+
+
+def learn(folder, base, texts, callbacks, **settings):
+    """A run of two tasks, two steps each."""
+    torch.manual_seed(0)
+    optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
+    module = CausalLM(base, optimizer=optimizer, schedule=None, dtype="float32", **settings)
+    tasks = [Task(name, str(texts / f"{index}.txt")) for index, name in enumerate(TEXTS)]
+    data = TaskDataModule(tasks, tokenizer=byte_bpe(), max_length=24, batch_size=2, seed=1)
+    trainer = L.Trainer(
+        max_steps=2,
+        callbacks=callbacks,
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=2,
+    )
+    fit_tasks(trainer, module, data)
+    return module, data
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, base, texts):
+    """A model with an adapter for each task, both of which do much."""
+    module, data = learn(tmp_path_factory.mktemp("adapted"), base, texts, [TaskAdapters(), TaskMatrix()], lora={"r": 2})
+    torch.manual_seed(1)
+    for name, parameter in module.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.2)
+    return module, data
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, base, texts):
+    return learn(tmp_path_factory.mktemp("trained"), base, texts, [TaskMatrix()])
+
+
+def loss_of(model, ids):
+    """The mean loss of one text, position by position."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return -sum(float(logits[i - 1, ids[i]]) for i in range(1, len(ids))) / (len(ids) - 1)
+
+
+def row(done, name):
+    return next(each for each in done.formats if each.name == name)
+
+
+def approx(losses, tolerance=2e-4):
+    return {task: pytest.approx(loss, abs=tolerance) for task, loss in losses.items()}
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def test_sequences_are_documents_alone_and_end_at_the_last_token_that_is_asked_for(tmp_path):
+    """Packed rows, padded rows and completions, whose prompts bear no loss."""
+    records = [{"prompt": "Q: 12?", "completion": " it's HE"}, {"prompt": "x", "completion": " return x**2"}]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)) + "\n")
+    tokenizer = byte_bpe()
+    found = {}
+    for packing in (False, True):
+        task = Task("task", str(file), val=str(file))
+        data = TaskDataModule([task], tokenizer=tokenizer, max_length=64, batch_size=2, packing=packing)
+        data.prepare_data()
+        data.setup("fit")
+        found[packing] = held_out_sequences(data, task, 1000)
+        cut = held_out_sequences(data, task, 3)
+        assert sum(label != -100 for each in cut for label in each.labels) == 3
+        assert cut[-1].labels[-1] != -100
+        assert cut[0].ids == found[packing][0].ids[: len(cut[0].ids)]
+    assert sorted(found[True]) == sorted(found[False])
+    for record, each in zip(records, found[False], strict=True):
+        prompt = len(tokenizer(record["prompt"])["input_ids"])
+        assert each.labels[:prompt] == [-100] * prompt
+        assert each.labels[prompt:] == each.ids[prompt:]
+        assert tokenizer.decode(each.ids, skip_special_tokens=True) == record["prompt"] + record["completion"]
+
+
+def test_losses_are_those_of_the_same_tokens_in_every_format(trained, tmp_path):
+    module, data = trained
+    done = export_model(module, tmp_path / "out", ["gguf", "ollama", "hf"], ["f32", "q4_0"], data=data, tokens=40)
+    expected = {}
+    for task in data.tasks:
+        rows = held_out_sequences(data, task, 40)
+        weights = [len(each.ids) - 1 for each in rows]
+        losses = [loss_of(module.lm.eval(), each.ids) for each in rows]
+        expected[task.name] = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    assert row(done, TRAINED).losses == approx(expected, 1e-5)
+    assert row(done, "gguf f32").losses == approx(expected)
+    assert row(done, "hf").losses == approx(expected, 1e-5)
+    packed = row(done, "gguf q4_0").losses
+    assert all(1e-4 < abs(packed[task] - expected[task]) < 0.5 for task in expected)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.lm.state_dict().items())
+    assert set(done.checksums) >= {"out-f32.gguf", "out-q4_0.gguf", "Modelfile", "hf/model.safetensors"}
+    modelfile = read_modelfile((tmp_path / "out" / "Modelfile").read_text())
+    assert dict(modelfile)["from"] == "./out-f32.gguf"
+
+
+def test_without_llama_cpp_the_numbers_of_the_file_are_unpacked(trained, tmp_path, monkeypatch):
+    module, data = trained
+    through = export_model(module, tmp_path / "a", ["gguf"], "q8_0", data=data, tokens=16)
+    monkeypatch.setattr("lightning_cl.export.making.is_installed", lambda: False)
+    monkeypatch.setattr("lightning_cl.export.gguf.is_installed", lambda: False)
+    unpacked = export_model(module, tmp_path / "b", ["gguf"], "q8_0", data=data, tokens=16)
+    assert row(unpacked, "gguf q8_0").measured == "torch, unpacked"
+    assert row(unpacked, "gguf q8_0").losses == approx(row(through, "gguf q8_0").losses, 0.05)
+    assert row(unpacked, "gguf q8_0").losses != row(unpacked, TRAINED).losses
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("task", ["zoo", "ant/2"])
+def test_a_tasks_adapter_is_merged(adapted, tmp_path, task):
+    module, data = adapted
+    done = export_model(module, tmp_path / "out", ["gguf"], "f32", task, data, tokens=16)
+    assert row(done, "gguf f32").losses == approx(row(done, TRAINED).losses)
+    module.use_task(task)
+    ids = held_out_sequences(data, data.tasks[0], 16)[0].ids
+    assert row(done, TRAINED).losses["zoo"] == pytest.approx(loss_of(module.lm.eval(), ids), abs=1e-5)
+
+
+def test_the_mean_of_all_adapters_is_another_model_than_each(adapted, tmp_path):
+    module, data = adapted
+    done = export_model(module, tmp_path / "out", ["gguf", "hf"], "f32", "mean", data, tokens=16)
+    assert row(done, "gguf f32").losses == approx(row(done, "hf").losses)
+    rises = [row(done, "hf").losses[task] - loss for task, loss in row(done, TRAINED).losses.items()]
+    assert min(map(abs, rises)) > 1e-3
+
+
+@pytest.mark.parametrize("llama", [True, False])
+def test_adapters_apart_each_compute_their_own_task(adapted, tmp_path, monkeypatch, llama):
+    module, data = adapted
+    if not llama:
+        monkeypatch.setattr("lightning_cl.export.making.is_installed", lambda: False)
+    done = export_model(module, tmp_path / "out", ["gguf", "ollama"], "f32", "all", data, tokens=16)
+    expected = {}
+    for task in data.tasks:
+        module.use_task(task.name)
+        expected[task.name] = loss_of(module.lm.eval(), held_out_sequences(data, task, 16)[0].ids)
+    assert row(done, TRAINED).losses == approx(expected, 1e-5)
+    assert row(done, "gguf f32").losses == approx(expected)
+    assert len(row(done, "ollama").files) == 2
+
+
+# ---------------------------------------------------------------------- refused, and failed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"to": "gguf"}, r"to='gguf': expected some of \['gguf', 'ollama', 'mlx', 'hf'\]"),
+        ({"to": ["onnx"]}, r"to=\['onnx'\]"),
+        ({"to": []}, r"to=\[\]"),
+        ({"type": "q9"}, r"type='q9'"),
+        ({"type": []}, r"type=\[\]: expected at least one"),
+        ({"tokens": 0}, "tokens=0"),
+        ({"task": None}, r"task=None: there is an adapter for each of \['zoo', 'ant/2'\]"),
+        ({"task": "cow"}, "task='cow': it has no adapter"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_is_written(adapted, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        export_model(adapted[0], tmp_path / "out", **{"task": "zoo"} | arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(trained, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something else than an earlier export"):
+        export_model(trained[0], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(trained, tmp_path, monkeypatch):
+    module, _ = trained
+    first = export_model(module, tmp_path / "out", ["hf"])
+    (tmp_path / ".out.unfinished").mkdir()  # of one that was killed
+
+    def full(*arguments, **more):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_cl.export.making.write_modelfile", full)
+    with pytest.raises(OSError, match="No space"):
+        export_model(module, tmp_path / "out", ["ollama"], "f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Exported.read(tmp_path / "out") == first
+    monkeypatch.undo()
+    export_model(module, tmp_path / "out", ["ollama"], "f16")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.gguf")) == ["out-f16.gguf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_table_says_what_a_format_costs_next_to_what_was_forgotten(tmp_path):
+    nan = math.nan
+    formats = (
+        Format(TRAINED, losses={"a": 2.0, "b": 1.0, "c": nan}, measured="torch"),
+        Format("gguf q4_0", ("x.gguf",), 1_500_000, {"a": 2.3, "b": 1.1, "c": nan}, "llama.cpp"),
+        Format("gguf f16", ("y.gguf",), 6_000_000, {"a": 2.001, "b": 1.0, "c": nan}, "llama.cpp"),
+    )
+    done = Exported(tmp_path, formats, {"a": 512, "b": 500, "c": 0}, 0.05)
+    assert done.rows()[2] == ["gguf q4_0", "1.5 MB", "+0.300", "+0.100", "–", "llama.cpp"]
+    said = done.sentences()
+    assert said[1:] == [
+        "gguf q4_0 costs 0.200 nats a token on average, most on a (0.300); the tasks that came later cost 0.050."
+    ]
+    done.write(tmp_path)
+    again = Exported.read(tmp_path)
+    assert again.rows() == done.rows()
+    assert "NaN" not in (tmp_path / INDEX).read_text()
+
+
+# ---------------------------------------------------------------------- after each task
+
+
+def test_the_callback_exports_after_each_task_and_changes_no_training(base, texts, tmp_path, trained, monkeypatch):
+    callback = Export(["hf"], tokens=8)
+    module, _ = learn(tmp_path, base, texts, [callback, TaskMatrix()])
+    assert all(torch.equal(value, module.lm.state_dict()[name]) for name, value in trained[0].lm.state_dict().items())
+    folders = sorted((tmp_path / "export").iterdir())
+    assert folders == list(callback.written.values())
+    assert [folder.name[0] for folder in folders] == ["0", "1"]
+    first, last = (AutoModelForCausalLM.from_pretrained(folder / "hf").state_dict() for folder in folders)
+    assert any(not torch.equal(first[name], last[name]) for name in last)
+    assert all(torch.equal(value, last[name]) for name, value in module.lm.state_dict().items())
+    # The card of the first is of the time after the first task.
+    cards = [(folder / "hf" / "README.md").read_text() for folder in folders]
+    assert cards[0].count("| zoo |") < cards[1].count("| zoo |") or len(cards[0]) < len(cards[1])
+
+
+def test_an_export_that_fails_does_not_end_the_run(base, texts, tmp_path, monkeypatch, trained):
+    def broken(*arguments, **more):
+        raise ValueError("rope scaling is unknown")
+
+    monkeypatch.setattr("lightning_cl.export.callback.export_model", broken)
+    with pytest.warns(UserWarning, match="was not written .rope scaling is unknown.; the run is continued"):
+        module, _ = learn(tmp_path, base, texts, [Export(["hf"])])
+    assert all(torch.equal(value, module.lm.state_dict()[name]) for name, value in trained[0].lm.state_dict().items())

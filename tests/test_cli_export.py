@@ -1,0 +1,73 @@
+"""``lightning-cl export``: the final model, that of an earlier task, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_cli import Output
+from test_cli_runs import configuration
+
+pytest.importorskip("gguf", reason="the extra gguf is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run of two tasks."""
+    root = tmp_path_factory.mktemp("run")
+    for name, text in {"zoo": "The quick brown fox sleeps in the barn. ", "ant": "def add(a, b):\n    pass\n"}.items():
+        (root / f"{name}.txt").write_text(text * 60)
+    settings = configuration(root, root)
+    settings["trainer"]["callbacks"] = [{"class_path": "lightning_cl.TaskMatrix"}]
+    (root / "start.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert Output("fit", "--config", root / "start.yaml").code == 0
+    return root / "runs" / "version_0"
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name.removeprefix("lm."): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(("task", "file", "place"), [(None, "1-ant", "final"), ("zoo", "0-zoo", "zoo")])
+def test_the_weights_are_those_after_the_last_task_or_after_the_one_that_is_named(run, task, file, place):
+    given = [] if task is None else ["--task", task]
+    output = Output("export", run, "--to", "gguf,ollama,hf", "--type", "f32", "--tokens", 8, *given)
+    assert output.code == 0, output.err
+    folder = run / "export" / place
+    saved, expected = load_file(folder / "hf" / "model.safetensors"), weights(run / "tasks" / f"{file}.ckpt")
+    assert all(torch.equal(value, expected[name]) for name, value in saved.items())
+    assert {path.name for path in folder.iterdir()} >= {"runs-f32.gguf", "Modelfile", "export.json"}
+    table = [line.split() for line in output.out.splitlines() if line.startswith(("as trained", "gguf", "hf"))]
+    assert [float(cell) for cell in table[1][4:6]] == pytest.approx([0.0, 0.0], abs=2e-3)
+    index = json.loads((folder / "export.json").read_text())
+    assert index["tokens"] == {"zoo": 8, "ant": 8}
+    assert str(run.parent) not in (folder / "export.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "onnx"], r"to=\['onnx'\]: expected some of"),
+        (["--type", "q9"], "type='q9': expected one of"),
+        (["--task", "cow"], "--task=cow: expected one of zoo, ant"),
+        (["more"], "'more': expected one run's folder"),
+    ],
+)
+def test_a_wrong_argument_is_answered_on_one_line(run, arguments, message):
+    import re
+
+    output = Output("export", run, *arguments)
+    assert output.code == 1
+    assert re.search(message, output.err)
+    assert "Traceback" not in output.err
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    output = Output("export", tmp_path)
+    assert output.code == 1
+    assert f"--run={tmp_path}" in output.err
