@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_cl.export.adapters import serving_lines, write_adapters
 from lightning_cl.export.formats import TRAINED, Exported, Format
 from lightning_cl.export.gguf import export_gguf, load_gguf_weights
 from lightning_cl.export.gguf_tokenizer import live_tokenizer
@@ -19,9 +20,11 @@ from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
 from lightning_cl.export.losses import llama_loss, torch_loss
 from lightning_cl.export.modelfile import write_modelfile, write_task_modelfiles
 from lightning_cl.export.sequences import HeldOut
+from lightning_cl.files import sha256
 from lightning_cl.models.adapters import using_adapter
 from lightning_cl.models.causal_lm import CausalLM
 from lightning_cl.models.loading import load_pretrained
+from lightning_cl.models.saving import write_cards
 from lightning_cl.passes.passes import leaving_no_trace
 
 _SAVED = "hf"
@@ -102,8 +105,6 @@ class Making:
     def _adapter_files(self) -> dict[str, Path]:
         """The GGUF file of each task's adapter; all are written at the first call."""
         if not self.adapter_files:
-            from lightning_cl.export.adapters import write_adapters  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
             self.adapter_files = write_adapters(self.module, self.folder, self.report, gguf=True)
         return self.adapter_files
 
@@ -167,8 +168,17 @@ class Making:
         tokens = {
             task: sum(label != -100 for each in rows for label in each.labels) for task, rows in self.sequences.items()
         }
-        exported = Exported(self.folder, tuple(self.formats), tokens, forgetting, self._checksums())
-        exported.write(self.folder)
+        exported = Exported(self.folder, tuple(self.formats), tokens, forgetting)
+        if any(each.name.startswith("gguf") for each in self.formats):
+            self._write_card(exported.rows())
+        replace(exported, checksums=self._checksums()).write(self.folder)
+
+    def _write_card(self, rows: Sequence[Sequence[str]]) -> None:
+        """Writes the card of the GGUF files."""
+        serving = serving_lines(self.folder) if self.adapter_files else ""
+        base, settings = self.module.described_base(), self.module.settings_in_card()
+        task = None if self.task == "all" else self.task
+        write_cards({self.folder: task}, base, "quantized", self.report, settings, formats=rows, serving=serving)
 
     def _add(self, row: Format) -> None:
         self.formats.append(row)
@@ -183,12 +193,3 @@ class Making:
 
     def _checksums(self) -> dict[str, str]:
         return {self._name(path): sha256(path) for path in sorted(self.folder.rglob("*")) if path.is_file()}
-
-
-def sha256(path: Path) -> str:
-    """Returns a file's SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
