@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_cl.core.checkpoint_io import check_checkpoint, read_checkpoint
 from lightning_cl.core.deployment import deployed
 from lightning_cl.core.task_files import BEFORE_END
 from lightning_cl.data import TaskDataModule
+from lightning_cl.export.adapters import INDEX, serving_lines
 from lightning_cl.export.handover import check_formats, check_types, export_model
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import list_adapters
@@ -94,8 +96,22 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
             num_ctx=given.num_ctx,
             tokens=given.tokens,
         )
-    sys.stdout.write(f"\n{folder}\n{done}\n")
+    sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(folder, stem)}\n")
     return 0
+
+
+def _next_lines(folder: Path, stem: str) -> str:
+    """The command lines that use what was written."""
+    if (folder / INDEX).is_file():
+        return serving_lines(folder)
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    lines = [f"llama-server -m {shlex.quote(str(file))}"] if file is not None else []
+    if (folder / "Modelfile").is_file():
+        place = shlex.quote(str(folder / "Modelfile"))
+        lines.append(f"ollama create {shlex.quote(stem.lower())} -f {place} && ollama run {shlex.quote(stem.lower())}")
+    if (folder / "mlx").is_dir():
+        lines.append(f"mlx_lm.generate --model {shlex.quote(str(folder / 'mlx'))} --prompt 'Hello'")
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
