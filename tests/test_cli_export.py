@@ -22,7 +22,8 @@ def run(tmp_path_factory):
     for name, text in {"zoo": "The quick brown fox sleeps in the barn. ", "ant": "def add(a, b):\n    pass\n"}.items():
         (root / f"{name}.txt").write_text(text * 60)
     settings = configuration(root, root)
-    settings["trainer"]["callbacks"] = [{"class_path": "lightning_cl.TaskMatrix"}]
+    replay = {"class_path": "lightning_cl.Replay", "init_args": {"buffer_size": 8, "ratio": 0.25}}
+    settings["trainer"]["callbacks"] = [{"class_path": "lightning_cl.TaskMatrix"}, replay]
     (root / "start.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     assert Output("fit", "--config", root / "start.yaml").code == 0
     return root / "runs" / "version_0"
@@ -47,6 +48,20 @@ def test_the_weights_are_those_after_the_last_task_or_after_the_one_that_is_name
     index = json.loads((folder / "export.json").read_text())
     assert index["tokens"] == {"zoo": 8, "ant": 8}
     assert str(run.parent) not in (folder / "export.json").read_text()
+
+
+def test_the_memory_goes_into_a_folder_of_its_own(run, tmp_path):
+    output = Output("export", run, "--to", "hf", "--out", tmp_path / "out", "--memory", tmp_path / "memory")
+    assert output.code == 0, output.err
+    assert "8 samples of the run's buffer, which are training data, word for word" in output.out
+    lines = [
+        json.loads(line)["text"]
+        for name in ("train.jsonl", "valid.jsonl")
+        for line in (tmp_path / "memory" / name).read_text().splitlines()
+    ]
+    assert len(lines) == 8
+    assert any("quick" in line for line in lines)
+    assert not any(b"quick brown" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from lightning_cl.core.task_files import BEFORE_END
 from lightning_cl.data import TaskDataModule
 from lightning_cl.export.adapters import INDEX, serving_lines
 from lightning_cl.export.handover import check_formats, check_types, export_model
+from lightning_cl.export.jsonl import write_jsonl
+from lightning_cl.export.memory import read_index, save_memory
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import list_adapters
 from lightning_cl.models.causal_lm import CausalLM
@@ -96,8 +98,20 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
             num_ctx=given.num_ctx,
             tokens=given.tokens,
         )
-    sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(folder, stem)}\n")
+    memory = "" if given.memory is None else _write_memory(checkpoint, given.memory, loaded.data.tokenizer)
+    sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(folder, stem)}\n{memory}")
     return 0
+
+
+def _write_memory(checkpoint: Path, folder: Path, tokenizer: Any) -> str:
+    """Writes what the buffer holds, for programs that train on, and says what is in it."""
+    save_memory(checkpoint, folder)
+    count = read_index(folder)["samples"]
+    written = write_jsonl(folder, tokenizer, folder)
+    return (
+        f"\n{folder}: {count} samples of the run's buffer, which are training data, word for word. train.jsonl has"
+        f" {written.train} of them and valid.jsonl {written.valid}: mlx_lm.lora --data {shlex.quote(str(folder))}\n"
+    )
 
 
 def _next_lines(folder: Path, stem: str) -> str:
@@ -135,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
         " adapters: the model as it was after that task",
     )
     parser.add_argument("--out", type=Path, help="the folder; default: RUN/export/final, or RUN/export/TASK")
+    parser.add_argument(
+        "--memory",
+        type=Path,
+        metavar="FOLDER",
+        help="write what the run's buffer holds (training data, word for word) into a folder of its own: samples for"
+        " lightning_cl.export.mlx_loop, train.jsonl and valid.jsonl for mlx_lm.lora",
+    )
     parser.add_argument("--name", help="of the files; default: the run's name")
     parser.add_argument("--system", help="text that Ollama begins each conversation with")
     parser.add_argument("--num_ctx", type=int, help="positions of a conversation in Ollama; default: at most 8192")
