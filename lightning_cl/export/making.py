@@ -20,6 +20,7 @@ from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
 from lightning_cl.export.losses import llama_loss, torch_loss
 from lightning_cl.export.modelfile import write_modelfile, write_task_modelfiles
 from lightning_cl.export.sequences import HeldOut
+from lightning_cl.export.serving import ollama_name
 from lightning_cl.files import sha256
 from lightning_cl.models.adapters import using_adapter
 from lightning_cl.models.causal_lm import CausalLM
@@ -175,7 +176,12 @@ class Making:
 
     def _write_card(self, rows: Sequence[Sequence[str]]) -> None:
         """Writes the card of the GGUF files."""
-        serving = serving_lines(self.folder) if self.adapter_files else ""
+        serving = ""
+        if self.adapter_files:
+            first = next(each.files[0] for each in self.formats if each.name.startswith("gguf"))
+            serving = serving_lines(self.folder, self.folder / first)
+        elif (self.folder / "Modelfile").is_file():
+            serving = f"ollama create {ollama_name(self.stem)} -f Modelfile"
         base, settings = self.module.described_base(), self.module.settings_in_card()
         task = None if self.task == "all" else self.task
         write_cards({self.folder: task}, base, "quantized", self.report, settings, formats=rows, serving=serving)

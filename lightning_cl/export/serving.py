@@ -97,7 +97,7 @@ def _ollama(folder: Path, base: Base, adapters: Sequence[Served], model: str) ->
     lines, missing = [], []
     for each in adapters:
         file = modelfile_name(each.task or each.name)
-        slug = name = _ollama_name(f"{start}-{each.task or each.name}")
+        slug = name = ollama_name(f"{start}-{each.task or each.name}")
         while name in names:
             name = f"{slug}-{len(names) + 1}"
             slug = f"{slug}-"
@@ -112,8 +112,8 @@ def _ollama(folder: Path, base: Base, adapters: Sequence[Served], model: str) ->
     return ["# Ollama: one name for each task; the base is kept once.", *lines]
 
 
-def _ollama_name(text: str) -> str:
-    """A name that Ollama takes: at most 80 Latin letters, digits and ``_.-``, the first one no sign."""
+def ollama_name(text: str) -> str:
+    """Returns a name that Ollama takes: at most 80 Latin letters, digits and ``_.-``, the first one no sign."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._").lower()[:70] or "model"
 
 
