@@ -22,6 +22,7 @@ from lightning_cl.export.adapters import INDEX, serving_lines
 from lightning_cl.export.handover import check_formats, check_types, export_model
 from lightning_cl.export.jsonl import write_jsonl
 from lightning_cl.export.memory import read_index, save_memory
+from lightning_cl.export.push import check_repo_id, push_folder
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import list_adapters
 from lightning_cl.models.causal_lm import CausalLM
@@ -69,6 +70,10 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
     types = given.type.split(",")
     if "gguf" in check_formats(to):
         check_types(types)
+    if given.push is not None:
+        check_repo_id(given.push)
+    elif given.public:
+        raise ValueError("--public: of the repository that --push names; give both, or neither")
     run: Path = given.run
     last = last_boundary(run)
     loaded = load(["validate", "--run", str(run), *rest, "--trainer.limit_val_batches=1"])
@@ -100,6 +105,9 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
         )
     memory = "" if given.memory is None else _write_memory(checkpoint, given.memory, loaded.data.tokenizer)
     sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(folder, stem)}\n{memory}")
+    if given.push is not None:
+        url = push_folder(folder, given.push, private=not given.public)
+        sys.stdout.write(f"\n{url}: {'public' if given.public else 'private'}\n")
     return 0
 
 
@@ -156,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
         help="write what the run's buffer holds (training data, word for word) into a folder of its own: samples for"
         " lightning_cl.export.mlx_loop, train.jsonl and valid.jsonl for mlx_lm.lora",
     )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub, which is private"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: the repository is public")
     parser.add_argument("--name", help="of the files; default: the run's name")
     parser.add_argument("--system", help="text that Ollama begins each conversation with")
     parser.add_argument("--num_ctx", type=int, help="positions of a conversation in Ollama; default: at most 8192")
