@@ -1,0 +1,43 @@
+"""Folders that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_cl.files import naming_file
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> Path:
+    """Writes a folder under a temporary name and renames it, so that a killed writer never leaves half of it.
+
+    Args:
+        folder: the folder. One that is there is replaced, if it is empty or has the file `mark`.
+        write: fills the empty folder that it is given, and checks what it has written.
+        mark: a file that every folder of this kind has.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: if another folder of that name is there.
+        OSError: naming the folder and the cause.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
+        raise ValueError(f"{str(folder)!r}: there are other files already (no {mark}); give a new folder")
+    temporary, old = (folder.with_name(f".{os.getpid()}.{folder.name}{end}") for end in ("", ".old"))
+    with naming_file(folder):
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            if folder.is_dir():
+                folder.rename(old)
+            temporary.rename(folder)
+        finally:
+            if old.is_dir() and not folder.is_dir():
+                old.rename(folder)
+            for each in (temporary, old):
+                shutil.rmtree(each, ignore_errors=True)
+    return folder
