@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,12 @@ _EXAMPLE = """
   lightning-cl export runs/quickstart/version_0 --to gguf,ollama --type q8_0
   lightning-cl export runs/quickstart/version_0 --to gguf --type f16,q8_0,q4_k    several types, one table
   lightning-cl export RUN --to gguf,ollama --task all                             adapters: one base, one per task"""
+
+
+# One batch of validation loads the weights; the last options win.
+_ONE_PROCESS = [
+    f"--trainer.{option}" for option in ("devices=1", "num_nodes=1", "strategy=auto", "limit_val_batches=1")
+]
 
 
 class Loaded(NamedTuple):
@@ -76,7 +83,7 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
         raise ValueError("--public: of the repository that --push names; give both, or neither")
     run: Path = given.run
     last = last_boundary(run)
-    loaded = load(["validate", "--run", str(run), *rest, "--trainer.limit_val_batches=1"])
+    loaded = load(["validate", "--run", str(run), *rest, *_ONE_PROCESS])
     if not isinstance(loaded.module, CausalLM):
         raise ValueError(
             f"export: the run's model is a {type(loaded.module).__name__}, expected a CausalLM; save its transformers"
@@ -84,12 +91,16 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
         )
     checkpoint, task = _checkpoint(run, last, given.task, loaded.data.trained_tasks)
     _load_weights(loaded, checkpoint)
-    report = _report(run) if checkpoint == last else None
+    memory = "" if given.memory is None else _write_memory(checkpoint, given.memory, loaded.data.tokenizer)
+    report = _report(run, checkpoint)
     stem = given.name or (run.absolute().parent.name if run.name.startswith("version_") else run.absolute().name)
     place = "final" if given.task is None else re.sub(r"[^\w.-]+", "-", given.task)
     folder = given.out or run / "export" / place
-    adapters = list_adapters(loaded.module) if loaded.module.lora is not None else []
-    with deployed(loaded.trainer, loaded.module, task if task in adapters else None):
+    # A router of adapters, which is a part of the view, would choose others than those that are written.
+    adapted = loaded.module.lora is not None and list_adapters(loaded.module)
+    view = nullcontext() if adapted else deployed(loaded.trainer, loaded.module, given.task)
+    loaded.module.to(loaded.trainer.strategy.root_device)
+    with view:
         done = export_model(
             loaded.module,
             folder,
@@ -103,7 +114,6 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
             num_ctx=given.num_ctx,
             tokens=given.tokens,
         )
-    memory = "" if given.memory is None else _write_memory(checkpoint, given.memory, loaded.data.tokenizer)
     sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(folder, stem)}\n{memory}")
     if given.push is not None:
         url = push_folder(folder, given.push, private=not given.public)
@@ -185,7 +195,7 @@ def _checkpoint(run: Path, last: Path, task: str | None, tasks: Sequence[Task]) 
         FileNotFoundError: if the task's checkpoint was not kept.
     """
     adapted = _adapted(last)
-    if task is None or task in adapted or task in ("mean", "all"):
+    if task is None or task in adapted or (adapted and task in ("mean", "sum", "all")):
         return last, task
     index = next((index for index, each in enumerate(tasks) if each.name == task), None)
     if index is None or adapted:
@@ -214,6 +224,9 @@ def _load_weights(loaded: Loaded, checkpoint: Path) -> None:
         loaded.trainer.validate(loaded.module, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
 
 
-def _report(run: Path) -> Any:
+def _report(run: Path, checkpoint: Path) -> Any:
+    """The run's report, if it is of the time of the checkpoint."""
     path = run / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    index = int(checkpoint.name.split("-")[0])
+    return report if report is not None and len(report["matrix"]) == index + 2 else None

@@ -68,7 +68,7 @@ def model_card(
         base: what the model was before.
         kind: a whole model, an adapter, an adapter that is merged into its base, or GGUF files (``quantized``).
         report: of the run (:func:`~lightning_cl.evaluation.build_report`, or what ``report.json`` has); None: unknown.
-        task: the task whose adapter it is, if each has its own; ``mean``: the mean of all.
+        task: the task whose adapter it is, if each has its own; ``mean`` or ``sum`` of all.
         settings: further ones to show, as of LoRA.
         formats: rows of a table of the files' formats, its head first, as
             :meth:`lightning_cl.export.formats.Exported.rows` gives them.
@@ -83,7 +83,8 @@ def model_card(
     lines += [f"- checksum of the base's weights: `{base.checksum}`"] if base.checksum is not None else []
     lines += [f"- {_text(name)}: {_text(str(value))}" for name, value in (settings or {}).items() if value is not None]
     if task is not None:
-        whose = "mean of the adapters of all tasks" if task == "mean" else f"adapter of the task {_text(task)}"
+        joined = task in ("mean", "sum")
+        whose = f"{task} of the adapters of all tasks" if joined else f"adapter of the task {_text(task)}"
         lines += [f"- this is the {whose}"]
     lines += [""]
     lines += ["## Formats", "", *_table(formats[0], formats[1:]), ""] if formats else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -12,11 +13,12 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
 from lightning_cl.core.checkpoint_io import run_folder
+from lightning_cl.core.checks import refuse_sharded
 from lightning_cl.core.deployment import deployed
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.export.handover import To, check_formats, check_types, export_model
-from lightning_cl.models.adapters import list_adapters
+from lightning_cl.models.adapters import find_peft_model, list_adapters
 from lightning_cl.models.causal_lm import CausalLM
 from lightning_cl.random_state import untouched_random_state
 
@@ -28,12 +30,14 @@ class Export(ContinualCallback):
     losses. Needs :func:`~lightning_cl.fit_tasks` and a :class:`~lightning_cl.CausalLM`. Training stays the same, bit
     for bit. If an export fails, a warning says why and the run is continued, so that nothing learnt is lost.
 
-    Memory and time after each task: those of ``export_model``; nothing for each step.
+    Memory and time after each task: those of ``export_model``; nothing for each step. Under DDP the first process
+    exports and the others wait, for as long as the process group's timeout lets them. Sharded parameters are refused.
 
     Args:
         to: the formats, of ``gguf``, ``ollama``, ``mlx``, ``hf``.
         type: of the numbers in the GGUF file, or several types.
-        task: with an adapter for each task: ``all`` keeps them apart (default), ``mean`` merges the mean of all.
+        task: with an adapter for each task: ``all`` keeps them apart (default), ``mean`` merges the mean of all. Where
+            the model adds them up, it is their sum.
         tokens: of each task that losses are measured on.
 
     Attributes:
@@ -50,6 +54,7 @@ class Export(ContinualCallback):
     """
 
     boundary_order = 100  # after the matrix, whose report is in the card
+    ends_long = True  # a checkpoint is written before
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class Export(ContinualCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        refuse_sharded(trainer, "Export: one process cannot save")
         if not isinstance(pl_module, CausalLM):
             raise MisconfigurationException(
                 f"Export: {type(pl_module).__name__} is no CausalLM; save its transformers model with"
@@ -100,15 +106,23 @@ class Export(ContinualCallback):
         module, data = self._asked
         task = data.trained_tasks[trained - 1]
         folder = run_folder(trainer) / "export" / f"{trained - 1}-{task.slug}"  # asked on all ranks
-        with untouched_random_state(), deployed(trainer, module, None):
-            if trainer.is_global_zero:
-                self._export(module, data, folder, task.name)
+        # A router of adapters, which is a part of the view, would choose others than those that are written.
+        adapters = list_adapters(module) if module.lora is not None else []
+        view = nullcontext() if adapters else deployed(trainer, module, None)
+        device = module.device
+        module.to(trainer.strategy.root_device)
+        try:
+            with untouched_random_state(), view:
+                if trainer.is_global_zero:
+                    self._export(module, data, folder, task.name, adapters)
+        finally:
+            module.to(device)
         trainer.strategy.barrier()
 
-    def _export(self, module: CausalLM, data: TaskDataModule, folder: Path, task: str) -> None:
+    def _export(self, module: CausalLM, data: TaskDataModule, folder: Path, task: str, adapters: Sequence[str]) -> None:
         report = next((m.last_report for m in self.run.methods if getattr(m, "last_report", None) is not None), None)
-        adapters = list_adapters(module) if module.lora is not None else []
-        wanted = (self.of_adapters or "all") if adapters else None
+        summed = bool(adapters) and len(find_peft_model(module).active_adapters) > 1
+        wanted = None if summed or not adapters else self.of_adapters or "all"
         name = f"{folder.parents[2].name}-{task}" if folder.parents[1].name.startswith("version_") else task
         try:
             done = export_model(module, folder, self.to, self.type, wanted, data, report, name=name, tokens=self.tokens)

@@ -12,7 +12,7 @@ from typing import Any
 INDEX = "export.json"
 """The file of an exported folder that says what is in it."""
 
-TRAINED = "as trained"
+TORCH = "in torch"
 """The row of the model in memory, which the others are compared with."""
 
 
@@ -21,7 +21,7 @@ class Format:
     """One format of an exported model."""
 
     name: str
-    """As ``gguf q8_0``; of the model in memory: :data:`TRAINED`."""
+    """As ``gguf q8_0``; of the model in memory: :data:`TORCH`."""
     files: tuple[str, ...] = ()
     """Names in the folder."""
     bytes: int = 0
@@ -40,7 +40,8 @@ class Exported:
         folder: the folder.
         formats: the model in memory first, if losses were measured.
         tokens: of each task that a loss is a mean over.
-        forgetting: of the run, in its own unit; None: unknown.
+        forgetting: of the run, in nats a token; None: unknown.
+        on_training_data: tasks whose losses are over training data, for want of validation data.
         checksums: SHA-256 of each file in the folder.
     """
 
@@ -48,6 +49,7 @@ class Exported:
     formats: tuple[Format, ...]
     tokens: Mapping[str, int] = field(default_factory=dict)
     forgetting: float | None = None
+    on_training_data: tuple[str, ...] = ()
     checksums: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
@@ -57,9 +59,11 @@ class Exported:
             "formats": [_plain(asdict(each)) for each in self.formats],
             "tokens": dict(self.tokens),
             "forgetting": self.forgetting,
+            "on_training_data": list(self.on_training_data),
             "sha256": dict(self.checksums),
         }
-        (folder / INDEX).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / INDEX).write_text(f"{text}\n", encoding="utf-8")
 
     @staticmethod
     def read(folder: str | Path) -> Exported:
@@ -70,18 +74,17 @@ class Exported:
         """
         folder = Path(folder)
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        formats = tuple(
-            Format(
-                **each | {"files": tuple(each["files"]), "losses": {k: _number(v) for k, v in each["losses"].items()}}
-            )
-            for each in content["formats"]
-        )
-        return Exported(folder, formats, content["tokens"], content["forgetting"], content["sha256"])
+        formats = []
+        for each in content["formats"]:
+            losses = {task: _number(loss) for task, loss in each["losses"].items()}
+            formats.append(Format(**each | {"files": tuple(each["files"]), "losses": losses}))
+        told = content["tokens"], content["forgetting"], tuple(content["on_training_data"]), content["sha256"]
+        return Exported(folder, tuple(formats), *told)
 
     def rows(self) -> list[list[str]]:
         """The table's cells, its head first: losses of the model in memory, then differences to it."""
         tasks = list(self.tokens)
-        trained = next((each for each in self.formats if each.name == TRAINED), None)
+        trained = next((each for each in self.formats if each.name == TORCH), None)
         table = [["format", "size", *tasks, *(["measured by"] if tasks else [])]]
         for each in self.formats:
             cells = []
@@ -101,10 +104,12 @@ class Exported:
             counts = sorted(set(self.tokens.values()))
             over = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             said.append(
-                f"Losses in nats a token, over {over} tokens of each task's validation data; below {TRAINED!r} as"
+                f"Losses in nats a token, over {over} tokens of each task's validation data; all but {TORCH!r} as"
                 " differences to it."
             )
-        trained = next((each.losses for each in self.formats if each.name == TRAINED), {})
+        if self.on_training_data:
+            said.append(f"Without validation data, and so over training data: {', '.join(self.on_training_data)}.")
+        trained = next((each.losses for each in self.formats if each.name == TORCH), {})
         for each in self.formats:
             rises = {task: loss - trained.get(task, math.nan) for task, loss in each.losses.items()}
             rises = {task: rise for task, rise in rises.items() if not math.isnan(rise)}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_cl.arguments import check_integer
 from lightning_cl.data.module import TaskDataModule
+from lightning_cl.export.folders import replace_folder
 from lightning_cl.export.formats import INDEX, Exported
 from lightning_cl.export.gguf_types import file_type
 from lightning_cl.export.making import Making
 from lightning_cl.export.sequences import held_out_sequences
-from lightning_cl.models.adapters import list_adapters
+from lightning_cl.models.adapters import find_peft_model, list_adapters
 from lightning_cl.models.causal_lm import CausalLM
 
 To = Literal["gguf", "ollama", "mlx", "hf"]
@@ -39,11 +39,14 @@ def export_model(
     ``ollama``: a Modelfile on the first of them. ``mlx``: a folder for mlx-lm. ``hf``: the model for ``transformers``.
     An adapter is merged into its base. Nothing in the folder says where it was made.
 
-    With `data`, the mean loss of every task is measured on the first `tokens` tokens of its validation data: of the
-    model in memory and of each format. A GGUF file is measured through llama.cpp where the package ``xllamacpp`` is
-    installed; else its weights are unpacked into the model. An MLX folder is measured through mlx-lm where installed.
+    With `data`, the mean loss of every task is measured on `tokens` tokens of its validation data: of the model in
+    torch and of each format. If that fails, a warning says why, and the files stay. A GGUF file is measured through
+    llama.cpp where the package ``xllamacpp`` is installed; else its weights are unpacked into the model. An MLX folder
+    is measured through mlx-lm where installed.
 
-    Memory: the model once more in fp32. Disk: the model once more in its own precision, while it is written.
+    Call it in one process, on a model that is whole: it is not for sharded parameters. The model is measured on its own
+    device. Memory: the model once more in its own precision, on the CPU, and twice while an adapter is merged; where
+    ``xllamacpp`` is not installed, once more in fp32. Disk: the model once more, while it is written.
 
     Args:
         module: the model, with its weights.
@@ -51,7 +54,8 @@ def export_model(
         to: the formats, of ``gguf``, ``ollama``, ``mlx``, ``hf``; with ``ollama`` there is a GGUF file too.
         type: of the numbers in the GGUF file (:func:`~lightning_cl.export.gguf.export_gguf`), or several types.
         task: with an adapter for each task: a task's name merges its adapter; ``mean`` merges the mean of all;
-            ``all`` keeps them apart, on one base, in files that a server switches between. None: the only adapter.
+            ``all`` keeps them apart, on one base, in files that a server switches between. None: the only adapter, or
+            the sum of all in a model that adds them up (``OrthogonalLoRA``, ``InfLoRA``).
         data: the tasks, set up (as after ``fit_tasks``); None: no loss is measured.
         report: the run's report, for the model card; None: that of the run that has just ended, if it was measured.
         name: of the files; default: the folder's name.
@@ -67,26 +71,23 @@ def export_model(
         RuntimeError: if a file does not read back, or there is no model yet.
         ImportError: if a format needs a package, with the extra that installs it.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     formats = check_formats(to)
     types = check_types(type) if "gguf" in formats else []
     check_integer("tokens", tokens, 1)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / INDEX).is_file())):
-        raise ValueError(
-            f"folder={str(folder)!r}: there is something else than an earlier export; give a folder that is not there"
-        )
     if module.lm is None:
         raise RuntimeError("export_model: the module has no model yet; train or validate first")
     adapted = list_adapters(module) if module.lora is not None else []
-    _check_task(task, adapted)
+    task = _check_task(task, adapted, summed=bool(adapted) and len(find_peft_model(module).active_adapters) > 1)
     report = report if report is not None else module.run_report
-    sequences = {} if data is None else {each.name: held_out_sequences(data, each, tokens) for each in data.tasks}
-    stem = re.sub(r"[^\w.-]+", "-", name or folder.absolute().name).strip("-.") or "model"
-    work = folder.absolute().with_name(f".{folder.absolute().name}.unfinished")
-    shutil.rmtree(work, ignore_errors=True)  # of an export that was killed
-    work.mkdir(parents=True)
-    try:
-        made = Making(work, stem, module, task, adapted, sequences, report)
+    longest = getattr(module.lm.config.get_text_config(), "max_position_embeddings", None)
+    measured = [] if data is None else data.tasks
+    sequences = {each.name: held_out_sequences(data, each, tokens, longest) for each in measured if data is not None}
+    seen = [each.name for each in measured if data is not None and data.validated_on_training_data(each)]
+    stem = re.sub(r"[^\w.-]+", "-", name or folder.name).strip("-.") or "model"
+
+    def write(work: Path) -> None:
+        made = Making(work, stem, module, task, adapted, sequences, report, seen)
         made.measure_trained()
         made.save()
         for each in types:
@@ -96,10 +97,8 @@ def export_model(
         if "mlx" in formats:
             made.mlx()
         made.finish(keep_saved="hf" in formats)
-        _replace(work, folder.absolute())
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return Exported.read(folder)
+
+    return Exported.read(replace_folder(folder, write, INDEX))
 
 
 def check_formats(to: Sequence[str]) -> set[str]:
@@ -129,9 +128,17 @@ def check_types(type: str | Sequence[str]) -> list[str]:
     return [each.lower() for each in types]
 
 
-def _check_task(task: str | None, adapted: Sequence[str]) -> None:
+def _check_task(task: str | None, adapted: Sequence[str], summed: bool) -> str | None:
+    """Checks which adapters are exported; where a model adds all of them up, it is their sum."""
     if not adapted and task is not None:
         raise ValueError(f"task={task!r}: the model has no adapter for each task; leave `task` out")
+    if summed:
+        if task not in (None, "sum"):
+            raise ValueError(
+                f"task={task!r}: this model adds the adapters of all tasks up, and no other model was trained; leave"
+                " `task` out"
+            )
+        return "sum"
     if task is None and len(adapted) > 1:
         raise ValueError(
             f"task=None: there is an adapter for each of {list(adapted)}; give one of them, 'mean' for one model of all"
@@ -139,13 +146,4 @@ def _check_task(task: str | None, adapted: Sequence[str]) -> None:
         )
     if task is not None and task not in (*adapted, "mean", "all"):
         raise ValueError(f"task={task!r}: it has no adapter; expected one of {list(adapted)}, 'mean' or 'all'")
-
-
-def _replace(work: Path, folder: Path) -> None:
-    """Gives a finished folder its name, in the place of an earlier export."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    return task

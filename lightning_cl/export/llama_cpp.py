@@ -60,6 +60,7 @@ class LlamaCpp:
             settings.lora_adapters = [_adapter(file) for file in adapters]
             settings.lora_init_without_apply = True
         self._adapters = len(adapters)
+        self._scales: tuple[float, ...] = ()
         self._server = xllamacpp.Server(settings)
 
     @cached_property
@@ -77,6 +78,7 @@ class LlamaCpp:
         Returns:
             log-probabilities (vocabulary).
         """
+        self._has_same(scales)
         answer = self._ask(ids, self._letter, scales, n_probs=self.size, logprobs=self.size, cache_prompt=False)
         found = torch.full((self.size,), float("nan"))
         for entry in answer["top_logprobs"] if answer else ():
@@ -101,12 +103,17 @@ class LlamaCpp:
         found = []
         for end in range(1, len(ids)) if places is None else places:
             wanted = int(ids[end])
-            answer = self._ask(ids[:end], wanted, scales, n_probs=1, logprobs=1, cache_prompt=self._adapters == 0)
+            answer = self._ask(ids[:end], wanted, scales, n_probs=1, logprobs=1, cache_prompt=self._has_same(scales))
             if answer is not None:
                 found.append(float(answer["logprob"]))
             else:  # part of a character: llama.cpp waits for the rest before it tells anything
                 found.append(float(self.logprobs(ids[:end], scales)[wanted]))
         return torch.tensor(found)
+
+    def _has_same(self, scales: Sequence[float]) -> bool:
+        """True if the last call had the same adapters: what is cached of the text was computed with them."""
+        same, self._scales = self._scales == tuple(scales), tuple(scales)
+        return same
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """Returns the ids of a text.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_cl.export.adapters import serving_lines, write_adapters
-from lightning_cl.export.formats import TRAINED, Exported, Format
+from lightning_cl.export.formats import TORCH, Exported, Format
 from lightning_cl.export.gguf import export_gguf, load_gguf_weights
 from lightning_cl.export.gguf_tokenizer import live_tokenizer
 from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
@@ -25,7 +26,7 @@ from lightning_cl.export.modelfile import write_modelfile, write_task_modelfiles
 from lightning_cl.export.sequences import HeldOut
 from lightning_cl.export.serving import ollama_name
 from lightning_cl.files import sha256
-from lightning_cl.models.adapters import using_adapter
+from lightning_cl.models.adapters import find_peft_model, keep_switches, use_adapter, use_adapters
 from lightning_cl.models.causal_lm import CausalLM
 from lightning_cl.models.loading import load_pretrained
 from lightning_cl.models.saving import write_cards
@@ -41,10 +42,11 @@ class Making:
         folder: the folder, empty.
         stem: how the files' names begin.
         module: the model.
-        task: the adapter's task, ``mean``, ``all`` or None.
+        task: the adapter's task, ``mean``, ``sum``, ``all`` or None.
         adapted: the tasks that have an adapter of their own.
         sequences: of each task, to measure losses on.
         report: of the run, or None.
+        on_training_data: tasks without validation data, whose sequences are of the training data.
     """
 
     def __init__(
@@ -56,39 +58,57 @@ class Making:
         adapted: Sequence[str],
         sequences: Mapping[str, Sequence[HeldOut]],
         report: Mapping[str, Any] | None,
+        on_training_data: Sequence[str] = (),
     ) -> None:
         self.folder, self.stem, self.module, self.task, self.report = folder, stem, module, task, report
-        self.adapted, self.sequences = list(adapted), sequences
+        self.adapted, self.sequences, self.on_training_data = list(adapted), sequences, tuple(on_training_data)
         self.saved = folder / _SAVED
         self.formats: list[Format] = []
         self.adapter_files: dict[str, Path] = {}
         self.adapter_folders: dict[str, Path] = {}
 
     def measure_trained(self) -> None:
-        """Measures the model in memory."""
+        """Measures the model in memory, as the files will have it; for a mean, each task with its own adapter."""
         if not self.sequences:
             return
         with leaving_no_trace(self.module):
-            losses = {}
-            for task, sequences in self.sequences.items():
-                with self._adapter(task):
-                    losses[task] = torch_loss(self.module.lm, sequences)
-        self.formats.append(Format(TRAINED, losses=losses, measured="torch"))
+            losses = self._measured(TORCH, lambda task: self._loss_in_memory(task))
+        name = "own adapters" if self.task == "mean" else TORCH
+        self.formats.append(Format(name, losses=losses, measured="torch"))
+
+    def _loss_in_memory(self, task: str) -> float:
+        with self._view(task):
+            return torch_loss(self.module.lm, self.sequences[task])
 
     @contextmanager
-    def _adapter(self, task: str) -> Iterator[None]:
-        """The adapter that a task's data is measured with."""
-        mine = task if self.task in ("all", "mean") else self.task
-        if mine is None or mine not in self.adapted:
+    def _view(self, task: str) -> Iterator[None]:
+        """The adapters that a task's data is measured with."""
+        if not self.adapted:
             yield
             return
-        with using_adapter(self.module, mine):
+        with keep_switches(find_peft_model(self.module)):
+            if self.task == "sum":
+                use_adapters(self.module, self.adapted)
+            elif self.task in ("all", "mean"):
+                use_adapter(self.module, task if task in self.adapted else None)
+            else:
+                use_adapter(self.module, self.task or self.adapted[0])
             yield
+
+    def _measured(self, name: str, loss: Callable[[str], float]) -> dict[str, float]:
+        """The loss of each task; where it cannot be measured, a warning has the reason, and the files stay."""
+        try:
+            return {task: loss(task) for task in self.sequences}
+        except Exception as error:
+            rank_zero_warn(f"{name}: its losses could not be measured: {error}")
+            return {}
 
     def save(self) -> None:
         """Writes the model for ``transformers``; an adapter is merged, or all of them are written next to the base."""
         if self.task != "all":
             self.module.save_pretrained(self.saved, self.task, merge=self.module.lora is not None, card=self.report)
+            if self.task == "mean" and self.sequences:
+                self.formats.append(Format(TORCH, losses=self._saved_losses(), measured="torch"))
             return
         base = load_pretrained(str(self.module.source), self.module.precision, settings=self.module.model_kwargs)
         base.save_pretrained(self.saved)
@@ -101,7 +121,7 @@ class Making:
         files = {self._name(path): path.stat().st_size}
         if self.task == "all":
             files |= {self._name(each): each.stat().st_size for each in self._adapter_files().values()}
-        losses, how = self._gguf_losses(path) if self.sequences else ({}, "")
+        losses, how = self._gguf_losses(f"gguf {type}", path) if self.sequences else ({}, "")
         self._add(Format(f"gguf {type}", tuple(files), sum(files.values()), losses, how))
 
     def _gguf_path(self, type: str) -> Path:
@@ -121,29 +141,31 @@ class Making:
             self.adapter_folders = write_adapters(self.module, self.folder, self.report, gguf=False)
         return self.adapter_folders
 
-    def _gguf_losses(self, path: Path) -> tuple[dict[str, float], str]:
+    def _gguf_losses(self, name: str, path: Path) -> tuple[dict[str, float], str]:
         if not is_installed():
-            return self._unpacked_losses(path), "torch, unpacked"
+            model = load_gguf_weights(load_pretrained(str(self.saved), "float32"), path).eval()
+            return self._measured(name, lambda task: self._loss_of(model, task)), "torch, unpacked"
         longest = max((len(each.ids) for rows in self.sequences.values() for each in rows), default=1)
         adapters = self.adapter_files
+
+        def loss(task: str) -> float:
+            return llama_loss(llama, self.sequences[task], [float(task == each) for each in adapters])
+
         llama = LlamaCpp(path, longest + 1, torch.get_num_threads(), list(adapters.values()))
-        return {
-            task: llama_loss(llama, sequences, [float(task == each) for each in adapters])
-            for task, sequences in self.sequences.items()
-        }, "llama.cpp"
+        return self._measured(name, loss), "llama.cpp"
 
-    def _unpacked_losses(self, path: Path) -> dict[str, float]:
-        model = load_gguf_weights(load_pretrained(str(self.saved), "float32"), path).eval()
-        if self.task != "all":
-            return {task: torch_loss(model, sequences) for task, sequences in self.sequences.items()}
-        return {task: self._with_adapter(model, task) for task in self.sequences}
+    def _saved_losses(self) -> dict[str, float]:
+        model = load_pretrained(str(self.saved)).eval()
+        return self._measured(_SAVED, lambda task: self._loss_of(model, task))
 
-    def _with_adapter(self, model: Any, task: str) -> float:
+    def _loss_of(self, model: Any, task: str) -> float:
+        """The loss of a task with a model that was read from the folder, and with the task's adapter, if it has one."""
+        folder = self._adapter_folders().get(task) if self.task == "all" else None
+        if folder is None:
+            return torch_loss(model, self.sequences[task])
         from peft import PeftModel
 
-        if task not in self.adapter_files:
-            return torch_loss(model, self.sequences[task])
-        adapted = PeftModel.from_pretrained(model, self.adapter_files[task].with_suffix("")).eval()
+        adapted = PeftModel.from_pretrained(model, folder).eval()
         try:
             return torch_loss(adapted, self.sequences[task])
         finally:
@@ -169,30 +191,33 @@ class Making:
                 adapters[task] = export_adapter_mlx(folder, place, self.saved)
         losses, how = {}, ""
         if self.sequences and importlib.util.find_spec("mlx_lm") is not None:
-            for task, sequences in self.sequences.items():
-                found = mlx_losses(out, sequences, adapters.get(task))
+
+            def loss(task: str) -> float:
+                found = mlx_losses(out, self.sequences[task], adapters.get(task))
                 count = sum(number for _, number in found)
-                losses[task] = sum(total for total, _ in found) / count if count else NOTHING
-            how = "MLX"
+                return sum(total for total, _ in found) / count if count else NOTHING
+
+            losses, how = self._measured("mlx", loss), "MLX"
         (files, size), more = self._content(out), self._content(self.folder / "mlx-adapters")
         self._add(Format("mlx", files + (more[0] if adapters else ()), size + more[1], losses, how))
 
     def finish(self, keep_saved: bool) -> None:
         """Writes the card and the index; the folder for ``transformers`` stays if it was asked for."""
         if keep_saved:
-            losses, how = {}, ""
-            if self.sequences and self.task != "all":
-                model = load_pretrained(str(self.saved)).eval()
-                losses = {task: torch_loss(model, sequences) for task, sequences in self.sequences.items()}
-                how = "torch"
-            self._add(Format("hf", *self._content(self.saved), losses, how))
+            adapters = list(self._adapter_folders().values()) if self.task == "all" else []
+            losses = self._saved_losses() if self.sequences else {}
+            sizes = [self._content(place) for place in (self.saved, *adapters)]
+            files, size = sum((names for names, _ in sizes), ()), sum(each for _, each in sizes)
+            self._add(Format(_SAVED, files, size, losses, "torch" if losses else ""))
         else:
             shutil.rmtree(self.saved)
-        forgetting = None if self.report is None else self.report.get("forgetting")
+        in_nats = self.report is not None and self.report.get("monitor") == "val_loss"
+        forgetting = self.report["forgetting"] if in_nats and self.report is not None else math.nan
         tokens = {
             task: sum(label != -100 for each in rows for label in each.labels) for task, rows in self.sequences.items()
         }
-        exported = Exported(self.folder, tuple(self.formats), tokens, forgetting)
+        cost = forgetting if math.isfinite(forgetting) else None
+        exported = Exported(self.folder, tuple(self.formats), tokens, cost, self.on_training_data)
         if any(each.name.startswith("gguf") for each in self.formats):
             self._write_card(exported.rows())
         replace(exported, checksums=self._checksums()).write(self.folder)

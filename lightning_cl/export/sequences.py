@@ -12,6 +12,8 @@ from lightning_cl.data.module import TaskDataModule
 from lightning_cl.passes.held_out import held_out_loader
 from lightning_cl.tasks import Task
 
+_DOCUMENTS = 8  # that the tokens are of, if they are long enough
+
 
 class HeldOut(NamedTuple):
     """One document's tokens, and which of them bear loss."""
@@ -22,28 +24,39 @@ class HeldOut(NamedTuple):
     """The tokens again; −100 where there is no loss. The one at position ``i`` is predicted from those before ``i``."""
 
 
-def held_out_sequences(data: TaskDataModule, task: Task, tokens: int) -> list[HeldOut]:
-    """Returns the first sequences of a task's validation data, until they bear loss at enough tokens.
+def held_out_sequences(data: TaskDataModule, task: Task, tokens: int, longest: int | None = None) -> list[HeldOut]:
+    """Returns sequences of a task's validation data that bear loss at a number of tokens in all.
+
+    They are the beginnings of the first documents: an eighth of the tokens of each, or more where there are fewer
+    documents. Without validation data they are those of the training data, as in the matrix.
 
     Args:
         data: the tasks, set up.
         task: one of them.
-        tokens: how many tokens bear loss in all; the last sequence is cut there.
+        tokens: how many tokens bear loss in all, unless the data has fewer.
+        longest: the most tokens of a sequence; None: any number.
 
     Returns:
         the sequences; none for data that has no token labels, such as images.
     """
-    found: list[HeldOut] = []
-    left = tokens
+    share, found, left = max(1, -(-tokens // _DOCUMENTS)), [], tokens
     for ids, labels in _sequences(held_out_loader(data, task)):
-        places = [place for place in range(1, len(ids)) if labels[place] != -100][:left]
+        places = [place for place in range(1, len(ids[:longest])) if labels[place] != -100]
         if places:
-            end = places[-1] + 1
-            found.append(HeldOut(ids[:end], [-100, *labels[1:end]]))
-            left -= len(places)
-        if left == 0:
+            found.append((ids, labels, places))
+            left -= min(share, len(places))
+        if left <= 0:
             break
-    return found
+    while sum(min(share, len(places)) for *_, places in found) < min(tokens, sum(len(places) for *_, places in found)):
+        share *= 2
+    left, cut = tokens, []
+    for ids, labels, places in found:
+        taken = places[: min(share, left)]
+        if taken:
+            end = taken[-1] + 1
+            cut.append(HeldOut(ids[:end], [-100, *labels[1:end]]))
+            left -= len(taken)
+    return cut
 
 
 def _sequences(loader: Any) -> Iterator[tuple[list[int], list[int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
-RESERVED = ("all", "mean", "base")
+RESERVED = ("all", "mean", "sum", "base")
 """Names that no task with an adapter can have: they mean something else where a task is named."""
 
 _PREFIX = "task-"

@@ -378,8 +378,8 @@ class CausalLM(L.LightningModule):
         Args:
             folder: made if it is not there.
             task: with one adapter for each task: a task's name saves its adapter; ``all`` saves each in a folder of its
-                own, named after the task; ``mean`` saves one adapter, the mean of all that were trained. None: the
-                only adapter there is, or ``all``.
+                own, named after the task; ``mean`` saves one adapter, the mean of all that were trained; ``sum`` their
+                sum, for methods that add them up. None: the only adapter there is, or ``all``.
             merge: under LoRA: merge the adapter into its base, loaded for it in 16 or 32 bits and never into quantised
                 weights; else the adapter alone is saved.
             card: the report of the run that the model card shows, or the path of its ``report.json``. None: that of

@@ -61,7 +61,8 @@ def save_adapters(
         source: the base's name, folder or file.
         task: a task with an adapter of its own (or the adapter's name in peft); ``all``: each task in a folder of its
             own in `folder`; ``mean``: one adapter, whose ``ΔW`` is the mean of those of all tasks that were trained;
-            its rank is the sum of theirs. None: the only adapter there is, or ``all``.
+            its rank is the sum of theirs; ``sum``: likewise, for adapters that the model adds up. None: the only
+            adapter there is, or ``all``.
         merge: merge the adapter into its base (:func:`save_merged`).
         dtype: of the base's weights, with `merge`; None: as they are stored.
         settings: further arguments of ``from_pretrained``, with `merge`.
@@ -82,7 +83,8 @@ def save_adapters(
                 " 'mean' for one model of all of them, or 'all' for a model of each"
             )
         task = "all"
-    if task == "mean":
+    joined = task in ("mean", "sum")
+    if joined:
         chosen = {folder: _trained(model)}
     elif task == "all":
         chosen = {folder / place: [name] for place, name in _places(adapters).items()}
@@ -92,18 +94,18 @@ def save_adapters(
     if base is not None:
         load_pretrained(source).save_pretrained(base)
     for place, names in chosen.items():
-        if len(adapters) > 1 and task != "mean" and is_untrained(model, names[0]):
+        if len(adapters) > 1 and not joined and is_untrained(model, names[0]):
             rank_zero_warn(
                 f"{place}: the adapter {task_name(names[0]) or names[0]!r} is untrained; with it a model computes what"
                 " its base computes"
             )
         if not merge:
-            _write(model, place, names, mean=task == "mean", base=base)
+            _write(model, place, names, joined=joined, total=task == "sum", base=base)
         else:
-            save_merged(model, source, dtype, settings, place, names, mean=task == "mean")
+            save_merged(model, source, dtype, settings, place, names, joined=joined, total=task == "sum")
     if len(adapters) == 1:
         return dict.fromkeys(chosen)
-    return {place: "mean" if task == "mean" else task_name(names[0]) for place, names in chosen.items()}
+    return {place: task if joined else task_name(names[0]) for place, names in chosen.items()}
 
 
 def _trained(model: Any) -> list[str]:
@@ -111,7 +113,7 @@ def _trained(model: Any) -> list[str]:
     tasks = [name for name in model.peft_config if task_name(name) is not None] or list(model.peft_config)
     trained = [name for name in tasks if not is_untrained(model, name)]
     if not trained:
-        raise ValueError("save_pretrained(task='mean'): none of the adapters has been trained")
+        raise ValueError("save_pretrained(task='mean' or 'sum'): none of the adapters has been trained")
     return trained
 
 
@@ -128,15 +130,21 @@ def _places(adapters: Mapping[str, str]) -> dict[str, str]:
 
 
 def _write(
-    model: Any, folder: str | Path, adapters: Sequence[str], mean: bool = False, base: Path | None = None
+    model: Any,
+    folder: str | Path,
+    adapters: Sequence[str],
+    joined: bool = False,
+    total: bool = False,
+    base: Path | None = None,
 ) -> None:
-    """Writes one adapter, or the mean of several, into the root of a folder, and compares.
+    """Writes one adapter, or the mean or sum of several, into the root of a folder, and compares.
 
     Args:
         model: the ``PeftModel``.
         folder: where to.
         adapters: names in peft.
-        mean: take their mean.
+        joined: take all of them together: their mean.
+        total: with `joined`: their sum.
         base: the folder of the base that peft is to load, if it is not the one in the configuration.
     """
     from peft import get_peft_model_state_dict
@@ -144,13 +152,13 @@ def _write(
 
     folder = Path(folder)
     name = adapters[0]
-    mean = mean or is_gated(model, name)  # the mean of one: all that it adds, as one adapter
+    joined = joined or is_gated(model, name)  # the mean of one: all that it adds, as one adapter
     if base is not None:
         for adapter in adapters:
             model.peft_config[adapter].base_model_name_or_path = str(base)
-    made = _mean(model, adapters) if mean else None
+    made = _joined(model, adapters, len(adapters) if total else 1) if joined else None
     # The base's own embeddings are as they were: peft would look for them on the hub to find that out.
-    if name == "default" and not mean:
+    if name == "default" and not joined:
         model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     else:  # peft gives other names a folder in the folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,16 +175,17 @@ def _write(
     _compare(memory, load_file(folder / _WEIGHTS), folder)
 
 
-def _mean(model: Any, adapters: Sequence[str]) -> tuple[Any, dict[str, Tensor]]:
-    """The configuration and the weights of an adapter that is the mean of several."""
+def _joined(model: Any, adapters: Sequence[str], times: float) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration and the weights of an adapter that is a multiple of the mean of several."""
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for factors in mean_factors(model, adapters):
         ranks[factors.path.removeprefix("base_model.model.")] = len(factors.first)
+        second = factors.second * times
         if factors.embedding:
-            pair = {"lora_embedding_A": factors.second.T, "lora_embedding_B": factors.first.T}
+            pair = {"lora_embedding_A": second.T, "lora_embedding_B": factors.first.T}
         else:
-            pair = {"lora_A.weight": factors.first, "lora_B.weight": factors.second}
+            pair = {"lora_A.weight": factors.first, "lora_B.weight": second}
         weights |= {f"{factors.path}.{part}": value.cpu().contiguous() for part, value in pair.items()}
     config = copy.deepcopy(model.peft_config[adapters[0]])
     config.inference_mode, config.use_rslora = True, False
@@ -194,7 +203,8 @@ def save_merged(
     settings: Mapping[str, Any] | None,
     folder: str | Path,
     adapters: Sequence[str] = ("default",),
-    mean: bool = False,
+    joined: bool = False,
+    total: bool = False,
 ) -> None:
     """A LoRA adapter merged into its base, which is loaded for it in 16 or 32 bits: never into quantised weights.
 
@@ -204,8 +214,9 @@ def save_merged(
         dtype: of the base's weights; None: as they are stored.
         settings: further arguments of ``from_pretrained``.
         folder: where to.
-        adapters: one adapter's name in peft; with `mean` several.
-        mean: merge the mean of the adapters.
+        adapters: one adapter's name in peft; with `joined` several.
+        joined: merge the mean of the adapters.
+        total: with `joined`: merge their sum.
 
     Raises:
         RuntimeError: if a merged weight is not ``W + ΔW``, rounded once, or what was written is not what was merged.
@@ -213,7 +224,7 @@ def save_merged(
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as temporary:
-        _write(model, Path(temporary) / "adapter", adapters, mean)
+        _write(model, Path(temporary) / "adapter", adapters, joined, total)
         base = load_pretrained(source, dtype=dtype, settings=settings)
         with quiet_peft():
             adapted = PeftModel.from_pretrained(base, Path(temporary) / "adapter")

@@ -12,10 +12,12 @@ from tiny_models import byte_bpe, tiny
 from transformers import AutoModelForCausalLM
 
 from lightning_cl import CausalLM, Export, Task, TaskAdapters, TaskDataModule, TaskMatrix, fit_tasks
-from lightning_cl.export.formats import INDEX, TRAINED, Exported, Format
+from lightning_cl.export.adapters import write_adapters
+from lightning_cl.export.formats import INDEX, TORCH, Exported, Format
 from lightning_cl.export.handover import export_model
 from lightning_cl.export.modelfile import read_modelfile
 from lightning_cl.export.sequences import held_out_sequences
+from lightning_cl.models.adapters import use_adapters
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -132,7 +134,7 @@ def test_losses_are_those_of_the_same_tokens_in_every_format(trained, tmp_path):
         weights = [len(each.ids) - 1 for each in rows]
         losses = [loss_of(module.lm.eval(), each.ids) for each in rows]
         expected[task.name] = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-    assert row(done, TRAINED).losses == approx(expected, 1e-5)
+    assert row(done, TORCH).losses == approx(expected, 1e-5)
     assert row(done, "gguf f32").losses == approx(expected)
     assert row(done, "hf").losses == approx(expected, 1e-5)
     packed = row(done, "gguf q4_0").losses
@@ -144,6 +146,25 @@ def test_losses_are_those_of_the_same_tokens_in_every_format(trained, tmp_path):
     assert dict(modelfile)["from"] == "./out-f32.gguf"
 
 
+@pytest.mark.parametrize(("monitor", "value"), [("val_loss", math.nan), ("val_token_accuracy", 0.05)])
+def test_forgetting_of_another_unit_or_unknown_is_not_set_next_to_nats(trained, tmp_path, monitor, value):
+    module, data = trained
+    report = module.run_report | {"monitor": monitor, "forgetting": value}
+    done = export_model(module, tmp_path / "out", ["hf"], data=data, report=report, tokens=8)
+    assert done.forgetting is None
+
+
+def test_tokens_are_of_several_documents_and_as_many_as_asked_for(trained):
+    data = trained[1]
+    for tokens in (8, 40, 160, 10**6):
+        rows = held_out_sequences(data, data.tasks[0], tokens)
+        count = sum(label != -100 for each in rows for label in each.labels)
+        every = held_out_sequences(data, data.tasks[0], 10**9)
+        assert count == min(tokens, sum(len(each.ids) - 1 for each in every))
+        assert len(rows) == min(8, len(every)) or count > 8
+        assert all(len(each.ids) <= 5 for each in held_out_sequences(data, data.tasks[0], tokens, 5))
+
+
 def test_without_llama_cpp_the_numbers_of_the_file_are_unpacked(trained, tmp_path, monkeypatch):
     module, data = trained
     through = export_model(module, tmp_path / "a", ["gguf"], "q8_0", data=data, tokens=16)
@@ -152,7 +173,7 @@ def test_without_llama_cpp_the_numbers_of_the_file_are_unpacked(trained, tmp_pat
     unpacked = export_model(module, tmp_path / "b", ["gguf"], "q8_0", data=data, tokens=16)
     assert row(unpacked, "gguf q8_0").measured == "torch, unpacked"
     assert row(unpacked, "gguf q8_0").losses == approx(row(through, "gguf q8_0").losses, 0.05)
-    assert row(unpacked, "gguf q8_0").losses != row(unpacked, TRAINED).losses
+    assert row(unpacked, "gguf q8_0").losses != row(unpacked, TORCH).losses
 
 
 # ---------------------------------------------------------------------- adapters
@@ -162,18 +183,72 @@ def test_without_llama_cpp_the_numbers_of_the_file_are_unpacked(trained, tmp_pat
 def test_a_tasks_adapter_is_merged(adapted, tmp_path, task):
     module, data = adapted
     done = export_model(module, tmp_path / "out", ["gguf"], "f32", task, data, tokens=16)
-    assert row(done, "gguf f32").losses == approx(row(done, TRAINED).losses)
+    assert row(done, "gguf f32").losses == approx(row(done, TORCH).losses)
     module.use_task(task)
     ids = held_out_sequences(data, data.tasks[0], 16)[0].ids
-    assert row(done, TRAINED).losses["zoo"] == pytest.approx(loss_of(module.lm.eval(), ids), abs=1e-5)
+    assert row(done, TORCH).losses["zoo"] == pytest.approx(loss_of(module.lm.eval(), ids), abs=1e-5)
 
 
 def test_the_mean_of_all_adapters_is_another_model_than_each(adapted, tmp_path):
     module, data = adapted
     done = export_model(module, tmp_path / "out", ["gguf", "hf"], "f32", "mean", data, tokens=16)
     assert row(done, "gguf f32").losses == approx(row(done, "hf").losses)
-    rises = [row(done, "hf").losses[task] - loss for task, loss in row(done, TRAINED).losses.items()]
+    assert row(done, TORCH).losses == approx(row(done, "hf").losses)
+    # The model in memory has no such mean: it is shown, and what a format costs is not taken from it.
+    rises = [row(done, "hf").losses[task] - loss for task, loss in row(done, "own adapters").losses.items()]
     assert min(map(abs, rises)) > 1e-3
+    assert not done.sentences()[1:]
+
+
+def test_adapters_that_add_up_are_exported_as_their_sum(adapted, tmp_path):
+    """As OrthogonalLoRA leaves them: all are in use at once, for every task."""
+    module, data = adapted
+    use_adapters(module, list(TEXTS))
+    ids = held_out_sequences(data, data.tasks[1], 16)[0].ids
+    with pytest.raises(ValueError, match="task='all': this model adds the adapters of all tasks up"):
+        export_model(module, tmp_path / "no", ["hf"], task="all")
+    done = export_model(module, tmp_path / "out", ["gguf", "hf"], "f32", None, data, tokens=16)
+    expected = loss_of(module.lm.eval(), ids)
+    for name in (TORCH, "gguf f32", "hf"):
+        assert row(done, name).losses["ant/2"] == pytest.approx(expected, abs=2e-4)
+    module.use_task("zoo")
+    assert abs(loss_of(module.lm, ids) - expected) > 1e-2
+
+
+@pytest.mark.parametrize("to", ["hf", "mlx", "ollama"])
+def test_adapters_apart_are_there_in_every_format(adapted, tmp_path, to):
+    done = export_model(adapted[0], tmp_path / "out", [to], "f32", "all")
+    assert {path.name for path in (tmp_path / "out" / "adapters").iterdir() if path.is_dir()} == {"zoo", "ant_2"}
+    assert any("adapters/" in file for each in done.formats for file in each.files)
+
+
+def test_a_task_without_an_adapter_is_measured_on_the_base(adapted, tmp_path, monkeypatch):
+    """As a task of later, or one that is only watched."""
+    module, data = adapted
+    monkeypatch.setattr("lightning_cl.export.handover.list_adapters", lambda module: ["zoo"])
+    monkeypatch.setattr("lightning_cl.export.making.write_adapters", only_zoo)
+    module.use_task("ant/2")
+    done = export_model(module, tmp_path / "out", ["gguf"], "f32", "all", data, tokens=16)
+    module.use_task(None)
+    base = loss_of(module.lm.eval(), held_out_sequences(data, data.tasks[1], 16)[0].ids)
+    assert row(done, TORCH).losses["ant/2"] == pytest.approx(base, abs=1e-5)
+    assert row(done, "gguf f32").losses == approx(row(done, TORCH).losses)
+
+
+def only_zoo(*arguments, **more):
+    return {task: file for task, file in write_adapters(*arguments, **more).items() if task == "zoo"}
+
+
+def test_a_measurement_that_fails_leaves_the_files(trained, tmp_path, monkeypatch):
+    def broken(*arguments, **more):
+        raise RuntimeError("context is too long")
+
+    monkeypatch.setattr("lightning_cl.export.making.llama_loss", broken)
+    module, data = trained
+    with pytest.warns(UserWarning, match="gguf f16: its losses could not be measured: context is too long"):
+        done = export_model(module, tmp_path / "out", ["gguf"], "f16", data=data, tokens=8)
+    assert done.rows()[-1][2:4] == ["–", "–"]
+    assert (tmp_path / "out" / "out-f16.gguf").is_file()
 
 
 @pytest.mark.parametrize("llama", [True, False])
@@ -186,7 +261,7 @@ def test_adapters_apart_each_compute_their_own_task(adapted, tmp_path, monkeypat
     for task in data.tasks:
         module.use_task(task.name)
         expected[task.name] = loss_of(module.lm.eval(), held_out_sequences(data, task, 16)[0].ids)
-    assert row(done, TRAINED).losses == approx(expected, 1e-5)
+    assert row(done, TORCH).losses == approx(expected, 1e-5)
     assert row(done, "gguf f32").losses == approx(expected)
     assert len(row(done, "ollama").files) == 2
 
@@ -196,7 +271,7 @@ def test_mlx_computes_the_same_merged_and_apart(adapted, tmp_path, task):
     pytest.importorskip("mlx_lm", reason="the extra mlx is not installed")
     module, data = adapted
     done = export_model(module, tmp_path / "out", ["mlx", "hf"], task=task, data=data, tokens=16)
-    assert row(done, "mlx").losses == approx(row(done, TRAINED).losses)
+    assert row(done, "mlx").losses == approx(row(done, TORCH).losses)
     assert row(done, "mlx").measured == "MLX"
     assert (tmp_path / "out" / "mlx-adapters").is_dir() == (task == "all")
 
@@ -215,6 +290,7 @@ def test_mlx_computes_the_same_merged_and_apart(adapted, tmp_path, task):
         ({"tokens": 0}, "tokens=0"),
         ({"task": None}, r"task=None: there is an adapter for each of \['zoo', 'ant/2'\]"),
         ({"task": "cow"}, "task='cow': it has no adapter"),
+        ({"task": "sum"}, "task='sum': it has no adapter"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_written(adapted, tmp_path, arguments, message):
@@ -225,7 +301,7 @@ def test_a_wrong_argument_is_named_before_anything_is_written(adapted, tmp_path,
 
 def test_a_folder_with_something_else_in_it_is_left_alone(trained, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="something else than an earlier export"):
+    with pytest.raises(ValueError, match="there are other files already"):
         export_model(trained[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -233,7 +309,6 @@ def test_a_folder_with_something_else_in_it_is_left_alone(trained, tmp_path):
 def test_an_export_that_fails_leaves_the_earlier_one(trained, tmp_path, monkeypatch):
     module, _ = trained
     first = export_model(module, tmp_path / "out", ["hf"])
-    (tmp_path / ".out.unfinished").mkdir()  # of one that was killed
 
     def full(*arguments, **more):
         raise OSError("No space left on device")
@@ -252,15 +327,16 @@ def test_an_export_that_fails_leaves_the_earlier_one(trained, tmp_path, monkeypa
 def test_the_table_says_what_a_format_costs_next_to_what_was_forgotten(tmp_path):
     nan = math.nan
     formats = (
-        Format(TRAINED, losses={"a": 2.0, "b": 1.0, "c": nan}, measured="torch"),
+        Format(TORCH, losses={"a": 2.0, "b": 1.0, "c": nan}, measured="torch"),
         Format("gguf q4_0", ("x.gguf",), 1_500_000, {"a": 2.3, "b": 1.1, "c": nan}, "llama.cpp"),
         Format("gguf f16", ("y.gguf",), 6_000_000, {"a": 2.001, "b": 1.0, "c": nan}, "llama.cpp"),
     )
-    done = Exported(tmp_path, formats, {"a": 512, "b": 500, "c": 0}, 0.05)
+    done = Exported(tmp_path, formats, {"a": 512, "b": 500, "c": 0}, 0.05, ("b",))
     assert done.rows()[2] == ["gguf q4_0", "1.5 MB", "+0.300", "+0.100", "–", "llama.cpp"]
     said = done.sentences()
     assert said[1:] == [
-        "gguf q4_0 costs 0.200 nats a token on average, most on a (0.300); the tasks that came later cost 0.050."
+        "Without validation data, and so over training data: b.",
+        "gguf q4_0 costs 0.200 nats a token on average, most on a (0.300); the tasks that came later cost 0.050.",
     ]
     done.write(tmp_path)
     again = Exported.read(tmp_path)
