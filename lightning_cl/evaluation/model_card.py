@@ -194,7 +194,7 @@ def _kept_data(report: Mapping[str, Any] | None) -> list[str]:
         return [*lines, "None: no method of the run keeps samples. This folder holds no training samples.", ""]
     return [
         *lines,
-        *_table(["method", "what", "samples by task", "where"], [list(map(_text, row)) for row in rows]),
+        *_table(["method", "what", "samples by task", "where"], rows),
         "",
         "What is verbatim is text of the people who wrote the training data. **It is not in this folder.** It is in the"
         " run's folder and its checkpoints, and goes along when those are handed on.",

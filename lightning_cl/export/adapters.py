@@ -171,7 +171,7 @@ def serving_lines(folder: str | Path, model_gguf: str | Path | None = None) -> s
 
     Args:
         folder: as :func:`write_adapters` wrote it.
-        model_gguf: the base as a GGUF file; default: the only GGUF file in the folder, else ``BASE.gguf`` stands for
+        model_gguf: the base as a GGUF file; default: the first GGUF file in the folder, else ``BASE.gguf`` stands for
             it.
 
     Raises:
@@ -181,7 +181,7 @@ def serving_lines(folder: str | Path, model_gguf: str | Path | None = None) -> s
     folder = Path(folder)
     index = read_index(folder)
     found = sorted(folder.glob("*.gguf"))
-    if model_gguf is None and len(found) == 1:
+    if model_gguf is None and found:
         model_gguf = found[0]
     return "\n".join(commands(folder, index.base, _served(folder, index), model_gguf))
 

@@ -87,7 +87,8 @@ def _llama_server(model: str, adapters: Sequence[Served], place: Path, alone: bo
             "curl -s http://localhost:8080/completion -H 'Content-Type: application/json'" + f" -d {shlex.quote(body)}"
         )
     off = json.dumps([{"id": i, "scale": 0.0} for i in range(len(adapters))])
-    lines.append(f'# Always send "lora": a request without it can get every adapter at once. The base alone: {off}')
+    lines.append('# A request without "lora", or with an empty list, can get every adapter at once: always send it.')
+    lines.append(f"# The base alone: {off}")
     return lines
 
 
