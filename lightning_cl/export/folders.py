@@ -10,13 +10,13 @@ from pathlib import Path
 from lightning_cl.files import naming_file
 
 
-def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> Path:
+def replace_folder(folder: Path, write: Callable[[Path], object], mark: str | None) -> Path:
     """Writes a folder under a temporary name and renames it, so that a killed writer never leaves half of it.
 
     Args:
         folder: the folder. One that is there is replaced, if it is empty or has the file `mark`.
         write: fills the empty folder that it is given, and checks what it has written.
-        mark: a file that every folder of this kind has.
+        mark: a file that every folder of this kind has, and no other; None: only an empty folder is replaced.
 
     Returns:
         the folder.
@@ -25,8 +25,9 @@ def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> 
         ValueError: if another folder of that name is there.
         OSError: naming the folder and the cause.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
-        raise ValueError(f"{str(folder)!r}: there are other files already (no {mark}); give a new folder")
+    ours = mark is not None and (folder / mark).is_file()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not ours):
+        raise ValueError(f"{str(folder)!r}: there are other files already; give a new folder")
     temporary, old = (folder.with_name(f".{os.getpid()}.{folder.name}{end}") for end in ("", ".old"))
     with naming_file(folder):
         try:

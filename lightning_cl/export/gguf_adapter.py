@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,28 +13,10 @@ from torch import Tensor
 from lightning_cl.export.gguf_source import SavedTensors
 from lightning_cl.export.gguf_tensors import EMBEDDING, HEAD, Place, family_of, places, to_pairs
 from lightning_cl.export.gguf_types import Type, decode, encode, gguf
+from lightning_cl.export.lora_settings import MERGE, base_config, read_settings, scale_of
 from lightning_cl.files import replace_file
 
 _TYPES = {"f32": Type.F32, "f16": Type.F16}
-# Settings of peft with which an adapter is more than the product of two matrices, or is not for the base as it is.
-_MORE = {
-    "use_dora": "DoRA also scales the base's columns",
-    "use_qalora": "QALoRA pools the layer's inputs",
-    "lora_bias": "the adapter has biases",
-    "modules_to_save": "whole layers were trained next to the adapter",
-    "trainable_token_indices": "rows of the embedding were trained",
-    "target_parameters": "it adapts parameters that are no layers",
-    "alora_invocation_tokens": "it is on only after certain tokens",
-    "arrow_config": "it chooses among adapters for each token",
-    "layer_replication": "layers of the base are repeated",
-    "fan_in_fan_out": "its matrices are transposed",
-    "megatron_config": "its layers are megatron's",
-    "kasa_config": "the base's weights were changed before training",
-    "velora_config": "its layers are VeLoRA's",
-    "monteclora_config": "its weights are drawn anew in each pass",
-}
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_MERGE = "; merge it into its base instead (save_pretrained(folder, merge=True)) and write the merged folder"
 
 
 def export_adapter_gguf(
@@ -68,8 +49,8 @@ def export_adapter_gguf(
     folder, path = Path(folder), Path(path)
     if type not in _TYPES:
         raise ValueError(f"type={type!r}: expected one of {list(_TYPES)}")
-    settings = _settings(folder)
-    config = _base_config(settings, base)
+    settings = read_settings(folder, "llama.cpp")
+    config = base_config(settings, base)
     pairs = list(_pairs(SavedTensors(folder, "adapter_model.safetensors"), settings, config))
     strengths = {scale * len(first) for _, first, _, scale in pairs}  # llama.cpp divides by the rank
     alpha = strengths.pop() if len(strengths) == 1 else 0.0  # 0: it multiplies by nothing
@@ -98,39 +79,6 @@ def export_adapter_gguf(
     return path
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration, if it is one that can be written."""
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"folder={str(folder)!r}: has no adapter_config.json; a whole model is written by export_gguf")
-    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={settings.get('peft_type')!r}: llama.cpp knows LoRA only{_MERGE}")
-    for option, reason in _MORE.items():
-        if settings.get(option):
-            raise ValueError(f"{option}={settings[option]!r}: {reason}, which llama.cpp does not know{_MERGE}")
-    if settings.get("bias", "none") != "none":
-        raise ValueError(f"bias={settings['bias']!r}: the base's biases were trained too{_MERGE}")
-    start = settings.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
-        raise ValueError(
-            f"init_lora_weights={start!r}: it belongs to a base whose weights were changed before training{_MERGE}"
-        )
-    return settings
-
-
-def _base_config(settings: Mapping[str, Any], base: str | Path | None) -> Any:
-    from transformers import AutoConfig
-
-    source = base or settings.get("base_model_name_or_path")
-    if not source:
-        raise ValueError("base=None: the adapter names no base; give its folder, or its name on the hub")
-    try:
-        return AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"base={str(source)!r}: no config.json is found there ({reason}); give its folder") from error
-
-
 def _pairs(
     tensors: SavedTensors, settings: Mapping[str, Any], config: Any
 ) -> Iterator[tuple[Place, Tensor, Tensor, float]]:
@@ -150,7 +98,7 @@ def _pairs(
         place = wanted.get(f"{module}.weight")
         if place is None or other not in left or (tied and f"{module}.weight" in (EMBEDDING, HEAD)):
             reason = "the base has one matrix for both embeddings" if tied else "llama.cpp has no such layer"
-            raise ValueError(f"{module}: {reason}{_MERGE}")
+            raise ValueError(f"{module}: {reason}{MERGE}")
         first, second = tensors.whole(name), tensors.whole(other)
         if (len(second), first.shape[1]) != (place.shape if name.endswith(".weight") else place.shape[::-1]):
             raise ValueError(
@@ -159,21 +107,9 @@ def _pairs(
         if not name.endswith(".weight"):
             first = first.T  # llama.cpp looks a token's row up in it
         left -= {name, other}
-        yield place, first, second, _scale(module, settings)
+        yield place, first, second, scale_of(module, settings)
     if left:
-        raise ValueError(f"{min(left)}: is no factor of a LoRA adapter{_MERGE}")
-
-
-def _scale(module: str, settings: Mapping[str, Any]) -> float:
-    """By how much peft multiplies a layer's product."""
-    from peft.utils.other import get_pattern_key
-
-    values = []
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        given: Mapping[str, float] = settings.get(pattern) or {}
-        values.append(given.get(get_pattern_key(list(given), module), settings[default]))
-    rank, alpha = values
-    return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+        raise ValueError(f"{min(left)}: is no factor of a LoRA adapter{MERGE}")
 
 
 def _compare(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -31,7 +31,7 @@ class SavedTensors:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = [single]
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             if not (folder / file).is_file():
@@ -41,12 +41,12 @@ class SavedTensors:
                 )
             with _opened(folder / file) as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
-                    self._files[name] = folder / file
+                    self.files[name] = folder / file
                     self.shapes[name] = tuple(opened.get_slice(name).get_shape())
 
     def whole(self, name: str) -> Tensor:
         """Returns a tensor in fp32."""
-        with _opened(self._files[name]) as opened:
+        with _opened(self.files[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor.float()
 
@@ -63,7 +63,7 @@ class SavedTensors:
             yield slice(0, rows), self.whole(name)
             return
         step = max(1, _CHUNK // max(1, shape[1]))
-        with _opened(self._files[name]) as opened:
+        with _opened(self.files[name]) as opened:
             part: Any = opened.get_slice(name)
             for start in range(0, rows, step):
                 at = slice(start, min(start + step, rows))
