@@ -102,6 +102,7 @@ def _front_matter(base: Base, kind: Kind) -> list[str]:
         "---",
         *([f"base_model: {json.dumps(base.name)}", f"base_model_relation: {relation}"] if named else []),
         *([] if named else ["# base_model: its name on the hub, if it has one"]),
+        *(["# base_model: better the trained model, if that is on the hub"] if kind == "quantized" else []),
         f"library_name: {_LIBRARY.get(kind, 'transformers')}",
         "pipeline_tag: text-generation",
         "tags:",
