@@ -103,6 +103,7 @@ def _front_matter(base: Base, kind: Kind) -> list[str]:
         "---",
         *([f"base_model: {json.dumps(base.name)}", f"base_model_relation: {relation}"] if named else []),
         *([] if named else ["# base_model: its name on the hub, if it has one"]),
+        *(["# base_model: better the trained model, if that is on the hub"] if kind == "quantized" else []),
         f"library_name: {_LIBRARY.get(kind, 'transformers')}",
         "pipeline_tag: text-generation",
         "tags:",
@@ -195,7 +196,7 @@ def _kept_data(report: Mapping[str, Any] | None) -> list[str]:
         return [*lines, "None: no method of the run keeps samples. This folder holds no training samples.", ""]
     return [
         *lines,
-        *_table(["method", "what", "samples by task", "where"], [list(map(_text, row)) for row in rows]),
+        *_table(["method", "what", "samples by task", "where"], rows),
         "",
         "What is verbatim is text of the people who wrote the training data. **It is not in this folder.** It is in the"
         " run's folder and its checkpoints, and goes along when those are handed on.",

@@ -15,7 +15,9 @@ from typing import Any
 from lightning_cl.evaluation.model_card import Base
 from lightning_cl.evaluation.sentences import row_names
 from lightning_cl.export.gguf_adapter import export_adapter_gguf
-from lightning_cl.export.serving import Served, commands
+from lightning_cl.export.mlx_adapter import WEIGHTS as MLX_WEIGHTS
+from lightning_cl.export.mlx_adapter import export_adapter_mlx
+from lightning_cl.export.serving import MLX, Served, commands
 from lightning_cl.files import replace_file, sha256
 from lightning_cl.models.adapters import list_adapters
 from lightning_cl.models.causal_lm import CausalLM
@@ -52,6 +54,8 @@ class Adapter:
     """Validation loss of the task after the last task; None: unknown."""
     gguf: str | None = None
     """The GGUF file of the same adapter."""
+    mlx: str | None = None
+    """The folder of the same adapter for mlx-lm."""
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Checksum of each file that decides what the adapter computes."""
 
@@ -76,6 +80,7 @@ def write_adapters(
     folder: str | Path,
     report: Mapping[str, Any] | str | Path | None = None,
     gguf: bool = True,
+    mlx: bool = False,
 ) -> dict[str, Path]:
     """Writes every LoRA adapter of a model into ``adapters/<task>/``, with an index of them in ``adapters.json``.
 
@@ -92,6 +97,7 @@ def write_adapters(
         report: the run's report, or the path of its ``report.json``, for losses and cards; None: that of the run that
             has just ended.
         gguf: write GGUF files too.
+        mlx: write ``mlx-adapters/<task>/`` too, as mlx-lm loads them.
 
     Returns:
         for each task its GGUF file; without GGUF files its folder. The only adapter of all tasks is ``default``.
@@ -118,11 +124,12 @@ def write_adapters(
         adapters = []
         for place, task in saved.items():
             place.rename(made / place.name)
-            adapters.append(_finish(made / place.name, task, told, work / "base" if gguf else None))
+            adapters.append(_finish(made / place.name, task, told, work / "base", gguf, mlx))
         index = AdapterIndex(base, tuple(adapters))
         for each in adapters:
             _write_card(work, each, index, module, told)
-        _replace(made, folder / FOLDER)
+        for name in (FOLDER, *([MLX] if mlx else [])):
+            _replace(work / name, folder / name)
         replace_file(folder / INDEX, partial(_write_index, index))
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -164,14 +171,14 @@ def read_index(folder: str | Path) -> AdapterIndex:
 
 
 def serving_lines(folder: str | Path, model_gguf: str | Path | None = None) -> str:
-    """Returns the command lines that serve the adapters of a folder in vLLM, llama.cpp's server and Ollama.
+    """Returns the command lines that serve the adapters of a folder in vLLM, llama.cpp's server, Ollama and mlx-lm.
 
     They are for a shell in the folder; names are quoted where a shell needs it, and lines that begin with ``#`` say
     what to know. A program that cannot serve these adapters has a line with the reason instead.
 
     Args:
         folder: as :func:`write_adapters` wrote it.
-        model_gguf: the base as a GGUF file; default: the only GGUF file in the folder, else ``BASE.gguf`` stands for
+        model_gguf: the base as a GGUF file; default: the first GGUF file in the folder, else ``BASE.gguf`` stands for
             it.
 
     Raises:
@@ -181,7 +188,7 @@ def serving_lines(folder: str | Path, model_gguf: str | Path | None = None) -> s
     folder = Path(folder)
     index = read_index(folder)
     found = sorted(folder.glob("*.gguf"))
-    if model_gguf is None and len(found) == 1:
+    if model_gguf is None and found:
         model_gguf = found[0]
     return "\n".join(commands(folder, index.base, _served(folder, index), model_gguf))
 
@@ -208,25 +215,31 @@ def _save(module: CausalLM, work: Path, report: Mapping[str, Any] | None, base: 
     return written
 
 
-def _finish(place: Path, task: str | None, report: Mapping[str, Any] | None, base: Path | None) -> Adapter:
-    """Writes the GGUF file of an adapter, unless `base` is None, and describes both."""
+def _finish(
+    place: Path, task: str | None, report: Mapping[str, Any] | None, base: Path, gguf: bool, mlx: bool
+) -> Adapter:
+    """Writes an adapter in other formats, and describes it; `base` has the base's configuration."""
+    work, name = place.parents[1], place.name
     files = [place / _CONFIG, place / _WEIGHTS]
-    if base is not None:
-        file = place.with_name(f"{place.name}.gguf")
-        files.append(export_adapter_gguf(place, file, base, name=place.name))
+    if gguf:
+        files.append(export_adapter_gguf(place, place.with_name(f"{name}.gguf"), base, name=name))
+    if mlx:
+        out = export_adapter_mlx(place, work / MLX / name, base)
+        files += [out / _CONFIG, out / MLX_WEIGHTS]
     settings = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
     targets = settings["target_modules"]
     learnt, end = _losses(report, task)
     return Adapter(
         task,
-        f"{FOLDER}/{place.name}",
+        f"{FOLDER}/{name}",
         max([settings["r"], *(settings.get("rank_pattern") or {}).values()]),
         settings["lora_alpha"],
         targets if isinstance(targets, str) else tuple(sorted({name.rpartition(".")[2] for name in targets})),
         learnt,
         end,
-        f"{FOLDER}/{place.name}.gguf" if base is not None else None,
-        {f"{FOLDER}/{file.relative_to(place.parent).as_posix()}": sha256(file) for file in files},
+        f"{FOLDER}/{name}.gguf" if gguf else None,
+        f"{MLX}/{name}" if mlx else None,
+        {file.relative_to(work).as_posix(): sha256(file) for file in files},
     )
 
 
@@ -288,8 +301,7 @@ def _read_adapter(entry: Mapping[str, Any]) -> Adapter:
     if isinstance(given["target_modules"], list):
         given["target_modules"] = tuple(given["target_modules"])
     adapter = Adapter(**given)
-    inside = [adapter.folder, *([adapter.gguf] if adapter.gguf is not None else []), *adapter.sha256]
-    for name in inside:
+    for name in (adapter.folder, adapter.gguf or "", adapter.mlx or "", *adapter.sha256):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{name!r} is outside the folder")
     return adapter
@@ -297,7 +309,7 @@ def _read_adapter(entry: Mapping[str, Any]) -> Adapter:
 
 def _replace(made: Path, target: Path) -> None:
     """Gives a finished folder its name, in the place of an earlier one."""
-    old = made.with_name("old")
+    old = made.with_name(f"old-{made.name}")
     if target.exists():
         target.rename(old)
     made.rename(target)

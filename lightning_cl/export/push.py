@@ -11,6 +11,7 @@ from urllib.parse import quote
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+_SAMPLES = ("names.jsonl", "memory.json")  # each buffer on disk has the first, each saved memory both
 _CHUNK = 1 << 22
 _LONGEST = 4096  # bytes of a path
 
@@ -25,7 +26,7 @@ def push_folder(
     """Uploads a folder to a model repository of the hub, which is made if it is not there.
 
     Every byte is searched before anything is sent: a file with a path of this machine (the home folder, the working
-    folder, the folder itself) is refused, and so are checkpoints and replay buffers, which hold training samples.
+    folder, the folder itself) is refused, and so are checkpoints and memories, which hold training samples.
 
     Args:
         folder: as ``save_pretrained`` or an export writes it.
@@ -93,10 +94,10 @@ def check_folder(folder: str | Path) -> None:
         raise ValueError(f"folder={str(folder)!r}: has no files; expected a folder of an export or of save_pretrained")
     for path in files:
         name = path.relative_to(folder).as_posix()
-        if path.suffix == ".ckpt" or path.name == "names.jsonl":
+        if path.suffix == ".ckpt" or path.name in _SAMPLES:
             raise ValueError(
-                f"{name}: is of a run's checkpoints or replay buffer, which hold training samples; push an exported"
-                " folder instead"
+                f"{name}: is of a run's checkpoints or memory, which hold training samples; push an exported folder"
+                " without them"
             )
     searched = _pattern(folder)
     for path in files:

@@ -1,4 +1,4 @@
-"""Command lines that serve one base with several adapters, in vLLM, llama.cpp's server and Ollama."""
+"""Command lines that serve one base with several adapters, in vLLM, llama.cpp's server, Ollama and mlx-lm."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from lightning_cl.evaluation.model_card import Base
 from lightning_cl.export.modelfile import modelfile_name
+
+MLX = "mlx-adapters"
+"""The folder of the adapters for mlx-lm, next to ``mlx`` with their base."""
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes in all versions
 # What vLLM refuses, or reads past: it takes one rank and one strength for all layers.
@@ -46,6 +49,7 @@ def commands(
     if base.name is None:
         lines.append(f"# BASE is the model that the adapters were trained on: {base.words}")
     lines += ["", *_vllm(folder, base, adapters, alone), ""]
+    lines += [] if alone else _mlx(folder, adapters)
     with_gguf = [each for each in adapters if each.gguf is not None]
     if not with_gguf:
         return [*lines, "# llama.cpp, Ollama: the adapters have no GGUF files; write_adapters(gguf=True) writes them."]
@@ -72,6 +76,13 @@ def _vllm(folder: Path, base: Base, adapters: Sequence[Served], alone: bool) -> 
     ]
 
 
+def _mlx(folder: Path, adapters: Sequence[Served]) -> list[str]:
+    places = [f"{MLX}/{each.name}" for each in adapters if (folder / MLX / each.name).is_dir()]
+    model = "mlx" if (folder / "mlx").is_dir() else "BASE"
+    lines = [f"mlx_lm.generate --model {model} --adapter-path {shlex.quote(place)} --prompt Hello" for place in places]
+    return ["# MLX: one adapter in each process.", *lines, ""] if lines else []
+
+
 def _llama_server(model: str, adapters: Sequence[Served], place: Path, alone: bool) -> list[str]:
     files = [(place / Path(str(each.gguf)).name if alone else Path(str(each.gguf))).as_posix() for each in adapters]
     lines = [
@@ -87,7 +98,8 @@ def _llama_server(model: str, adapters: Sequence[Served], place: Path, alone: bo
             "curl -s http://localhost:8080/completion -H 'Content-Type: application/json'" + f" -d {shlex.quote(body)}"
         )
     off = json.dumps([{"id": i, "scale": 0.0} for i in range(len(adapters))])
-    lines.append(f'# Always send "lora": a request without it can get every adapter at once. The base alone: {off}')
+    lines.append('# A request without "lora", or with an empty list, can get every adapter at once: always send it.')
+    lines.append(f"# The base alone: {off}")
     return lines
 
 

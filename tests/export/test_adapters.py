@@ -135,10 +135,30 @@ def test_one_adapter_for_all_tasks_and_no_gguf(home, tmp_path):
     assert (only.task, only.gguf, only.loss_at_the_end) == (None, None, None)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), files["default"])
     assert torch.equal(expected(again), expected(module.lm))
-    write_adapters(adapted(home / "base", ["zoo"]), tmp_path, gguf=False)  # in its place
+    write_adapters(adapted(home / "base", ["zoo"]), tmp_path, gguf=False, mlx=True)  # in its place
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["zoo"]
-    assert [each.task for each in read_index(tmp_path).adapters] == ["zoo"]
-    assert "have no GGUF files" in serving_lines(tmp_path)
+    (only,) = read_index(tmp_path).adapters
+    assert (only.task, only.mlx) == ("zoo", "mlx-adapters/zoo")
+    text = serving_lines(tmp_path)
+    assert "have no GGUF files" in text
+    assert shlex.split("mlx_lm.generate --model BASE --adapter-path mlx-adapters/zoo --prompt Hello") in commands(text)
+    (tmp_path / only.mlx / "adapters.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"mlx-adapters/zoo/adapters\.safetensors: is damaged"):
+        read_index(tmp_path)
+
+
+def test_a_base_on_the_hub_is_named_in_every_place(home, tmp_path):
+    module = adapted(home / "base", ["zoo"])
+    module.source = "me/base"  # as if it had been loaded from there
+    place = write_adapters(module, tmp_path)["zoo"].with_suffix("")
+    assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
+    card = (place / "README.md").read_text()
+    assert 'base_model: "me/base"\nbase_model_relation: adapter' in card
+    assert "AutoPeftModelForCausalLM.from_pretrained(folder)" in card
+    assert "machine" not in card
+    text = serving_lines(tmp_path)
+    assert commands(text)[0][:3] == ["vllm", "serve", "me/base"]
+    assert "BASE is" not in text
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "index", "outside"])

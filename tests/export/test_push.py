@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -13,6 +14,8 @@ from tiny_models import byte_bpe, tiny
 from lightning_cl import CausalLM, GeneralReplay, Task, TaskAdapters, TaskDataModule, TaskMatrix, fit_tasks
 from lightning_cl.export import push
 from lightning_cl.export.handover import export_model
+from lightning_cl.export.jsonl import write_jsonl
+from lightning_cl.export.memory import save_buffer
 from lightning_cl.export.push import push_folder
 
 pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
@@ -99,6 +102,16 @@ def test_no_byte_of_an_export_names_the_user(run, task):
         assert SECRET.encode() not in path.read_bytes(), path
     push.check_folder(folder)
     assert all((folder / name).exists() for each in done.formats for name in each.files)
+
+
+def test_a_saved_memory_has_the_samples_and_no_path(run, hub):
+    home, module = run
+    folder = save_buffer(module.trainer.callbacks[2].buffer, home / "memory")
+    write_jsonl(folder, byte_bpe(), folder)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        assert SECRET.encode() not in path.read_bytes(), path
+    with pytest.raises(ValueError, match="training samples"):
+        push_folder(folder, "me/new")
 
 
 def test_the_card_of_gguf_files(run):
@@ -191,7 +204,7 @@ def test_a_path_of_the_machine_is_found_and_its_file_named(hub, exported, tmp_pa
         push_folder(exported, "me/new")
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "names.jsonl"])
+@pytest.mark.parametrize("name", ["last.ckpt", "names.jsonl", "memory.json"])
 def test_training_samples_stay_at_home(hub, exported, name):
     (exported / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=rf"{name}: .*training samples"):

@@ -336,7 +336,7 @@ def test_a_run_that_gets_sigkill_twice_resumes_bit_for_bit(tmp_path, unbroken):
     for kind in (killed_in_its_second_task, killed_while_it_writes):
         code = f"import test_transformers_trainer as t; t.{kind.__name__}({str(tmp_path)!r})"
         here = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
-        done = forked.run("-c", code, env={**os.environ, "PYTHONPATH": here}, timeout=120)
+        done = forked.run("-c", code, env={**os.environ, "PYTHONPATH": here})
         assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     checkpoints = {path.name: path for path in (tmp_path / "b").glob("checkpoint-*")}
     assert (checkpoints["checkpoint-4"] / "continual.safetensors").is_file()

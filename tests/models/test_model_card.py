@@ -133,6 +133,43 @@ def test_the_base_is_named_only_where_others_find_it(source, name, words):
     assert front.get("base_model") == name
 
 
+def test_gguf_files_have_a_table_of_formats_and_lines_that_no_backticks_end():
+    rows = [["format", "size"], ["gguf q8_0", "1 MB"]]
+    front, body = parts(model_card(describe_base("me/base"), "quantized", formats=rows, serving="echo '```'"))
+    assert (front["base_model"], front["base_model_relation"], front["library_name"]) == (
+        "me/base",
+        "quantized",
+        "gguf",
+    )
+    assert "gguf" in front["tags"]
+    assert tables(body) == [[["format", "size"], ["gguf q8\\_0", "1 MB"]]]
+    assert "````bash\necho '```'\n````" in body
+
+
+def test_what_was_kept_of_the_training_data(run):
+    """Counts by task, verbatim or written by the model, and where; never the folder."""
+    _, _, report = run
+    base = describe_base("me/base")
+    assert "None: no method of the run keeps samples" in model_card(base, "model", report)
+    kept = {"stored": {"animals": 1200, "a|b": 3}, "folders": ["/home/me/run"]}
+    methods = {
+        "Replay": kept | {"storage": "disk"},
+        "DERpp": kept | {"storage": "memory"},
+        "SelfReplay": {"stored": {"animals": 9}, "beginnings": {"animals": 4}},
+    }
+    card = model_card(base, "model", report | {"methods": methods})
+    assert "/home/me" not in card
+    table = next(table for table in tables(parts(card)[1]) if table[0][0] == "method")
+    counts = "animals: 1,200, a\\|b: 3"
+    assert table[1:] == [
+        ["Replay", "training samples, verbatim", counts, "in the run's folder"],
+        ["DERpp", "training samples, verbatim", counts, "in the run's checkpoints"],
+        ["SelfReplay", "samples that the model has written", "animals: 9", "in the run's folder"],
+        ["SelfReplay", "beginnings of training samples, verbatim", "animals: 4", "in the run's folder"],
+    ]
+    assert "It is not in this folder" in card
+
+
 @pytest.mark.parametrize("card", ["nowhere.json", {"matrix": []}, [1]])
 def test_what_is_no_report_is_refused_before_anything_is_written(run, tmp_path, card):
     with pytest.raises(ValueError, match=r"card=.*report"):
