@@ -22,7 +22,8 @@ def run(tmp_path_factory):
     for name, text in {"zoo": "The quick brown fox sleeps in the barn. ", "ant": "def add(a, b):\n    pass\n"}.items():
         (root / f"{name}.txt").write_text(text * 60)
     settings = configuration(root, root)
-    settings["trainer"]["callbacks"] = [{"class_path": "lightning_cl.TaskMatrix"}]
+    replay = {"class_path": "lightning_cl.Replay", "init_args": {"buffer_size": 8, "ratio": 0.25}}
+    settings["trainer"]["callbacks"] = [{"class_path": "lightning_cl.TaskMatrix"}, replay]
     (root / "start.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     assert Output("fit", "--config", root / "start.yaml").code == 0
     return root / "runs" / "version_0"
@@ -49,6 +50,33 @@ def test_the_weights_are_those_after_the_last_task_or_after_the_one_that_is_name
     assert str(run.parent) not in (folder / "export.json").read_text()
 
 
+@pytest.mark.parametrize("public", [False, True])
+def test_a_push_is_private_unless_it_is_said_to_be_public(run, tmp_path, monkeypatch, public):
+    asked = []
+    monkeypatch.setattr(
+        "lightning_cl.cli.export.push_folder", lambda *a, **k: asked.append((a, k)) or "https://hub/a/b"
+    )
+    given = ["--public"] if public else []
+    output = Output("export", run, "--to", "hf", "--out", tmp_path / "out", "--push", "a/b", *given)
+    assert output.code == 0, output.err
+    assert asked == [((tmp_path / "out", "a/b"), {"private": not public})]
+    assert f"https://hub/a/b: {'public' if public else 'private'}" in output.out
+
+
+def test_the_memory_goes_into_a_folder_of_its_own(run, tmp_path):
+    output = Output("export", run, "--to", "hf", "--out", tmp_path / "out", "--memory", tmp_path / "memory")
+    assert output.code == 0, output.err
+    assert "8 samples of the run's buffer, which are training data, word for word" in output.out
+    lines = [
+        json.loads(line)["text"]
+        for name in ("train.jsonl", "valid.jsonl")
+        for line in (tmp_path / "memory" / name).read_text().splitlines()
+    ]
+    assert len(lines) == 8
+    assert any("quick" in line for line in lines)
+    assert not any(b"quick brown" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,6 +84,8 @@ def test_the_weights_are_those_after_the_last_task_or_after_the_one_that_is_name
         (["--type", "q9"], "type='q9': expected one of"),
         (["--task", "cow"], "--task=cow: expected one of zoo, ant"),
         (["more"], "'more': expected one run's folder"),
+        (["--push", "mine"], "repo_id='mine': has no owner"),
+        (["--public"], "--public: of the repository that --push names"),
     ],
 )
 def test_a_wrong_argument_is_answered_on_one_line(run, arguments, message):

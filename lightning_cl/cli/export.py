@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,11 @@ from lightning_cl.core.checkpoint_io import check_checkpoint, read_checkpoint
 from lightning_cl.core.deployment import deployed
 from lightning_cl.core.task_files import BEFORE_END
 from lightning_cl.data import TaskDataModule
+from lightning_cl.export.adapters import INDEX, serving_lines
 from lightning_cl.export.handover import check_formats, check_types, export_model
+from lightning_cl.export.jsonl import write_jsonl
+from lightning_cl.export.memory import read_index, save_memory
+from lightning_cl.export.push import check_repo_id, push_folder
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import list_adapters
 from lightning_cl.models.causal_lm import CausalLM
@@ -65,6 +70,10 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
     types = given.type.split(",")
     if "gguf" in check_formats(to):
         check_types(types)
+    if given.push is not None:
+        check_repo_id(given.push)
+    elif given.public:
+        raise ValueError("--public: of the repository that --push names; give both, or neither")
     run: Path = given.run
     last = last_boundary(run)
     loaded = load(["validate", "--run", str(run), *rest, "--trainer.limit_val_batches=1"])
@@ -94,8 +103,37 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
             num_ctx=given.num_ctx,
             tokens=given.tokens,
         )
-    sys.stdout.write(f"\n{folder}\n{done}\n")
+    memory = "" if given.memory is None else _write_memory(checkpoint, given.memory, loaded.data.tokenizer)
+    sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(folder, stem)}\n{memory}")
+    if given.push is not None:
+        url = push_folder(folder, given.push, private=not given.public)
+        sys.stdout.write(f"\n{url}: {'public' if given.public else 'private'}\n")
     return 0
+
+
+def _write_memory(checkpoint: Path, folder: Path, tokenizer: Any) -> str:
+    """Writes what the buffer holds, for programs that train on, and says what is in it."""
+    save_memory(checkpoint, folder)
+    count = read_index(folder)["samples"]
+    written = write_jsonl(folder, tokenizer, folder)
+    return (
+        f"\n{folder}: {count} samples of the run's buffer, which are training data, word for word. train.jsonl has"
+        f" {written.train} of them and valid.jsonl {written.valid}: mlx_lm.lora --data {shlex.quote(str(folder))}\n"
+    )
+
+
+def _next_lines(folder: Path, stem: str) -> str:
+    """The command lines that use what was written."""
+    if (folder / INDEX).is_file():
+        return serving_lines(folder)
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    lines = [f"llama-server -m {shlex.quote(str(file))}"] if file is not None else []
+    if (folder / "Modelfile").is_file():
+        place = shlex.quote(str(folder / "Modelfile"))
+        lines.append(f"ollama create {shlex.quote(stem.lower())} -f {place} && ollama run {shlex.quote(stem.lower())}")
+    if (folder / "mlx").is_dir():
+        lines.append(f"mlx_lm.generate --model {shlex.quote(str(folder / 'mlx'))} --prompt 'Hello'")
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +157,17 @@ def _parser() -> argparse.ArgumentParser:
         " adapters: the model as it was after that task",
     )
     parser.add_argument("--out", type=Path, help="the folder; default: RUN/export/final, or RUN/export/TASK")
+    parser.add_argument(
+        "--memory",
+        type=Path,
+        metavar="FOLDER",
+        help="write what the run's buffer holds (training data, word for word) into a folder of its own: samples for"
+        " lightning_cl.export.mlx_loop, train.jsonl and valid.jsonl for mlx_lm.lora",
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub, which is private"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: the repository is public")
     parser.add_argument("--name", help="of the files; default: the run's name")
     parser.add_argument("--system", help="text that Ollama begins each conversation with")
     parser.add_argument("--num_ctx", type=int, help="positions of a conversation in Ollama; default: at most 8192")

@@ -12,7 +12,10 @@ from lightning_cl.evaluation.sentences import row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_number
 from lightning_cl.version import __version__
 
-Kind = Literal["model", "adapter", "merged"]
+Kind = Literal["model", "adapter", "merged", "quantized"]
+
+_LIBRARY = {"adapter": "peft", "quantized": "gguf"}
+_RELATION = {"adapter": "adapter", "quantized": "quantized"}
 
 _NO_REPORT = "How well it knows its tasks was not measured, or its weights were changed since: there is no matrix."
 
@@ -52,17 +55,26 @@ def model_card(
     report: Mapping[str, Any] | None = None,
     task: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    formats: Sequence[Sequence[str]] = (),
+    serving: str = "",
+    names_no_base: bool = False,
 ) -> str:
     """Writes the card of a saved model, in Markdown with YAML at its top.
 
-    It has no path of this machine, and no licence: that is for whoever publishes the model.
+    It has no path of this machine, and no licence: that is for whoever publishes the model. It says what the run has
+    kept of its training data, which is somebody's text.
 
     Args:
         base: what the model was before.
-        kind: a whole model, an adapter, or an adapter that is merged into its base.
+        kind: a whole model, an adapter, an adapter that is merged into its base, or GGUF files (``quantized``).
         report: of the run (:func:`~lightning_cl.evaluation.build_report`, or what ``report.json`` has); None: unknown.
         task: the task whose adapter it is, if each has its own; ``mean``: the mean of all.
         settings: further ones to show, as of LoRA.
+        formats: rows of a table of the files' formats, its head first, as
+            :meth:`lightning_cl.export.formats.Exported.rows` gives them.
+        serving: command lines that serve the model.
+        names_no_base: the adapter's ``adapter_config.json`` has no local path; the base's name on the hub is there, or
+            none.
     """
     title = "Adapter" if kind == "adapter" else "Model"
     lines = [*_front_matter(base, kind), "", f"# {title}: {_tasks_in_words(report)}", ""]
@@ -74,24 +86,28 @@ def model_card(
         whose = "mean of the adapters of all tasks" if task == "mean" else f"adapter of the task {_text(task)}"
         lines += [f"- this is the {whose}"]
     lines += [""]
+    lines += ["## Formats", "", *_table(formats[0], formats[1:]), ""] if formats else []
     lines += _evidence(report) if report is not None else ["## Results", "", _NO_REPORT, ""]
-    lines += _how_to_load(kind)
+    lines += _kept_data(report)
+    lines += _how_to_load(kind, base, names_no_base)
+    lines += ["", "## How to serve it", "", *_fenced(serving, "bash")] if serving else []
     return "\n".join(lines) + "\n"
 
 
 def _front_matter(base: Base, kind: Kind) -> list[str]:
     named = base.name is not None
-    relation = "adapter" if kind == "adapter" else "finetune"
+    relation = _RELATION.get(kind, "finetune")
+    tags = {"adapter": ["  - lora"], "quantized": ["  - gguf"]}
     return [
         "---",
         *([f"base_model: {json.dumps(base.name)}", f"base_model_relation: {relation}"] if named else []),
         *([] if named else ["# base_model: its name on the hub, if it has one"]),
-        f"library_name: {'peft' if kind == 'adapter' else 'transformers'}",
+        f"library_name: {_LIBRARY.get(kind, 'transformers')}",
         "pipeline_tag: text-generation",
         "tags:",
         "  - continual-learning",
         "  - lightning-cl",
-        *(["  - lora"] if kind == "adapter" else []),
+        *tags.get(kind, []),
         "# license: yours to choose; it has to fit the base's and the data's",
         "---",
     ]
@@ -158,21 +174,57 @@ def _tasks(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _how_to_load(kind: Kind) -> list[str]:
-    package, name = (
-        ("peft", "AutoPeftModelForCausalLM") if kind == "adapter" else ("transformers", "AutoModelForCausalLM")
-    )
-    lines = ["## How to load it", "", "```python"]
-    lines += [f"from {package} import {name}"] if kind == "adapter" else []
-    lines += [
-        f"from transformers import {'AutoTokenizer' if kind == 'adapter' else 'AutoModelForCausalLM, AutoTokenizer'}",
+def _kept_data(report: Mapping[str, Any] | None) -> list[str]:
+    """What the run has kept of other people's texts, and where it is."""
+    lines = ["## Training data that the run has kept", ""]
+    if report is None:
+        return [*lines, "Unknown: there is no report. This folder holds no training samples.", ""]
+    rows = []
+    for name, told in report["methods"].items():
+        stored = told.get("stored") if isinstance(told, Mapping) else None
+        if not isinstance(stored, Mapping) or not stored:
+            continue
+        what, counts = "training samples, verbatim", stored
+        if "beginnings" in told:
+            what, counts = "beginnings of training samples, verbatim", told["beginnings"]
+            rows.append([name, "samples that the model has written", _counted(stored), "in the run's folder"])
+        place = "in the run's folder" if told.get("storage", "disk") == "disk" else "in the run's checkpoints"
+        rows.append([name, what, _counted(counts), place])
+    if not rows:
+        return [*lines, "None: no method of the run keeps samples. This folder holds no training samples.", ""]
+    return [
+        *lines,
+        *_table(["method", "what", "samples by task", "where"], [list(map(_text, row)) for row in rows]),
         "",
-        'folder = "this-folder"',
-        f"model = {name}.from_pretrained(folder)",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "```",
+        "What is verbatim is text of the people who wrote the training data. **It is not in this folder.** It is in the"
+        " run's folder and its checkpoints, and goes along when those are handed on.",
+        "",
     ]
-    if kind == "adapter":
+
+
+def _counted(counts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{task}: {number:,}" for task, number in counts.items()) or "none"
+
+
+def _how_to_load(kind: Kind, base: Base, names_no_base: bool) -> list[str]:
+    if kind == "quantized":
+        lines = ["Any program on llama.cpp reads the file that you choose from the table:", ""]
+        return ["## How to load it", "", *lines, *_fenced("llama-server -m FILE.gguf", "bash")]
+    if kind != "adapter":
+        code = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'folder = "this-folder"']
+        code += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+    elif names_no_base and base.name is None:
+        code = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        code += ['folder, base = "this-folder", "the-base"  # its folder, or its name on the hub']
+        code += ["model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)"]
+    else:
+        code = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", ""]
+        code += ['folder = "this-folder"', "model = AutoPeftModelForCausalLM.from_pretrained(folder)"]
+    code += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    lines = ["## How to load it", "", *_fenced("\n".join(code), "python")]
+    if kind == "adapter" and names_no_base and base.name is None:
+        lines += ["", "`adapter_config.json` names no base: it was a local copy. Give the one that is named above."]
+    elif kind == "adapter" and not names_no_base:
         lines += [
             "",
             "`adapter_config.json` says where peft finds the base (`base_model_name_or_path`). Where that is a folder"
@@ -203,6 +255,13 @@ def _item(text: str) -> str:
     """The same as an item of a list, where the first sign could begin a heading or another list."""
     line = _text(text)
     return f"- {re.sub('^[#+0-9-]', lambda found: f'&#{ord(found[0])};', line)}"
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    """A block of code, which no backticks in it end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", *text.splitlines(), fence]
 
 
 def _code(text: str) -> str:

@@ -17,7 +17,7 @@ from lightning_cl.evaluation.page import write_page
 from lightning_cl.evaluation.plain import plain
 from lightning_cl.evaluation.probe_table import format_probe
 from lightning_cl.evaluation.provenance import provenance
-from lightning_cl.evaluation.sentences import Method, sentence
+from lightning_cl.evaluation.sentences import Method, cut_off_sentences, sentence
 from lightning_cl.evaluation.sentences import row_names as row_names
 from lightning_cl.evaluation.tables import SCORES, UNSIGNED, format_bytes, format_number, format_table, plain_cell
 from lightning_cl.files import replace_file
@@ -55,7 +55,8 @@ def build_report(
         **summary,
         **sections,
         "sentences": [
-            sentence(summary, name, [method for method, _ in methods]) for name in [*trained, *summary["watched"]]
+            *(sentence(summary, name, [method for method, _ in methods]) for name in [*trained, *summary["watched"]]),
+            *cut_off_sentences(summary),
         ],
         "costs": {
             "tasks": [{"task": name, **cost} for name, cost in zip(trained, costs, strict=False)],

@@ -72,6 +72,20 @@ def sentence(summary: dict[str, Any], name: str, methods: Sequence[Method]) -> s
     return f"{start} {_history(summary, values, learnt, methods)}"
 
 
+def cut_off_sentences(summary: dict[str, Any]) -> list[str]:
+    """Returns a sentence for each task whose answers had no end after the last task: the rest is in no score."""
+    said = []
+    for task, told in summary.get("metrics", {}).get("tasks", {}).items():
+        counts: dict[str, int] = told.get("cut_off") or {}
+        last = counts[max(counts, key=int)] if counts else 0
+        if last > max(0.05 * told["samples"], 1):
+            said.append(
+                f"{task}: {last} of {told['samples']} answers after the last task had no end after"
+                f" {told['max_new_tokens']} tokens and were cut off there; Task(max_new_tokens=…) allows more."
+            )
+    return said
+
+
 def _history(summary: dict[str, Any], values: list[float], row: int, methods: Sequence[Method]) -> str:
     """Describes how well a trained task was learnt, in `row`, and kept."""
     metric, last, learnt = summary["monitor"], values[-1], values[row]

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_cl.export.adapters import serving_lines, write_adapters
 from lightning_cl.export.formats import TRAINED, Exported, Format
 from lightning_cl.export.gguf import export_gguf, load_gguf_weights
 from lightning_cl.export.gguf_tokenizer import live_tokenizer
 from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
-from lightning_cl.export.losses import llama_loss, torch_loss
+from lightning_cl.export.losses import NOTHING, llama_loss, torch_loss
+from lightning_cl.export.mlx import export_mlx, mlx_losses
+from lightning_cl.export.mlx_adapter import export_adapter_mlx
 from lightning_cl.export.modelfile import write_modelfile, write_task_modelfiles
 from lightning_cl.export.sequences import HeldOut
+from lightning_cl.export.serving import ollama_name
+from lightning_cl.files import sha256
 from lightning_cl.models.adapters import using_adapter
 from lightning_cl.models.causal_lm import CausalLM
 from lightning_cl.models.loading import load_pretrained
+from lightning_cl.models.saving import write_cards
 from lightning_cl.passes.passes import leaving_no_trace
 
 _SAVED = "hf"
@@ -55,6 +62,7 @@ class Making:
         self.saved = folder / _SAVED
         self.formats: list[Format] = []
         self.adapter_files: dict[str, Path] = {}
+        self.adapter_folders: dict[str, Path] = {}
 
     def measure_trained(self) -> None:
         """Measures the model in memory."""
@@ -102,10 +110,16 @@ class Making:
     def _adapter_files(self) -> dict[str, Path]:
         """The GGUF file of each task's adapter; all are written at the first call."""
         if not self.adapter_files:
-            from lightning_cl.export.adapters import write_adapters  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-            self.adapter_files = write_adapters(self.module, self.folder, self.report, gguf=True)
+            self.adapter_files = write_adapters(self.module, self.folder, self.report)
         return self.adapter_files
+
+    def _adapter_folders(self) -> dict[str, Path]:
+        """The peft folder of each task's adapter; all are written at the first call."""
+        if self.adapter_files:  # each next to its folder
+            return {task: file.with_suffix("") for task, file in self.adapter_files.items()}
+        if not self.adapter_folders:
+            self.adapter_folders = write_adapters(self.module, self.folder, self.report, gguf=False)
+        return self.adapter_folders
 
     def _gguf_losses(self, path: Path) -> tuple[dict[str, float], str]:
         if not is_installed():
@@ -146,11 +160,22 @@ class Making:
         self._add(Format("ollama", tuple(map(self._name, paths)), sum(path.stat().st_size for path in paths)))
 
     def mlx(self) -> None:
-        """Writes a folder for mlx-lm, with the adapters if they are kept apart."""
-        from lightning_cl.export.mlx import export_mlx
-
+        """Writes a folder for mlx-lm, and the adapters next to it if they are kept apart."""
         out = export_mlx(self.saved, self.folder / "mlx")
-        self._add(Format("mlx", *self._content(out)))
+        adapters = {}
+        if self.task == "all":
+            for task, folder in self._adapter_folders().items():
+                place = self.folder / "mlx-adapters" / folder.name
+                adapters[task] = export_adapter_mlx(folder, place, self.saved)
+        losses, how = {}, ""
+        if self.sequences and importlib.util.find_spec("mlx_lm") is not None:
+            for task, sequences in self.sequences.items():
+                found = mlx_losses(out, sequences, adapters.get(task))
+                count = sum(number for _, number in found)
+                losses[task] = sum(total for total, _ in found) / count if count else NOTHING
+            how = "MLX"
+        (files, size), more = self._content(out), self._content(self.folder / "mlx-adapters")
+        self._add(Format("mlx", files + (more[0] if adapters else ()), size + more[1], losses, how))
 
     def finish(self, keep_saved: bool) -> None:
         """Writes the card and the index; the folder for ``transformers`` stays if it was asked for."""
@@ -167,8 +192,22 @@ class Making:
         tokens = {
             task: sum(label != -100 for each in rows for label in each.labels) for task, rows in self.sequences.items()
         }
-        exported = Exported(self.folder, tuple(self.formats), tokens, forgetting, self._checksums())
-        exported.write(self.folder)
+        exported = Exported(self.folder, tuple(self.formats), tokens, forgetting)
+        if any(each.name.startswith("gguf") for each in self.formats):
+            self._write_card(exported.rows())
+        replace(exported, checksums=self._checksums()).write(self.folder)
+
+    def _write_card(self, rows: Sequence[Sequence[str]]) -> None:
+        """Writes the card of the GGUF files."""
+        serving = ""
+        if self.adapter_files:
+            first = next(each.files[0] for each in self.formats if each.name.startswith("gguf"))
+            serving = serving_lines(self.folder, self.folder / first)
+        elif (self.folder / "Modelfile").is_file():
+            serving = f"ollama create {ollama_name(self.stem)} -f Modelfile"
+        base, settings = self.module.described_base(), self.module.settings_in_card()
+        task = None if self.task == "all" else self.task
+        write_cards({self.folder: task}, base, "quantized", self.report, settings, formats=rows, serving=serving)
 
     def _add(self, row: Format) -> None:
         self.formats.append(row)
@@ -183,12 +222,3 @@ class Making:
 
     def _checksums(self) -> dict[str, str]:
         return {self._name(path): sha256(path) for path in sorted(self.folder.rglob("*")) if path.is_file()}
-
-
-def sha256(path: Path) -> str:
-    """Returns a file's SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -117,7 +117,7 @@ def write_task_modelfiles(
     Raises:
         ValueError: as :func:`write_modelfile` does, or if two tasks would have one file.
     """
-    names = {task: "Modelfile." + re.sub(r"[^\w.-]+", "-", task) for task in adapters}
+    names = {task: modelfile_name(task) for task in adapters}
     if len({name.lower() for name in names.values()}) < len(names):
         raise ValueError(f"adapters={list(names)}: the names of two tasks give the same file; rename one of them")
     if "path" in arguments or "adapter" in arguments:
@@ -126,6 +126,11 @@ def write_task_modelfiles(
         task: write_modelfile(folder, gguf, adapter=file, path=Path(gguf).with_name(names[task]), **arguments)
         for task, file in adapters.items()
     }
+
+
+def modelfile_name(task: str) -> str:
+    """Returns the name of a task's Modelfile."""
+    return "Modelfile." + re.sub(r"[^\w.-]+", "-", task)
 
 
 # ------------------------------------------------------------------------------------------------- the format

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_cl.core.loops import steps_of_task
-from lightning_cl.evaluation.model_card import Kind, describe_base
+from lightning_cl.evaluation.model_card import Base, Kind, describe_base
 from lightning_cl.functional.cross_entropy import head_cross_entropy
 from lightning_cl.models.adapters import use_adapter
 from lightning_cl.models.expansion import Structure, moved_names, structure_of
@@ -370,7 +370,7 @@ class CausalLM(L.LightningModule):
         task: str | None = None,
         merge: bool = False,
         card: Mapping[str, Any] | str | Path | None = None,
-    ) -> None:
+    ) -> dict[Path, str | None]:
         """Saves model and tokenizer as a folder that transformers or peft loads; reads it again and compares.
 
         A model card, ``README.md``, is written too: base, tasks, matrix with definitions, fingerprints of the data.
@@ -384,6 +384,9 @@ class CausalLM(L.LightningModule):
                 weights; else the adapter alone is saved.
             card: the report of the run that the model card shows, or the path of its ``report.json``. None: that of
                 ``fit_tasks``, if these are the weights that it left.
+
+        Returns:
+            The folders that were written, each with the task whose adapter it has; None: it is the only one.
 
         Raises:
             ValueError: if there is nothing to merge, no such adapter, several to merge and no `task`, or `card` is no
@@ -417,8 +420,17 @@ class CausalLM(L.LightningModule):
             for place in folders:
                 self.tokenizer.save_pretrained(place)
         kind: Kind = "model" if self.lora is None else "merged" if merge else "adapter"
-        base = describe_base(self.source, self._base_checksum)
-        write_cards(folders, base, kind, card if card is not None else self.run_report, {"LoRA": self._scale or None})
+        report = card if card is not None else self.run_report
+        write_cards(folders, self.described_base(), kind, report, self.settings_in_card())
+        return folders
+
+    def described_base(self) -> Base:
+        """Returns the model before its first task, as cards name it: without a path of this machine."""
+        return describe_base(self.source, self._base_checksum)
+
+    def settings_in_card(self) -> dict[str, str | None]:
+        """Returns further settings that a model card shows."""
+        return {"LoRA": self._scale or None}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

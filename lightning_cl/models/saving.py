@@ -119,7 +119,7 @@ def _places(adapters: Mapping[str, str]) -> dict[str, str]:
     """For the folder of each task the adapter's name: the task's name, as far as a folder can have it."""
     places: dict[str, str] = {}
     for task, name in adapters.items():
-        place = slug = re.sub(r"[^\w.-]+", "_", task).strip("._") or "task"
+        place = slug = re.sub(r"[^\w.-]+", "_", task).strip("._-") or "task"
         while place.lower() in {other.lower() for other in places} | {"base"}:  # some disks know no capitals
             place = f"{slug}-{len(places) + 1}"
             slug = f"{slug}-"
@@ -244,6 +244,7 @@ def write_cards(
     kind: Kind,
     card: Mapping[str, Any] | str | Path | None,
     settings: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> None:
     """Writes a model card, ``README.md``, into each folder, in place of the one that peft has written.
 
@@ -253,13 +254,14 @@ def write_cards(
         kind: what is in the folders.
         card: the run's report, or the path of its ``report.json``; None: unknown.
         settings: further ones to show.
+        more: further arguments of :func:`~lightning_cl.evaluation.model_card.model_card`.
 
     Raises:
         ValueError: if `card` is no report.
     """
     report = json.loads(Path(card).read_text(encoding="utf-8")) if isinstance(card, (str, Path)) else card
     for folder, task in folders.items():
-        text = model_card(base, kind, report, task, settings)
+        text = model_card(base, kind, report, task, settings, **more)
         replace_file(folder / "README.md", partial(_write_text, text))
 
 

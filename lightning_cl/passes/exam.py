@@ -38,6 +38,7 @@ class Exam:
         scores: of each metric, the score of each exercise.
         generated_tokens: how many tokens were written.
         scored_tokens: how many tokens of choices were scored.
+        cut_off: how many answers had no end after the most tokens that they may have; their rest was never written.
         seconds: the time that it took.
     """
 
@@ -45,6 +46,7 @@ class Exam:
     scores: dict[str, list[float]]
     generated_tokens: int
     scored_tokens: int
+    cut_off: int
     seconds: float
 
 
@@ -101,7 +103,7 @@ def hold_exam(
     rows = task.batch_size or data.batch_size
     answers: dict[int, str] = {}
     likelihoods: dict[int, list[float]] = {}
-    written = scored = 0
+    written = scored = cut_off = 0
     try:
         with deployed(trainer, pl_module, task.name), trainer.precision_plugin.forward_context():
             if any(metric not in BY_LIKELIHOOD for metric in metrics):
@@ -109,8 +111,9 @@ def hold_exam(
                 for group in progress(trainer, groups, f"Answers: {task.name}", len(groups)):
                     chosen = [own[position] for position in group]
                     prompts = [exercises[i].prompt for i in chosen]
-                    ids = _written(model, data.tokenizer, prompts, max_new_tokens)
+                    ids, most = _written(model, data.tokenizer, prompts, max_new_tokens)
                     written += sum(map(len, ids))
+                    cut_off += sum(len(one) == most for one in ids)
                     texts = [data.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
                     answers |= dict(zip(chosen, texts, strict=True))
             if any(metric in BY_LIKELIHOOD for metric in metrics):
@@ -119,7 +122,7 @@ def hold_exam(
     finally:
         pl_module.to(device)
     scores = {i: _scores(exercises[i], metrics, answers.get(i, ""), likelihoods.get(i, [])) for i in own}
-    parts = from_all_ranks((answers, scores, written, scored))
+    parts = from_all_ranks((answers, scores, written, scored, cut_off))
     everything = {i: (part[0].get(i, ""), part[1][i]) for part in parts for i in part[1]}
     ordered = [everything[i] for i in range(len(exercises))]
     return Exam(
@@ -127,6 +130,7 @@ def hold_exam(
         {metric: [each[metric] for _, each in ordered] for metric in metrics},
         sum(part[2] for part in parts),
         sum(part[3] for part in parts),
+        sum(part[4] for part in parts),
         time.monotonic() - start,
     )
 
@@ -141,13 +145,13 @@ def _scores(exercise: Exercise, metrics: Sequence[str], answer: str, likelihoods
     }
 
 
-def _written(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-    """The new tokens of each prompt, as many as the model has positions for."""
+def _written(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int) -> tuple[list[list[int]], int]:
+    """The new tokens of each prompt, and how many it could have: as many as the model has positions for."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
         most = max(1, min(most, positions - max(map(len, prompts))))
-    return continue_tokens(model, prompts, most, pad_token_id(tokenizer), ends_of_answers(tokenizer))
+    return continue_tokens(model, prompts, most, pad_token_id(tokenizer), ends_of_answers(tokenizer)), most
 
 
 def _choices(exercise: Exercise) -> list[tuple[list[int], int]]:

@@ -15,6 +15,7 @@ from toys import TINY_LLAMA, Classifier, classification, trainer
 
 from lightning_cl import CausalLM, TaskAdapters, TaskDataModule, TaskMatrix, TrainedBPE, fit_tasks
 from lightning_cl.data.exercises import exercises_of
+from lightning_cl.evaluation.sentences import cut_off_sentences
 from lightning_cl.passes.choices import log_likelihoods
 from lightning_cl.passes.exam import hold_exam
 from lightning_cl.sequence.evaluate import evaluate_tasks
@@ -132,6 +133,36 @@ def test_an_oracle_gets_full_marks(done, monkeypatch):
         exam = hold_exam(run, made, module_data, task, exercises_of(module_data, task), 20)
         written = [scores for name, scores in exam.scores.items() if name != "acc"]
         assert all(set(scores) == {1.0} for scores in written)
+        assert exam.cut_off == 0
+
+
+def test_answers_without_an_end_are_counted_and_told(done, monkeypatch):
+    """Two of four have none: what a model would write after the last token that it may write is in no score."""
+    _, matrix, made, run = done
+    end = {}
+
+    def generate(input_ids, attention_mask, **settings):
+        end["id"] = settings["eos_token_id"][0]
+        new = torch.full((len(input_ids), settings["max_new_tokens"]), 5)
+        new[::2, -1] = end["id"]
+        return torch.cat([input_ids, new], 1)
+
+    monkeypatch.setattr(made.lm, "generate", generate)
+    task = run.datamodule.tasks[1]
+    exam = hold_exam(run, made, run.datamodule, task, exercises_of(run.datamodule, task), 6)
+    assert exam.cut_off == 2
+    summary = {"metrics": {"tasks": {"sums": {"samples": 4, "max_new_tokens": 6, "cut_off": {"2": 9, "10": 2}}}}}
+    assert cut_off_sentences(summary) == [
+        "sums: 2 of 4 answers after the last task had no end after 6 tokens and were cut off there;"
+        " Task(max_new_tokens=…) allows more."
+    ]
+    counts = matrix.summary()["metrics"]["tasks"]["sums"]["cut_off"]
+    assert set(counts) == {"0", "1", "2", "3"}
+    longest = matrix.summary()["metrics"]["tasks"]["sums"]["max_new_tokens"]
+    tokenizer = run.datamodule.tokenizer
+    answers = matrix._task_metrics.exams["sums"][3]["answers"]
+    whole = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) >= longest for answer in answers]
+    assert counts["3"] >= sum(whole)
 
 
 def test_report_files_and_scores(done):

@@ -191,6 +191,16 @@ def test_adapters_apart_each_compute_their_own_task(adapted, tmp_path, monkeypat
     assert len(row(done, "ollama").files) == 2
 
 
+@pytest.mark.parametrize("task", ["zoo", "all"])
+def test_mlx_computes_the_same_merged_and_apart(adapted, tmp_path, task):
+    pytest.importorskip("mlx_lm", reason="the extra mlx is not installed")
+    module, data = adapted
+    done = export_model(module, tmp_path / "out", ["mlx", "hf"], task=task, data=data, tokens=16)
+    assert row(done, "mlx").losses == approx(row(done, TRAINED).losses)
+    assert row(done, "mlx").measured == "MLX"
+    assert (tmp_path / "out" / "mlx-adapters").is_dir() == (task == "all")
+
+
 # ---------------------------------------------------------------------- refused, and failed
 
 

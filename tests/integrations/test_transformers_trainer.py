@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
+import forked
 import lightning as L
 import pytest
 import torch
@@ -88,7 +93,9 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()})
+        self.steps.append(
+            {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None}
+        )
 
 
 # ---------------------------------------------------------------------- penalties
@@ -258,24 +265,26 @@ def test_the_plan_names_its_sources_and_the_table_has_the_same_samples():
 class Killed(TrainerCallback):
     """Ends a run as a kill does: nothing after it is called."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, really=False):
+        self.step, self.really = step, really
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step and control.should_save is False:
+            if self.really:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise SystemError("killed")
 
 
-def sequence(folder, kill=None, resume=False):
+def sequence(folder, kill=None, resume=False, lora=False):
     """Two tasks with dropout, Adam, accumulation, replay, two penalties and a matrix; all objects are fresh."""
-    network = model(attention_dropout=0.2)
+    network = model(attention_dropout=0.2) if not lora else adapted(attention_dropout=0.2)
     methods = [ours.EWC(strength="auto", samples=8), ours.Replay(ratio=0.25), ours.SI(strength=0.01, apply="proximal")]
     matrix = ours.TaskMatrix()
 
     def make_trainer(task):
         settings = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "linear", "max_grad_norm": 1.0}
         saving = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
-        also = [Killed(kill[1])] if kill is not None and kill[0] == task.name else []
+        also = [Killed(*kill[1:])] if kill is not None and kill[0] == task.name else []
         return trainer(network, folder / task.name, task.train, also, **settings, **saving)
 
     tasks = [Task("a", samples(1, 24), val=samples(11)), Task("b", samples(2, 24), val=samples(12))]
@@ -288,7 +297,7 @@ def unbroken(tmp_path_factory):
     return sequence(tmp_path_factory.mktemp("unbroken"))
 
 
-@pytest.mark.parametrize("kill", [("a", 5), ("b", 3), ("b", 7)], ids=str)
+@pytest.mark.parametrize("kill", [("a", 5), ("b", 3)], ids=str)
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, unbroken, kill):
     with pytest.raises(SystemError):
         sequence(tmp_path, kill)
@@ -299,6 +308,47 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, unbroken, kill):
         assert all(torch.equal(method.importance[name], other.importance[name]) for name in other.importance)
     assert torch.equal(matrix.matrix, their_matrix.matrix)
     assert summary["average"] == their_summary["average"]
+
+
+def killed_in_its_second_task(folder):
+    """Runs in a process of its own, which gets SIGKILL in the middle of the second task."""
+    sequence(Path(folder), ("b", 7, True))
+
+
+def killed_while_it_writes(folder):
+    """Resumes in another process, which gets SIGKILL when half of the callbacks' state is on the disk."""
+    from lightning_cl.integrations._transformers import state_file
+
+    whole = state_file.save_file
+
+    def half(tensors, path, metadata):
+        whole(tensors, path, metadata=metadata)
+        if path.parent.name == "checkpoint-8" and path.parents[1].name == "b":
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    state_file.save_file = half
+    sequence(Path(folder), resume=True)
+
+
+def test_a_run_that_gets_sigkill_twice_resumes_bit_for_bit(tmp_path, unbroken):
+    """Replay, EWC and SI: in the middle of the second task, and while the next checkpoint is written."""
+    for kind in (killed_in_its_second_task, killed_while_it_writes):
+        code = f"import test_transformers_trainer as t; t.{kind.__name__}({str(tmp_path)!r})"
+        here = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+        done = forked.run("-c", code, env={**os.environ, "PYTHONPATH": here}, timeout=120)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    checkpoints = {path.name: path for path in (tmp_path / "b").glob("checkpoint-*")}
+    assert (checkpoints["checkpoint-4"] / "continual.safetensors").is_file()
+    assert not (checkpoints["checkpoint-8"] / "continual.safetensors").exists()
+    end, methods, matrix, _ = sequence(tmp_path, resume=True)
+    expected, theirs, their_matrix, _ = unbroken
+    assert all(torch.equal(end[name], expected[name]) for name in expected)
+    for method, other in zip(methods[::2], theirs[::2], strict=True):
+        assert all(torch.equal(method.importance[name], other.importance[name]) for name in other.importance)
+    assert torch.equal(matrix.matrix, their_matrix.matrix)
+    buffers = [[b.get(n)["input_ids"].tolist() for n in b.numbers] for b in (methods[1].buffer, theirs[1].buffer)]
+    assert buffers[0] == buffers[1]
 
 
 def test_the_report_is_that_of_a_run_under_lightning(unbroken, tmp_path):
@@ -361,6 +411,76 @@ def test_a_resumed_plan_is_that_of_the_run(tmp_path):
     network = model()
     trainer(network, tmp_path / "b", fresh.mix(samples(2)), [fresh], **saving).train(resume_from_checkpoint=str(folder))
     assert all(torch.equal(value, expected[name]) for name, value in weights(network).items())
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def adapted(**settings):
+    """The model with a LoRA adapter of peft; all but the adapter is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(7)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    network = get_peft_model(model(**settings), lora)
+    for name, p in network.named_parameters():
+        if "lora_" in name:  # neither factor is zero, and both have gradients worth the name
+            torch.nn.init.normal_(p, 0.0, 0.3)
+    return network
+
+
+def empirical_fisher(network, data):
+    """One sequence after another: Σ (∇ Σ_t log p)² / tokens, of the parameters that are trained."""
+    total, tokens = {}, 0
+    network.eval()
+    for sample in data:
+        count = int((sample["labels"][1:] != -100).sum())
+        network.zero_grad()
+        (network(**collate([sample])).loss * count).backward()
+        for name, p in network.named_parameters():
+            if p.requires_grad:
+                total[name] = total.get(name, 0) + p.grad**2
+        tokens += count
+    network.zero_grad()
+    return {name: value / tokens for name, value in total.items()}
+
+
+def test_under_peft_the_adapter_alone_is_held_and_the_base_stays(tmp_path):
+    network, new = adapted(), samples(2, 24)
+    base = {name: p for name, p in weights(network).items() if "lora_" not in name}
+    ewc = ours.EWC(strength=2000.0, estimator="empirical", samples=16, normalize=False)
+    replay, plain, seen = ours.Replay(ratio=0.25), Gradients(), Gradients()
+    trainer(network, tmp_path, replay.mix(samples(1), batch_size=4), [ewc, replay]).train()
+    anchor = {name: p for name, p in weights(network).items() if "lora_" in name}
+    fisher = empirical_fisher(network, samples(1))
+    assert ewc.importance.keys() == ewc.anchor.keys() == {f"model.{name}" for name in anchor}
+    for name, value in fisher.items():
+        torch.testing.assert_close(ewc.importance[f"model.{name}"], value, rtol=1e-4, atol=1e-9)
+        assert torch.equal(ewc.anchor[f"model.{name}"], anchor[name])
+    mixed = replay.mix(new, batch_size=4)
+    trainer(network, tmp_path, mixed, [plain, ewc, replay, seen], learning_rate=0.5).train()
+    assert mixed.replayed_share() > 0.2
+    shares = []
+    for before, after in zip(plain.steps, seen.steps, strict=True):
+        assert before.keys() == anchor.keys()
+        for name, (theta, gradient) in before.items():
+            penalty = 2000.0 * fisher[name] * (theta - anchor[name])
+            shares.append(float(penalty.norm() / gradient.norm()))
+            torch.testing.assert_close(after[name][1], gradient + penalty, rtol=1e-4, atol=1e-8)
+    assert max(shares) > 0.01
+    end = weights(network)
+    assert all(torch.equal(end[name], value) for name, value in base.items())
+    assert furthest(end, anchor) > 1e-3
+
+
+def test_under_peft_a_killed_run_resumes_bit_for_bit(tmp_path):
+    expected, theirs, _, _ = sequence(tmp_path / "unbroken", lora=True)
+    with pytest.raises(SystemError):
+        sequence(tmp_path / "killed", ("b", 7), lora=True)
+    end, methods, _, _ = sequence(tmp_path / "killed", resume=True, lora=True)
+    assert all(torch.equal(end[name], expected[name]) for name in expected)
+    assert methods[0].importance.keys() == theirs[0].importance.keys()
+    assert all("lora_" in name for name in methods[0].importance)
 
 
 # ---------------------------------------------------------------------- refusals

@@ -104,7 +104,11 @@ class TaskMetrics:
         return made[task.name, most]
 
     def _keep(self, task: Task, trained: int, exam: Exam) -> None:
-        self.exams.setdefault(task.name, {})[trained] = {"answers": exam.answers, "scores": exam.scores}
+        self.exams.setdefault(task.name, {})[trained] = {
+            "answers": exam.answers,
+            "scores": exam.scores,
+            "cut_off": exam.cut_off,
+        }
 
     def _check_same(self, task: Task, exercises: Sequence[Exercise], longest: int, trained: int) -> None:
         """Forgets a task's earlier answers if they are answers to other exercises, and warns."""
@@ -204,7 +208,10 @@ class TaskMetrics:
             "scores": results,
             "split": self.split,
             "samples": self.samples,
-            "tasks": {task: {key: asked[key] for key in kept} for task, asked in self.asked.items()},
+            "tasks": {
+                task: {key: asked[key] for key in kept} | {"cut_off": self._cut_off(task)}
+                for task, asked in self.asked.items()
+            },
             "definitions": {
                 name: "each task by the first of its metrics" if name == MAIN else DEFINITIONS[name]
                 for name in self.names()
@@ -213,6 +220,10 @@ class TaskMetrics:
             "changes": [dict(change) for change in self.changes],
             "answers": {task: self._side_by_side(task) for task in self.asked},
         }
+
+    def _cut_off(self, task: str) -> dict[str, int]:
+        """After how many trained tasks how many answers were cut off."""
+        return {str(row): exam["cut_off"] for row, exam in sorted(self.exams.get(task, {}).items())}
 
     def _side_by_side(self, task: str) -> list[dict[str, Any]]:
         """A few exercises with their answers after each task: those that became worse since the best row come first."""
@@ -245,6 +256,7 @@ class TaskMetrics:
                     row: {
                         "answers": list(exam["answers"]),
                         "scores": {name: list(scores) for name, scores in exam["scores"].items()},
+                        "cut_off": exam["cut_off"],
                     }
                     for row, exam in exams.items()
                 }
@@ -259,7 +271,10 @@ class TaskMetrics:
         """Restores :meth:`state`; None: of a checkpoint without metrics."""
         self.clear()
         if state is not None:
-            self.exams = {task: {int(row): dict(exam) for row, exam in e.items()} for task, e in state["exams"].items()}
+            self.exams = {
+                task: {int(row): {"cut_off": 0, **exam} for row, exam in exams.items()}
+                for task, exams in state["exams"].items()
+            }
             self.asked = {task: dict(asked) for task, asked in state["asked"].items()}
             self.costs = [dict(cost) for cost in state["costs"]]
             self.changes = [dict(change) for change in state["changes"]]
