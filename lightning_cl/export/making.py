@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from lightning_cl.export.gguf import export_gguf, load_gguf_weights
 from lightning_cl.export.gguf_tokenizer import live_tokenizer
 from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
 from lightning_cl.export.losses import NOTHING, llama_loss, torch_loss
-from lightning_cl.export.mlx import export_mlx, mlx_losses
+from lightning_cl.export.mlx import export_mlx, is_quick, mlx_losses
 from lightning_cl.export.mlx_adapter import export_adapter_mlx
 from lightning_cl.export.modelfile import write_modelfile, write_task_modelfiles
 from lightning_cl.export.sequences import HeldOut
@@ -190,7 +189,7 @@ class Making:
                 place = self.folder / "mlx-adapters" / folder.name
                 adapters[task] = export_adapter_mlx(folder, place, self.saved)
         losses, how = {}, ""
-        if self.sequences and importlib.util.find_spec("mlx_lm") is not None:
+        if self.sequences and is_quick(out):
 
             def loss(task: str) -> float:
                 found = mlx_losses(out, self.sequences[task], adapters.get(task))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from lightning_cl.buffers.disk.layout import RECORD, DamagedFileError
 from lightning_cl.data.text.tokenizer import fingerprint
 from lightning_cl.export.jsonl import write_jsonl
 from lightning_cl.export.memory import read_memory, save_buffer, save_memory
+from lightning_cl.export.mlx import import_mlx_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CHATML = (
@@ -274,6 +277,15 @@ def test_completions_keep_the_prompt_out_of_the_loss(tmp_path):
     assert write_jsonl(saved, tokenizer, tmp_path, 0, "completions") == (6, 0, 0, 6)
     assert [tuple(line.values()) for line in texts_of(tmp_path)["train"]] == chats
     assert write_jsonl(saved, tokenizer, tmp_path, 0).unmasked > 6 * 10
+    written = [(sample["input_ids"].tolist(), int(sample["loss_mask"].int().argmax())) for sample in buffer.items]
+    if importlib.util.find_spec("mlx_lm") is not None:  # its own reader gives these ids, and where the answer begins
+        import_mlx_lm()
+        from mlx_lm.tuner.datasets import load_local_dataset
+
+        write_jsonl(saved, tokenizer, tmp_path, 0.3, "completions")
+        sets = load_local_dataset(tmp_path, tokenizer, SimpleNamespace(mask_prompt=True))
+        assert sorted(tuple(each.process(each[i])) for each in sets for i in range(len(each))) == sorted(written)
+        assert [len(each) for each in sets] == [4, 2, 0]
     buffer.add({"input_ids": torch.tensor([5, 6, 7]).int(), "loss_mask": torch.ones(3).bool()}, "b")
     with pytest.raises(ValueError, match="sample 6 of task 'b' is no prompt and answer"):
         write_jsonl(save_buffer(buffer, saved), tokenizer, tmp_path, 0, "completions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -283,6 +284,14 @@ def test_losses_are_those_of_torch(mx, base, tmp_path):
     with pytest.raises(ValueError, match=r"sequences\[0\]: 2 ids and 1 labels"):
         mlx_losses(base, [([1, 2], [1])])
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == LIMIT
+
+
+def test_large_models_are_not_computed_on_the_cpu(mx, base, monkeypatch):
+    assert export.is_quick(base)
+    monkeypatch.setattr(export, "_SMALL", 1000)
+    assert export.is_quick(base) == (mx.default_device() == mx.gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not export.is_quick(base)
 
 
 def test_without_mlx_the_extra_is_named(monkeypatch):
