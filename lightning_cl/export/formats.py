@@ -110,7 +110,7 @@ class Exported:
         if self.on_training_data:
             said.append(f"Without validation data, and so over training data: {', '.join(self.on_training_data)}.")
         trained = next((each.losses for each in self.formats if each.name == TORCH), {})
-        for each in self.formats:
+        for each in (each for each in self.formats if each.files):
             rises = {task: loss - trained.get(task, math.nan) for task, loss in each.losses.items()}
             rises = {task: rise for task, rise in rises.items() if not math.isnan(rise)}
             mean = sum(rises.values()) / len(rises) if rises else 0.0

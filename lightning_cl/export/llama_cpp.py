@@ -62,6 +62,8 @@ class LlamaCpp:
         self._adapters = len(adapters)
         self._scales: tuple[float, ...] = ()
         self._server = xllamacpp.Server(settings)
+        # A server that is ended before its loop runs never ends: one answer shows that it does.
+        self._server.handle_completions({"prompt": [0], "max_tokens": 1, "temperature": 0})
 
     @cached_property
     def size(self) -> int:

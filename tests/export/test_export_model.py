@@ -89,6 +89,12 @@ def loss_of(model, ids):
     return -sum(float(logits[i - 1, ids[i]]) for i in range(1, len(ids))) / (len(ids) - 1)
 
 
+def mean_loss(model, rows):
+    """The mean over the tokens of all sequences, each computed by itself."""
+    weights = [len(each.ids) - 1 for each in rows]
+    return sum(w * loss_of(model, each.ids) for w, each in zip(weights, rows, strict=True)) / sum(weights)
+
+
 def row(done, name):
     return next(each for each in done.formats if each.name == name)
 
@@ -131,9 +137,7 @@ def test_losses_are_those_of_the_same_tokens_in_every_format(trained, tmp_path):
     expected = {}
     for task in data.tasks:
         rows = held_out_sequences(data, task, 40)
-        weights = [len(each.ids) - 1 for each in rows]
-        losses = [loss_of(module.lm.eval(), each.ids) for each in rows]
-        expected[task.name] = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+        expected[task.name] = mean_loss(module.lm.eval(), rows)
     assert row(done, TORCH).losses == approx(expected, 1e-5)
     assert row(done, "gguf f32").losses == approx(expected)
     assert row(done, "hf").losses == approx(expected, 1e-5)
@@ -185,8 +189,8 @@ def test_a_tasks_adapter_is_merged(adapted, tmp_path, task):
     done = export_model(module, tmp_path / "out", ["gguf"], "f32", task, data, tokens=16)
     assert row(done, "gguf f32").losses == approx(row(done, TORCH).losses)
     module.use_task(task)
-    ids = held_out_sequences(data, data.tasks[0], 16)[0].ids
-    assert row(done, TORCH).losses["zoo"] == pytest.approx(loss_of(module.lm.eval(), ids), abs=1e-5)
+    rows = held_out_sequences(data, data.tasks[0], 16)
+    assert row(done, TORCH).losses["zoo"] == pytest.approx(mean_loss(module.lm.eval(), rows), abs=1e-5)
 
 
 def test_the_mean_of_all_adapters_is_another_model_than_each(adapted, tmp_path):
@@ -204,15 +208,15 @@ def test_adapters_that_add_up_are_exported_as_their_sum(adapted, tmp_path):
     """As OrthogonalLoRA leaves them: all are in use at once, for every task."""
     module, data = adapted
     use_adapters(module, list(TEXTS))
-    ids = held_out_sequences(data, data.tasks[1], 16)[0].ids
+    rows = held_out_sequences(data, data.tasks[1], 16)
     with pytest.raises(ValueError, match="task='all': this model adds the adapters of all tasks up"):
         export_model(module, tmp_path / "no", ["hf"], task="all")
     done = export_model(module, tmp_path / "out", ["gguf", "hf"], "f32", None, data, tokens=16)
-    expected = loss_of(module.lm.eval(), ids)
+    expected = mean_loss(module.lm.eval(), rows)
     for name in (TORCH, "gguf f32", "hf"):
         assert row(done, name).losses["ant/2"] == pytest.approx(expected, abs=2e-4)
     module.use_task("zoo")
-    assert abs(loss_of(module.lm, ids) - expected) > 1e-2
+    assert abs(mean_loss(module.lm, rows) - expected) > 1e-2
 
 
 @pytest.mark.parametrize("to", ["hf", "mlx", "ollama"])
@@ -230,7 +234,7 @@ def test_a_task_without_an_adapter_is_measured_on_the_base(adapted, tmp_path, mo
     module.use_task("ant/2")
     done = export_model(module, tmp_path / "out", ["gguf"], "f32", "all", data, tokens=16)
     module.use_task(None)
-    base = loss_of(module.lm.eval(), held_out_sequences(data, data.tasks[1], 16)[0].ids)
+    base = mean_loss(module.lm.eval(), held_out_sequences(data, data.tasks[1], 16))
     assert row(done, TORCH).losses["ant/2"] == pytest.approx(base, abs=1e-5)
     assert row(done, "gguf f32").losses == approx(row(done, TORCH).losses)
 
@@ -260,7 +264,7 @@ def test_adapters_apart_each_compute_their_own_task(adapted, tmp_path, monkeypat
     expected = {}
     for task in data.tasks:
         module.use_task(task.name)
-        expected[task.name] = loss_of(module.lm.eval(), held_out_sequences(data, task, 16)[0].ids)
+        expected[task.name] = mean_loss(module.lm.eval(), held_out_sequences(data, task, 16))
     assert row(done, TORCH).losses == approx(expected, 1e-5)
     assert row(done, "gguf f32").losses == approx(expected)
     assert len(row(done, "ollama").files) == 2
