@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from forked import save_one_pixel
+import torch
+from pictures import nobody_looks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,7 +24,7 @@ LONGEST_FILES = [
     "tests/test_resume.py",
 ]
 # What the pictures show, and what has reached the disk, is tested here.
-TESTS_OF_PICTURES = ("test_figure.py", "test_report.py", "test_readme.py")
+TESTS_OF_PICTURES = ("test_figure.py", "test_report.py", "test_report_page.py", "test_readme.py")
 TESTS_OF_DISKS = ("test_disk.py", "test_storage_on_disk.py")
 
 
@@ -34,11 +35,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pictures_are_composed_but_not_rendered(request):
-    """Rendering takes more time than the training of a tiny model: elsewhere a picture's file holds one pixel."""
+def pictures_are_composed_once_and_not_rendered(request):
+    """They take more time than the training of a tiny model: elsewhere a picture's file holds one pixel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name not in TESTS_OF_PICTURES:
-            patch.setattr("lightning_cl.evaluation.figure.save", save_one_pixel)
+            nobody_looks(patch.setattr)
         yield
 
 
@@ -51,6 +52,23 @@ def installed_packages_are_searched_once():
         patch.setattr(
             callback_connector, "_load_external_callbacks", cache(callback_connector._load_external_callbacks)
         )
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logged_metrics_are_moved_where_they_are_not():
+    """Each call of ``log`` moves all that Lightning knows of the metric to the device of the value."""
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
+
+    move = _ResultMetric.to
+
+    def to(self, *place, **how):
+        held = [value.device for value in self.__dict__.values() if isinstance(value, torch.Tensor)]
+        there = self.is_tensor and not how and all((device,) == place for device in held)
+        return self if there else move(self, *place, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ResultMetric, "to", to)
         yield
 
 
