@@ -66,7 +66,7 @@ def test_a_push_is_private_unless_it_is_said_to_be_public(run, tmp_path, monkeyp
 def test_the_memory_goes_into_a_folder_of_its_own(run, tmp_path):
     output = Output("export", run, "--to", "hf", "--out", tmp_path / "out", "--memory", tmp_path / "memory")
     assert output.code == 0, output.err
-    assert "8 samples of the run's buffer, which are training data, word for word" in output.out
+    assert "8 samples of the buffer of Replay, which are training data, word for word" in output.out
     lines = [
         json.loads(line)["text"]
         for name in ("train.jsonl", "valid.jsonl")
@@ -84,6 +84,8 @@ def test_the_memory_goes_into_a_folder_of_its_own(run, tmp_path):
         (["--type", "q9"], "type='q9': expected one of"),
         (["--task", "cow"], "--task=cow: expected one of zoo, ant"),
         (["more"], "'more': expected one run's folder"),
+        (["--type", "q4_k_m"], "type='q4_k_m': is a mix of types.*expected 'q4_k'.*llama-quantize"),
+        (["--memory", "RUN/export/final/memory"], "is in the model's folder"),
         (["--push", "mine"], "repo_id='mine': has no owner"),
         (["--public"], "--public: of the repository that --push names"),
     ],
@@ -91,10 +93,20 @@ def test_the_memory_goes_into_a_folder_of_its_own(run, tmp_path):
 def test_a_wrong_argument_is_answered_on_one_line(run, arguments, message):
     import re
 
-    output = Output("export", run, *arguments)
+    output = Output("export", run, *(argument.replace("RUN", str(run)) for argument in arguments))
     assert output.code == 1
     assert re.search(message, output.err)
     assert "Traceback" not in output.err
+
+
+def test_an_export_with_fewer_formats_does_not_replace_one(run, tmp_path):
+    assert Output("export", run, "--to", "hf, gguf", "--type", "Q8_0", "--out", tmp_path, "--tokens", 8).code == 0
+    before = sorted(path.name for path in tmp_path.iterdir())
+    output = Output("export", run, "--to", "hf", "--out", tmp_path)
+    assert output.code == 1
+    assert "has gguf q8_0 of an earlier export, which would be replaced" in output.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert Output("export", run, "--to", "hf,ollama", "--type", "q8_0", "--out", tmp_path, "--tokens", 8).code == 0
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

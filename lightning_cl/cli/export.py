@@ -20,10 +20,12 @@ from lightning_cl.core.deployment import deployed
 from lightning_cl.core.task_files import BEFORE_END
 from lightning_cl.data import TaskDataModule
 from lightning_cl.export.adapters import INDEX, serving_lines
+from lightning_cl.export.formats import Exported
 from lightning_cl.export.handover import check_formats, check_types, export_model
 from lightning_cl.export.jsonl import write_jsonl
-from lightning_cl.export.memory import read_index, save_memory
+from lightning_cl.export.memory import list_memories, read_index, save_memory
 from lightning_cl.export.push import check_repo_id, push_folder
+from lightning_cl.export.serving import ollama_name
 from lightning_cl.models.adapter_names import task_name
 from lightning_cl.models.adapters import list_adapters
 from lightning_cl.models.causal_lm import CausalLM
@@ -73,8 +75,7 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
     given, rest = _parser().parse_known_args(list(arguments[1:]))
     if rest and not rest[0].startswith("-"):
         raise ValueError(f"export: {rest[0]!r}: expected one run's folder, and options")
-    to = given.to.split(",")
-    types = given.type.split(",")
+    to, types = ([name.strip() for name in names.split(",")] for names in (given.to, given.type))
     if "gguf" in check_formats(to):
         check_types(types)
     if given.push is not None:
@@ -83,6 +84,10 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
         raise ValueError("--public: of the repository that --push names; give both, or neither")
     run: Path = given.run
     last = last_boundary(run)
+    stem = given.name or (run.absolute().parent.name if run.name.startswith("version_") else run.absolute().name)
+    place = "final" if given.task is None else re.sub(r"[^\w.-]+", "-", given.task)
+    folder = given.out or run / "export" / place
+    memories = _check_memory(given.memory, last, folder)
     loaded = load(["validate", "--run", str(run), *rest, *_ONE_PROCESS])
     if not isinstance(loaded.module, CausalLM):
         raise ValueError(
@@ -91,11 +96,8 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
         )
     checkpoint, task = _checkpoint(run, last, given.task, loaded.data.trained_tasks)
     _load_weights(loaded, checkpoint)
-    memory = "" if given.memory is None else _write_memory(checkpoint, given.memory, loaded.data.tokenizer)
+    memory = [_write_memory(checkpoint, name, place, loaded.data.tokenizer) for name, place in memories.items()]
     report = _report(run, checkpoint)
-    stem = given.name or (run.absolute().parent.name if run.name.startswith("version_") else run.absolute().name)
-    place = "final" if given.task is None else re.sub(r"[^\w.-]+", "-", given.task)
-    folder = given.out or run / "export" / place
     # A router of adapters, which is a part of the view, would choose others than those that are written.
     adapted = loaded.module.lora is not None and list_adapters(loaded.module)
     view = nullcontext() if adapted else deployed(loaded.trainer, loaded.module, given.task)
@@ -114,35 +116,62 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
             num_ctx=given.num_ctx,
             tokens=given.tokens,
         )
-    sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(folder, stem)}\n{memory}")
+    sys.stdout.write(f"\n{folder}\n{done}\n\n{_next_lines(done, stem)}\n{''.join(memory)}")
     if given.push is not None:
         url = push_folder(folder, given.push, private=not given.public)
         sys.stdout.write(f"\n{url}: {'public' if given.public else 'private'}\n")
     return 0
 
 
-def _write_memory(checkpoint: Path, folder: Path, tokenizer: Any) -> str:
-    """Writes what the buffer holds, for programs that train on, and says what is in it."""
-    save_memory(checkpoint, folder)
+def _check_memory(folder: Path | None, checkpoint: Path, out: Path) -> dict[str, Path]:
+    """For each callback with a buffer the folder for its samples; several have a folder each in the one given.
+
+    Raises:
+        ValueError: if the run keeps no samples, or the folder is in that of the model.
+    """
+    if folder is None:
+        return {}
+    names = list_memories(checkpoint)
+    if not names:
+        raise ValueError(f"--memory={folder}: no callback of the run keeps samples")
+    if out.absolute() in (folder.absolute(), *folder.absolute().parents):
+        raise ValueError(f"--memory={folder}: is in the model's folder {out}, which is handed on; give another")
+    return {name: folder / name if len(names) > 1 else folder for name in names}
+
+
+def _write_memory(checkpoint: Path, callback: str, folder: Path, tokenizer: Any) -> str:
+    """Writes what a buffer holds, for programs that train on, and says what is in it."""
+    save_memory(checkpoint, folder, callback)
     count = read_index(folder)["samples"]
     written = write_jsonl(folder, tokenizer, folder)
-    return (
-        f"\n{folder}: {count} samples of the run's buffer, which are training data, word for word. train.jsonl has"
-        f" {written.train} of them and valid.jsonl {written.valid}: mlx_lm.lora --data {shlex.quote(str(folder))}\n"
-    )
+    lines = [
+        f"\n{folder}: {count} samples of the buffer of {callback}, which are training data, word for word.",
+        f"  train.jsonl has {written.train} of them and valid.jsonl {written.valid}, as texts:"
+        f" mlx_lm.lora --data {shlex.quote(str(folder))}",
+    ]
+    if written.changed or written.unmasked:
+        lines.append(
+            f"  As texts, {written.changed} samples are read as other tokens, and {written.unmasked} tokens that bore"
+            " no loss (prompts) are learnt; lightning_cl.export.mlx_loop reads them as they were."
+        )
+    return "\n".join(lines) + "\n"
 
 
-def _next_lines(folder: Path, stem: str) -> str:
+def _next_lines(done: Exported, stem: str) -> str:
     """The command lines that use what was written."""
+    folder = done.folder
+    file = next((folder / each.files[0] for each in done.formats if each.name.startswith("gguf")), None)
+    lines = []
     if (folder / INDEX).is_file():
-        return serving_lines(folder)
-    file = next(iter(sorted(folder.glob("*.gguf"))), None)
-    lines = [f"llama-server -m {shlex.quote(str(file))}"] if file is not None else []
+        lines = [serving_lines(folder, file)]
+    elif file is not None:
+        lines = [f"llama-server -m {shlex.quote(str(file))}"]
     if (folder / "Modelfile").is_file():
-        place = shlex.quote(str(folder / "Modelfile"))
-        lines.append(f"ollama create {shlex.quote(stem.lower())} -f {place} && ollama run {shlex.quote(stem.lower())}")
+        name, place = ollama_name(stem), shlex.quote(str(folder / "Modelfile"))
+        lines.append(f"ollama create {name} -f {place} && ollama run {name}")
     if (folder / "mlx").is_dir():
-        lines.append(f"mlx_lm.generate --model {shlex.quote(str(folder / 'mlx'))} --prompt 'Hello'")
+        place = shlex.quote(str(folder / "mlx"))
+        lines.append(f"mlx_lm.chat --model {place}   # for 4 bits, first: mlx_lm.convert --hf-path {place} -q")
     return "\n".join(lines)
 
 
@@ -159,12 +188,15 @@ def _parser() -> argparse.ArgumentParser:
         "--to", default="gguf,ollama", help="formats: gguf, ollama, mlx, hf, joined by commas; default: gguf,ollama"
     )
     parser.add_argument(
-        "--type", default="q8_0", help="of the GGUF file: f32, f16, bf16, q8_0, q6_k, q4_k …, or several; default: q8_0"
+        "--type",
+        default="q8_0",
+        help="type of the numbers in the GGUF file: f32, f16, bf16, q8_0, q6_k, q4_k …, or several, joined by commas;"
+        " default: q8_0",
     )
     parser.add_argument(
         "--task",
-        help="a task with an adapter: it is merged; mean: the mean of all adapters is; all: they stay apart. Without"
-        " adapters: the model as it was after that task",
+        help="with an adapter for each task: a task's name merges its adapter, mean merges the mean of all, all writes"
+        " one file per adapter. Without adapters: the model as it was after that task",
     )
     parser.add_argument("--out", type=Path, help="the folder; default: RUN/export/final, or RUN/export/TASK")
     parser.add_argument(
@@ -175,14 +207,19 @@ def _parser() -> argparse.ArgumentParser:
         " lightning_cl.export.mlx_loop, train.jsonl and valid.jsonl for mlx_lm.lora",
     )
     parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub, which is private"
+        "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub, which is made private"
     )
-    parser.add_argument("--public", action="store_true", help="with --push: the repository is public")
-    parser.add_argument("--name", help="of the files; default: the run's name")
+    parser.add_argument("--public", action="store_true", help="make the repository of --push public")
+    parser.add_argument("--name", help="start of the file names; default: the run's name")
     parser.add_argument("--system", help="text that Ollama begins each conversation with")
-    parser.add_argument("--num_ctx", type=int, help="positions of a conversation in Ollama; default: at most 8192")
     parser.add_argument(
-        "--tokens", type=int, default=512, help="of each task, to measure losses on; default: 512 validation tokens"
+        "--num_ctx", type=int, help="longest conversation in Ollama, in tokens; default: the model's, at most 8192"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=512,
+        help="validation tokens of each task that losses are measured on; default: 512",
     )
     return parser
 

@@ -15,7 +15,9 @@ from lightning_cl.version import __version__
 Kind = Literal["model", "adapter", "merged", "quantized"]
 
 _LIBRARY = {"adapter": "peft", "quantized": "gguf"}
-_RELATION = {"adapter": "adapter", "quantized": "quantized"}
+_RELATION = {"adapter": "adapter"}
+
+_WEIGHTS_TELL = "The model itself can repeat texts that it was trained on, and the names of its tasks are in this card."
 
 _NO_REPORT = "How well it knows its tasks was not measured, or its weights were changed since: there is no matrix."
 
@@ -56,6 +58,7 @@ def model_card(
     task: str | None = None,
     settings: Mapping[str, Any] | None = None,
     formats: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
     serving: str = "",
     names_no_base: bool = False,
 ) -> str:
@@ -72,6 +75,7 @@ def model_card(
         settings: further ones to show, as of LoRA.
         formats: rows of a table of the files' formats, its head first, as
             :meth:`lightning_cl.export.formats.Exported.rows` gives them.
+        notes: sentences under that table.
         serving: command lines that serve the model.
         names_no_base: the adapter's ``adapter_config.json`` has no local path; the base's name on the hub is there, or
             none.
@@ -87,7 +91,7 @@ def model_card(
         whose = f"{task} of the adapters of all tasks" if joined else f"adapter of the task {_text(task)}"
         lines += [f"- this is the {whose}"]
     lines += [""]
-    lines += ["## Formats", "", *_table(formats[0], formats[1:]), ""] if formats else []
+    lines += ["## Formats", "", *_table(formats[0], formats[1:]), "", *map(_item, notes), ""] if formats else []
     lines += _evidence(report) if report is not None else ["## Results", "", _NO_REPORT, ""]
     lines += _kept_data(report)
     lines += _how_to_load(kind, base, names_no_base)
@@ -110,7 +114,7 @@ def _front_matter(base: Base, kind: Kind) -> list[str]:
         "  - continual-learning",
         "  - lightning-cl",
         *tags.get(kind, []),
-        "# license: yours to choose; it has to fit the base's and the data's",
+        "# license: that of the base goes along, and the data's; see the base's card before you name one",
         "---",
     ]
 
@@ -193,13 +197,16 @@ def _kept_data(report: Mapping[str, Any] | None) -> list[str]:
         place = "in the run's folder" if told.get("storage", "disk") == "disk" else "in the run's checkpoints"
         rows.append([name, what, _counted(counts), place])
     if not rows:
-        return [*lines, "None: no method of the run keeps samples. This folder holds no training samples.", ""]
+        none = "None: no method of the run keeps samples. This folder holds no training samples."
+        return [*lines, f"{none} {_WEIGHTS_TELL}", ""]
     return [
         *lines,
         *_table(["method", "what", "samples by task", "where"], rows),
         "",
         "What is verbatim is text of the people who wrote the training data. **It is not in this folder.** It is in the"
         " run's folder and its checkpoints, and goes along when those are handed on.",
+        "",
+        _WEIGHTS_TELL,
         "",
     ]
 

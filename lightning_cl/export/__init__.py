@@ -1,1 +1,49 @@
-"""Files for other programs, made from folders that ``save_pretrained`` wrote."""
+"""Models and memories for other programs: llama.cpp, Ollama, MLX, servers of adapters, the hub.
+
+The names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_cl.export.adapters import write_adapters
+    from lightning_cl.export.callback import Export
+    from lightning_cl.export.gguf import export_gguf
+    from lightning_cl.export.handover import export_model
+    from lightning_cl.export.memory import save_memory
+    from lightning_cl.export.mlx import export_mlx
+    from lightning_cl.export.modelfile import write_modelfile
+    from lightning_cl.export.push import push_folder
+
+_HOME = {
+    "Export": "callback",
+    "export_gguf": "gguf",
+    "export_mlx": "mlx",
+    "export_model": "handover",
+    "push_folder": "push",
+    "save_memory": "memory",
+    "write_adapters": "adapters",
+    "write_modelfile": "modelfile",
+}
+
+__all__ = [
+    "Export",
+    "export_gguf",
+    "export_mlx",
+    "export_model",
+    "push_folder",
+    "save_memory",
+    "write_adapters",
+    "write_modelfile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

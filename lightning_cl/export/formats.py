@@ -91,8 +91,7 @@ class Exported:
             for task in tasks:
                 loss = each.losses.get(task, math.nan)
                 base = trained.losses.get(task, math.nan) if trained is not None and each is not trained else 0.0
-                sign = "" if each is trained else "+"
-                cells.append("–" if math.isnan(loss - base) else f"{loss - base:{sign}.3f}")
+                cells.append(_cell(loss - base, signed=trained is not None and each is not trained))
             size = f"{each.bytes / 1e6:,.1f} MB" if each.bytes else "–"
             table.append([each.name, size, *cells, *([each.measured or "–"] if tasks else [])])
         return table
@@ -105,7 +104,7 @@ class Exported:
             over = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             said.append(
                 f"Losses in nats a token, over {over} tokens of each task's validation data; all but {TORCH!r} as"
-                " differences to it."
+                " differences to it. They are other tokens than those of the run's matrix."
             )
         if self.on_training_data:
             said.append(f"Without validation data, and so over training data: {', '.join(self.on_training_data)}.")
@@ -118,7 +117,7 @@ class Exported:
                 worst = max(rises, key=lambda task: rises[task])
                 text = f"{each.name} costs {mean:.3f} nats a token on average, most on {worst} ({rises[worst]:.3f})"
                 if self.forgetting is not None:
-                    text += f"; the tasks that came later cost {self.forgetting:.3f}"
+                    text += f"; the tasks that came later cost {_cell(self.forgetting, signed=False)}"
                 said.append(f"{text}.")
         return said
 
@@ -131,6 +130,12 @@ class Exported:
             for name, *cells in table
         ]
         return "\n".join([*lines, *self.sentences()])
+
+
+def _cell(value: float, signed: bool) -> str:
+    """A number with three digits; a difference that is none has no sign."""
+    text = "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.3f}"
+    return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 def _plain(value: Any) -> Any:

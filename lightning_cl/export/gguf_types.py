@@ -133,7 +133,14 @@ def file_type(name: str) -> FileType:
         ValueError: if there is no such type.
         ImportError: if ``gguf``, or ``libgguf`` for a K-type, is not installed.
     """
-    found = FILE_TYPES.get(name.lower()) if isinstance(name, str) else None
+    known = name.lower().strip() if isinstance(name, str) else ""
+    found = FILE_TYPES.get(known.removesuffix("_s"))  # llama.cpp writes Q4_K_S for files whose matrices are all Q4_K
+    if found is None and known.removesuffix("_m").removesuffix("_l") in FILE_TYPES:
+        least = known[:-2]
+        raise ValueError(
+            f"type={name!r}: is a mix of types by a rule of llama.cpp's own; expected {least!r} (its {least}_s), or"
+            f" make it from the f16 file: llama-quantize FILE-f16.gguf FILE.gguf {known.upper()}"
+        )
     if found is None:
         raise ValueError(f"type={name!r}: expected one of {list(FILE_TYPES)}")
     _ = gguf.GGUFWriter  # raises where the package is missing

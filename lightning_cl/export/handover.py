@@ -50,7 +50,7 @@ def export_model(
 
     Args:
         module: the model, with its weights.
-        folder: where to. A folder of an earlier export is replaced at the end.
+        folder: where to. An earlier export there is replaced at the end, if all of its formats are written again.
         to: the formats, of ``gguf``, ``ollama``, ``mlx``, ``hf``; with ``ollama`` there is a GGUF file too.
         type: of the numbers in the GGUF file (:func:`~lightning_cl.export.gguf.export_gguf`), or several types.
         task: with an adapter for each task: a task's name merges its adapter; ``mean`` merges the mean of all;
@@ -84,6 +84,7 @@ def export_model(
     measured = [] if data is None else data.tasks
     sequences = {each.name: held_out_sequences(data, each, tokens, longest) for each in measured if data is not None}
     seen = [each.name for each in measured if data is not None and data.validated_on_training_data(each)]
+    _check_nothing_lost(folder, formats, types)
     stem = re.sub(r"[^\w.-]+", "-", name or folder.name).strip("-.") or "model"
 
     def write(work: Path) -> None:
@@ -123,9 +124,20 @@ def check_types(type: str | Sequence[str]) -> list[str]:
     types = [type] if isinstance(type, str) else list(dict.fromkeys(type))
     if not types:
         raise ValueError("type=[]: expected at least one, as in 'q8_0'")
-    for each in types:
-        file_type(each)
-    return [each.lower() for each in types]
+    return [file_type(each).name for each in types]
+
+
+def _check_nothing_lost(folder: Path, formats: set[str], types: Sequence[str]) -> None:
+    """Refuses to replace an earlier export by one with fewer formats."""
+    if not (folder / INDEX).is_file():
+        return
+    new = (formats - {"gguf"}) | {f"gguf {type}" for type in types}
+    lost = [each.name for each in Exported.read(folder).formats if each.files and each.name not in new]
+    if lost:
+        raise ValueError(
+            f"folder={str(folder)!r}: has {', '.join(lost)} of an earlier export, which would be replaced; ask for all"
+            " formats at once, or give another folder (--out)"
+        )
 
 
 def _check_task(task: str | None, adapted: Sequence[str], summed: bool) -> str | None:

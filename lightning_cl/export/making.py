@@ -71,9 +71,15 @@ class Making:
         if not self.sequences:
             return
         with leaving_no_trace(self.module):
-            losses = self._measured(TORCH, lambda task: self._loss_in_memory(task))
-        name = "own adapters" if self.task == "mean" else TORCH
-        self.formats.append(Format(name, losses=losses, measured="torch"))
+            losses = self._measured(TORCH, lambda: self._loss_in_memory)
+        self.formats.append(Format(self._name_in_memory() or TORCH, losses=losses, measured="torch"))
+
+    def _name_in_memory(self) -> str | None:
+        """The row of the model in memory where the files hold another one; else None."""
+        if self.task == "mean":
+            return "own adapters"
+        quantization = self.module.quantization  # of the base, which the files have in 16 or 32 bits
+        return None if quantization is None else f"in training ({quantization})"
 
     def _loss_in_memory(self, task: str) -> float:
         with self._view(task):
@@ -94,9 +100,15 @@ class Making:
                 use_adapter(self.module, self.task or self.adapted[0])
             yield
 
-    def _measured(self, name: str, loss: Callable[[str], float]) -> dict[str, float]:
-        """The loss of each task; where it cannot be measured, a warning has the reason, and the files stay."""
+    def _measured(self, name: str, prepare: Callable[[], Callable[[str], float]]) -> dict[str, float]:
+        """The loss of each task; where it cannot be measured, a warning has the reason, and the files stay.
+
+        Args:
+            name: of the format.
+            prepare: loads what is measured, and returns the function that measures a task.
+        """
         try:
+            loss = prepare()
             return {task: loss(task) for task in self.sequences}
         except Exception as error:
             rank_zero_warn(f"{name}: its losses could not be measured: {error}")
@@ -106,9 +118,12 @@ class Making:
         """Writes the model for ``transformers``; an adapter is merged, or all of them are written next to the base."""
         if self.task != "all":
             self.module.save_pretrained(self.saved, self.task, merge=self.module.lora is not None, card=self.report)
-            if self.task == "mean" and self.sequences:
-                self.formats.append(Format(TORCH, losses=self._saved_losses(), measured="torch"))
-            return
+        else:
+            self._save_base()
+        if self.sequences and self._name_in_memory() is not None:
+            self.formats.append(Format(TORCH, losses=self._saved_losses(), measured="torch"))
+
+    def _save_base(self) -> None:
         base = load_pretrained(str(self.module.source), self.module.precision, settings=self.module.model_kwargs)
         base.save_pretrained(self.saved)
         if self.module.tokenizer is not None:
@@ -142,20 +157,27 @@ class Making:
 
     def _gguf_losses(self, name: str, path: Path) -> tuple[dict[str, float], str]:
         if not is_installed():
-            model = load_gguf_weights(load_pretrained(str(self.saved), "float32"), path).eval()
-            return self._measured(name, lambda task: self._loss_of(model, task)), "torch, unpacked"
+
+            def unpacked() -> Callable[[str], float]:
+                model = load_gguf_weights(load_pretrained(str(self.saved), "float32"), path).eval()
+                return lambda task: self._loss_of(model, task)
+
+            return self._measured(name, unpacked), "torch, unpacked"
         longest = max((len(each.ids) for rows in self.sequences.values() for each in rows), default=1)
         adapters = self.adapter_files
 
-        def loss(task: str) -> float:
-            return llama_loss(llama, self.sequences[task], [float(task == each) for each in adapters])
+        def asked() -> Callable[[str], float]:
+            llama = LlamaCpp(path, longest + 1, torch.get_num_threads(), list(adapters.values()))
+            return lambda task: llama_loss(llama, self.sequences[task], [float(task == each) for each in adapters])
 
-        llama = LlamaCpp(path, longest + 1, torch.get_num_threads(), list(adapters.values()))
-        return self._measured(name, loss), "llama.cpp"
+        return self._measured(name, asked), "llama.cpp"
 
     def _saved_losses(self) -> dict[str, float]:
-        model = load_pretrained(str(self.saved)).eval()
-        return self._measured(_SAVED, lambda task: self._loss_of(model, task))
+        def loaded() -> Callable[[str], float]:
+            model = load_pretrained(str(self.saved)).eval()
+            return lambda task: self._loss_of(model, task)
+
+        return self._measured(_SAVED, loaded)
 
     def _loss_of(self, model: Any, task: str) -> float:
         """The loss of a task with a model that was read from the folder, and with the task's adapter, if it has one."""
@@ -178,7 +200,7 @@ class Making:
             paths = list(write_task_modelfiles(self.saved, gguf, self._adapter_files(), **arguments).values())
         else:
             paths = [write_modelfile(self.saved, gguf, **arguments)]
-        self._add(Format("ollama", tuple(map(self._name, paths)), sum(path.stat().st_size for path in paths)))
+        self._add(Format("ollama", tuple(map(self._name, paths)), measured=f"as gguf {type}"))
 
     def mlx(self) -> None:
         """Writes a folder for mlx-lm, and the adapters next to it if they are kept apart."""
@@ -196,7 +218,7 @@ class Making:
                 count = sum(number for _, number in found)
                 return sum(total for total, _ in found) / count if count else NOTHING
 
-            losses, how = self._measured("mlx", loss), "MLX"
+            losses, how = self._measured("mlx", lambda: loss), "MLX"
         (files, size), more = self._content(out), self._content(self.folder / "mlx-adapters")
         self._add(Format("mlx", files + (more[0] if adapters else ()), size + more[1], losses, how))
 
@@ -218,10 +240,10 @@ class Making:
         cost = forgetting if math.isfinite(forgetting) else None
         exported = Exported(self.folder, tuple(self.formats), tokens, cost, self.on_training_data)
         if any(each.name.startswith("gguf") for each in self.formats):
-            self._write_card(exported.rows())
+            self._write_card(exported)
         replace(exported, checksums=self._checksums()).write(self.folder)
 
-    def _write_card(self, rows: Sequence[Sequence[str]]) -> None:
+    def _write_card(self, exported: Exported) -> None:
         """Writes the card of the GGUF files."""
         serving = ""
         if self.adapter_files:
@@ -231,7 +253,8 @@ class Making:
             serving = f"ollama create {ollama_name(self.stem)} -f Modelfile"
         base, settings = self.module.described_base(), self.module.settings_in_card()
         task = None if self.task == "all" else self.task
-        write_cards({self.folder: task}, base, "quantized", self.report, settings, formats=rows, serving=serving)
+        shown: dict[str, Any] = {"formats": exported.rows(), "notes": exported.sentences(), "serving": serving}
+        write_cards({self.folder: task}, base, "quantized", self.report, settings, **shown)
 
     def _add(self, row: Format) -> None:
         self.formats.append(row)

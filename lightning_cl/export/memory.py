@@ -59,11 +59,7 @@ def save_memory(
     """
     checkpoint = Path(checkpoint)
     state = _read(checkpoint)
-    states = {
-        name: method["state"]["buffer"]
-        for name, method in state["methods"].items()
-        if isinstance(method["state"].get("buffer"), dict) and "store" in method["state"]["buffer"]
-    }
+    states = _buffers(state)
     name = _choose(states, callback, checkpoint)
     near = [above / "buffers" / name for above in list(checkpoint.absolute().parents)[:4]]
     return save_buffer(
@@ -73,6 +69,24 @@ def save_memory(
         callback=name,
         after=state["tasks"][: state["index"]],
     )
+
+
+def list_memories(checkpoint: str | Path) -> list[str]:
+    """Returns the names of the callbacks that have a buffer in a checkpoint.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is missing.
+        ValueError: if it is no checkpoint of a run.
+    """
+    return list(_buffers(_read(Path(checkpoint))))
+
+
+def _buffers(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: method["state"]["buffer"]
+        for name, method in state["methods"].items()
+        if isinstance(method["state"].get("buffer"), dict) and "store" in method["state"]["buffer"]
+    }
 
 
 def save_buffer(buffer: ReplayBuffer, folder: str | Path, tokenizer: str | None = None, **about: Any) -> Path:

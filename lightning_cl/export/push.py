@@ -11,7 +11,8 @@ from urllib.parse import quote
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-_SAMPLES = ("names.jsonl", "memory.json")  # each buffer on disk has the first, each saved memory both
+# Each buffer on disk has the first, each saved memory the others; answers to prompts have the prompts.
+_SAMPLES = ("names.jsonl", "memory.json", "train.jsonl", "valid.jsonl", "predictions.jsonl")
 _CHUNK = 1 << 22
 _LONGEST = 4096  # bytes of a path
 
@@ -49,9 +50,11 @@ def push_folder(
     check_folder(folder)
     api = HfApi(token=token)
     url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
-    if private and not api.repo_info(repo_id, repo_type="model").private:
+    if private != bool(api.repo_info(repo_id, repo_type="model").private):
         raise ValueError(
             f"repo_id={repo_id!r}: the repository is there and public; give another name, or private=False to publish"
+            if private
+            else f"repo_id={repo_id!r}: the repository is there and private; make it public on the hub, or private=True"
         )
     api.upload_folder(
         repo_id=repo_id, folder_path=folder, repo_type="model", commit_message=message or "Upload with lightning_cl"

@@ -313,17 +313,19 @@ def test_a_folder_with_something_else_in_it_is_left_alone(trained, tmp_path):
 def test_an_export_that_fails_leaves_the_earlier_one(trained, tmp_path, monkeypatch):
     module, _ = trained
     first = export_model(module, tmp_path / "out", ["hf"])
+    left = tmp_path / f".{2**22 + 1}.out"  # of a process that was killed: no process has this number
+    left.mkdir()
 
     def full(*arguments, **more):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("lightning_cl.export.making.write_modelfile", full)
     with pytest.raises(OSError, match="No space"):
-        export_model(module, tmp_path / "out", ["ollama"], "f16")
+        export_model(module, tmp_path / "out", ["ollama", "hf"], "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert Exported.read(tmp_path / "out") == first
     monkeypatch.undo()
-    export_model(module, tmp_path / "out", ["ollama"], "f16")
+    export_model(module, tmp_path / "out", ["ollama", "hf"], "f16")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.gguf")) == ["out-f16.gguf"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -337,6 +339,7 @@ def test_the_table_says_what_a_format_costs_next_to_what_was_forgotten(tmp_path)
     )
     done = Exported(tmp_path, formats, {"a": 512, "b": 500, "c": 0}, 0.05, ("b",))
     assert done.rows()[2] == ["gguf q4_0", "1.5 MB", "+0.300", "+0.100", "–", "llama.cpp"]
+    assert done.rows()[3][2:4] == ["+0.001", "0.000"]
     said = done.sentences()
     assert said[1:] == [
         "Without validation data, and so over training data: b.",

@@ -138,7 +138,7 @@ def test_gguf_files_have_a_table_of_formats_and_lines_that_no_backticks_end():
     front, body = parts(model_card(describe_base("me/base"), "quantized", formats=rows, serving="echo '```'"))
     assert (front["base_model"], front["base_model_relation"], front["library_name"]) == (
         "me/base",
-        "quantized",
+        "finetune",
         "gguf",
     )
     assert "gguf" in front["tags"]
