@@ -50,6 +50,7 @@ FEWER = {
         '    "Replay(0.25) + Interpolate(0.5)": [Replay(400, 0.25), Interpolate(0.5)],\n': "",
         "count=160": "count=64",
     },
+    "08_from_run_to_llama_cpp": {'"--epochs", 8': '"--epochs", 1', "for share in (0.0, 0.5)": "for share in (0.5,)"},
     "06_measuring": {"(0, 1, 2)": "(0, 1)", "(0.05, 0.6, 0.9)": "(0.05,)"},
 }
 EVALUATED = re.compile(r"(limit_val_batches\s*=\s*)\d+")
