@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 
@@ -272,7 +273,8 @@ def test_adapters_apart_each_compute_their_own_task(adapted, tmp_path, monkeypat
 
 @pytest.mark.parametrize("task", ["zoo", "all"])
 def test_mlx_computes_the_same_merged_and_apart(adapted, tmp_path, task):
-    pytest.importorskip("mlx_lm", reason="the extra mlx is not installed")
+    if importlib.util.find_spec("mlx_lm") is None:  # its import would lower the number of files that may be open
+        pytest.skip("the extra mlx is not installed")
     module, data = adapted
     done = export_model(module, tmp_path / "out", ["mlx", "hf"], task=task, data=data, tokens=16)
     assert row(done, "mlx").losses == approx(row(done, TORCH).losses)
