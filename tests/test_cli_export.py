@@ -43,7 +43,7 @@ def test_the_weights_are_those_after_the_last_task_or_after_the_one_that_is_name
     saved, expected = load_file(folder / "hf" / "model.safetensors"), weights(run / "tasks" / f"{file}.ckpt")
     assert all(torch.equal(value, expected[name]) for name, value in saved.items())
     assert {path.name for path in folder.iterdir()} >= {"runs-f32.gguf", "Modelfile", "export.json"}
-    table = [line.split() for line in output.out.splitlines() if line.startswith("gguf")]
+    table = [line.split() for line in output.out.splitlines() if line.startswith("  gguf")]
     assert [float(cell) for cell in table[0][4:6]] == pytest.approx([0.0, 0.0], abs=2e-3)
     index = json.loads((folder / "export.json").read_text())
     assert index["tokens"] == {"zoo": 8, "ant": 8}

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import lightning as L
 
 from lightning_cl.cli.earlier_run import last_boundary
 from lightning_cl.core.checkpoint_io import check_checkpoint, read_checkpoint
-from lightning_cl.core.deployment import deployed
 from lightning_cl.core.task_files import BEFORE_END
 from lightning_cl.data import TaskDataModule
 from lightning_cl.export.adapters import INDEX, serving_lines
@@ -26,9 +24,8 @@ from lightning_cl.export.jsonl import write_jsonl
 from lightning_cl.export.memory import list_memories, read_index, save_memory
 from lightning_cl.export.push import check_repo_id, push_folder
 from lightning_cl.export.serving import ollama_name
+from lightning_cl.export.view import check_module, exported_view
 from lightning_cl.models.adapter_names import task_name
-from lightning_cl.models.adapters import list_adapters
-from lightning_cl.models.causal_lm import CausalLM
 from lightning_cl.tasks import Task
 
 _DESCRIPTION = """Writes a run's model into one folder that can be handed on, reads every file back, and shows the loss
@@ -89,22 +86,14 @@ def run_export(arguments: Sequence[str], load: Load) -> int | None:
     folder = given.out or run / "export" / place
     memories = _check_memory(given.memory, last, folder)
     loaded = load(["validate", "--run", str(run), *rest, *_ONE_PROCESS])
-    if not isinstance(loaded.module, CausalLM):
-        raise ValueError(
-            f"export: the run's model is a {type(loaded.module).__name__}, expected a CausalLM; save its transformers"
-            " model with save_pretrained, and write the folder with lightning_cl.export.gguf.export_gguf"
-        )
+    module = check_module(loaded.module)
     checkpoint, task = _checkpoint(run, last, given.task, loaded.data.trained_tasks)
     _load_weights(loaded, checkpoint)
     memory = [_write_memory(checkpoint, name, place, loaded.data.tokenizer) for name, place in memories.items()]
     report = _report(run, checkpoint)
-    # A router of adapters, which is a part of the view, would choose others than those that are written.
-    adapted = loaded.module.lora is not None and list_adapters(loaded.module)
-    view = nullcontext() if adapted else deployed(loaded.trainer, loaded.module, given.task)
-    loaded.module.to(loaded.trainer.strategy.root_device)
-    with view:
+    with exported_view(loaded.trainer, module, given.task):
         done = export_model(
-            loaded.module,
+            module,
             folder,
             to,
             types,

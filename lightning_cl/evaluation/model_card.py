@@ -181,7 +181,7 @@ def _tasks(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _kept_data(report: Mapping[str, Any] | None) -> list[str]:
-    """What the run has kept of other people's texts, and where it is."""
+    """Lines on what the run has kept of other people's texts, and where it is."""
     lines = ["## Training data that the run has kept", ""]
     if report is None:
         return [*lines, "Unknown: there is no report. This folder holds no training samples.", ""]

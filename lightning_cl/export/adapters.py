@@ -67,7 +67,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterIndex:
-    """What :data:`INDEX` says."""
+    """Content of :data:`INDEX`."""
 
     base: Base
     """The model that all of them belong to."""
@@ -312,4 +312,9 @@ def _replace(made: Path, target: Path) -> None:
     old = made.with_name(f"old-{made.name}")
     if target.exists():
         target.rename(old)
-    made.rename(target)
+    try:
+        made.rename(target)
+    except OSError:
+        if old.exists():  # the folder that it is in is about to be deleted
+            old.rename(target)
+        raise

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.arguments import check_integer
 from lightning_cl.core.checkpoint_io import run_folder
 from lightning_cl.core.checks import refuse_sharded
-from lightning_cl.core.deployment import deployed
 from lightning_cl.core.method import ContinualCallback
 from lightning_cl.data.module import TaskDataModule
 from lightning_cl.export.handover import To, check_formats, check_types, export_model
-from lightning_cl.models.adapters import find_peft_model, list_adapters
+from lightning_cl.export.view import adapted_tasks, adds_up, check_module, exported_view
 from lightning_cl.models.causal_lm import CausalLM
 from lightning_cl.random_state import untouched_random_state
 
@@ -77,11 +74,7 @@ class Export(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         refuse_sharded(trainer, "Export: one process cannot save")
-        if not isinstance(pl_module, CausalLM):
-            raise MisconfigurationException(
-                f"Export: {type(pl_module).__name__} is no CausalLM; save its transformers model with"
-                " save_pretrained, and write the folder with lightning_cl.export.gguf.export_gguf"
-            )
+        check_module(pl_module)
 
     @override
     def on_sequence_start(self) -> None:
@@ -106,23 +99,15 @@ class Export(ContinualCallback):
         module, data = self._asked
         task = data.trained_tasks[trained - 1]
         folder = run_folder(trainer) / "export" / f"{trained - 1}-{task.slug}"  # asked on all ranks
-        # A router of adapters, which is a part of the view, would choose others than those that are written.
-        adapters = list_adapters(module) if module.lora is not None else []
-        view = nullcontext() if adapters else deployed(trainer, module, None)
-        device = module.device
-        module.to(trainer.strategy.root_device)
-        try:
-            with untouched_random_state(), view:
-                if trainer.is_global_zero:
-                    self._export(module, data, folder, task.name, adapters)
-        finally:
-            module.to(device)
+        with untouched_random_state(), exported_view(trainer, module):
+            if trainer.is_global_zero:
+                self._export(module, data, folder, task.name)
         trainer.strategy.barrier()
 
-    def _export(self, module: CausalLM, data: TaskDataModule, folder: Path, task: str, adapters: Sequence[str]) -> None:
+    def _export(self, module: CausalLM, data: TaskDataModule, folder: Path, task: str) -> None:
         report = next((m.last_report for m in self.run.methods if getattr(m, "last_report", None) is not None), None)
-        summed = bool(adapters) and len(find_peft_model(module).active_adapters) > 1
-        wanted = None if summed or not adapters else self.of_adapters or "all"
+        apart = adapted_tasks(module) and not adds_up(module)
+        wanted = self.of_adapters or "all" if apart else None
         name = f"{folder.parents[2].name}-{task}" if folder.parents[1].name.startswith("version_") else task
         try:
             done = export_model(module, folder, self.to, self.type, wanted, data, report, name=name, tokens=self.tokens)

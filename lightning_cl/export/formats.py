@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from lightning_cl.evaluation.plain import plain
+from lightning_cl.evaluation.tables import format_table
 
 INDEX = "export.json"
 """The file of an exported folder that says what is in it."""
@@ -34,7 +36,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written.
+    """Content of an exported folder.
 
     Attributes:
         folder: the folder.
@@ -56,7 +58,7 @@ class Exported:
         """Writes :data:`INDEX` into a folder; it has no path."""
         content = {
             "format": "lightning_cl export 1",
-            "formats": [_plain(asdict(each)) for each in self.formats],
+            "formats": [plain(asdict(each)) for each in self.formats],
             "tokens": dict(self.tokens),
             "forgetting": self.forgetting,
             "on_training_data": list(self.on_training_data),
@@ -97,7 +99,7 @@ class Exported:
         return table
 
     def sentences(self) -> list[str]:
-        """What the numbers say, in words."""
+        """Sentences on what the numbers say."""
         said = []
         if self.tokens:
             counts = sorted(set(self.tokens.values()))
@@ -122,29 +124,13 @@ class Exported:
         return said
 
     def __str__(self) -> str:
-        table = self.rows()
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        first, *others = widths
-        lines = [
-            "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))])
-            for name, *cells in table
-        ]
-        return "\n".join([*lines, *self.sentences()])
+        return "\n".join([*format_table(self.rows()), *(f"  {sentence}" for sentence in self.sentences())])
 
 
 def _cell(value: float, signed: bool) -> str:
     """A number with three digits; a difference that is none has no sign."""
     text = "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.3f}"
     return "0.000" if text in ("+0.000", "-0.000") else text
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _number(value: float | None) -> float:

@@ -14,7 +14,7 @@ from lightning_cl.export.formats import INDEX, Exported
 from lightning_cl.export.gguf_types import file_type
 from lightning_cl.export.making import Making
 from lightning_cl.export.sequences import held_out_sequences
-from lightning_cl.models.adapters import find_peft_model, list_adapters
+from lightning_cl.export.view import adapted_tasks, adds_up
 from lightning_cl.models.causal_lm import CausalLM
 
 To = Literal["gguf", "ollama", "mlx", "hf"]
@@ -77,8 +77,8 @@ def export_model(
     check_integer("tokens", tokens, 1)
     if module.lm is None:
         raise RuntimeError("export_model: the module has no model yet; train or validate first")
-    adapted = list_adapters(module) if module.lora is not None else []
-    task = _check_task(task, adapted, summed=bool(adapted) and len(find_peft_model(module).active_adapters) > 1)
+    adapted = adapted_tasks(module)
+    task = _check_task(task, adapted, adds_up(module))
     report = report if report is not None else module.run_report
     longest = getattr(module.lm.config.get_text_config(), "max_position_embeddings", None)
     measured = [] if data is None else data.tasks
@@ -88,7 +88,7 @@ def export_model(
     stem = re.sub(r"[^\w.-]+", "-", name or folder.name).strip("-.") or "model"
 
     def write(work: Path) -> None:
-        made = Making(work, stem, module, task, adapted, sequences, report, seen)
+        made = Making(work, stem, module, task, adapted, sequences, formats, report, seen)
         made.measure_trained()
         made.save()
         for each in types:
@@ -97,7 +97,7 @@ def export_model(
             made.ollama(types[0], system, num_ctx)
         if "mlx" in formats:
             made.mlx()
-        made.finish(keep_saved="hf" in formats)
+        made.finish()
 
     return Exported.read(replace_folder(folder, write, INDEX))
 

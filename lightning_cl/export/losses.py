@@ -1,18 +1,17 @@
-"""Losses of models on held-out sequences, in torch and in llama.cpp, so that one can be compared with the other."""
+"""Losses of models on held-out sequences, in torch, llama.cpp and MLX, so that one can be compared with the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from lightning_cl.export.llama_cpp import LlamaCpp
-from lightning_cl.export.sequences import HeldOut, label_tensors
-
-NOTHING = float("nan")
-"""The loss where there is nothing to measure it on."""
+from lightning_cl.export.mlx import mlx_losses
+from lightning_cl.export.sequences import HeldOut
 
 
 @torch.no_grad()
@@ -23,14 +22,14 @@ def torch_loss(model: Any, sequences: Sequence[HeldOut]) -> float:
         model: of ``transformers`` or peft, in evaluation mode.
         sequences: the sequences.
     """
-    total, count = 0.0, 0
     device = next(model.parameters()).device
-    for sequence in sequences:
-        ids, labels = (tensor.to(device) for tensor in label_tensors(sequence))
+
+    def total(sequence: HeldOut) -> float:
+        ids, labels = (torch.tensor([row], device=device) for row in sequence)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += float(F.cross_entropy(logits, labels[0, 1:], reduction="sum"))
-        count += _count(sequence)
-    return total / count if count else NOTHING
+        return float(F.cross_entropy(logits, labels[0, 1:], reduction="sum"))
+
+    return _mean(sequences, total)
 
 
 def llama_loss(llama: LlamaCpp, sequences: Sequence[HeldOut], scales: Sequence[float] = ()) -> float:
@@ -41,13 +40,26 @@ def llama_loss(llama: LlamaCpp, sequences: Sequence[HeldOut], scales: Sequence[f
         sequences: the sequences; none is longer than the context of `llama`.
         scales: by how much each adapter is applied.
     """
-    total, count = 0.0, 0
-    for sequence in sequences:
-        places = [place for place, label in enumerate(sequence.labels) if label != -100]
-        total -= float(llama.token_logprobs(sequence.ids, scales, places).double().sum())
-        count += len(places)
-    return total / count if count else NOTHING
+
+    def total(sequence: HeldOut) -> float:
+        return -float(llama.token_logprobs(sequence.ids, scales, sequence.places).double().sum())
+
+    return _mean(sequences, total)
 
 
-def _count(sequence: HeldOut) -> int:
-    return sum(label != -100 for label in sequence.labels)
+def mlx_loss(folder: Path, sequences: Sequence[HeldOut], adapter: Path | None = None) -> float:
+    """Returns the mean loss in nats as MLX computes it.
+
+    Args:
+        folder: of the model.
+        sequences: the sequences.
+        adapter: the folder of an adapter, or None.
+    """
+    found = iter(mlx_losses(folder, sequences, adapter))
+    return _mean(sequences, lambda _: next(found)[0])
+
+
+def _mean(sequences: Sequence[HeldOut], total: Callable[[HeldOut], float]) -> float:
+    """The sum over all sequences, per token that bears loss; NaN where there is none."""
+    count = sum(len(sequence.places) for sequence in sequences)
+    return sum(map(total, sequences)) / count if count else float("nan")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_cl.export.adapters import serving_lines, write_adapters
+from lightning_cl.export.adapters import MLX, serving_lines, write_adapters
 from lightning_cl.export.formats import TORCH, Exported, Format
 from lightning_cl.export.gguf import export_gguf, load_gguf_weights
 from lightning_cl.export.gguf_tokenizer import live_tokenizer
 from lightning_cl.export.llama_cpp import LlamaCpp, is_installed
-from lightning_cl.export.losses import NOTHING, llama_loss, torch_loss
-from lightning_cl.export.mlx import export_mlx, is_quick, mlx_losses
-from lightning_cl.export.mlx_adapter import export_adapter_mlx
+from lightning_cl.export.losses import llama_loss, mlx_loss, torch_loss
+from lightning_cl.export.mlx import export_mlx, is_quick
 from lightning_cl.export.modelfile import write_modelfile, write_task_modelfiles
 from lightning_cl.export.sequences import HeldOut
 from lightning_cl.export.serving import ollama_name
@@ -44,6 +44,7 @@ class Making:
         task: the adapter's task, ``mean``, ``sum``, ``all`` or None.
         adapted: the tasks that have an adapter of their own.
         sequences: of each task, to measure losses on.
+        wanted: the formats that are asked for.
         report: of the run, or None.
         on_training_data: tasks without validation data, whose sequences are of the training data.
     """
@@ -56,15 +57,28 @@ class Making:
         task: str | None,
         adapted: Sequence[str],
         sequences: Mapping[str, Sequence[HeldOut]],
+        wanted: Collection[str],
         report: Mapping[str, Any] | None,
         on_training_data: Sequence[str] = (),
     ) -> None:
         self.folder, self.stem, self.module, self.task, self.report = folder, stem, module, task, report
         self.adapted, self.sequences, self.on_training_data = list(adapted), sequences, tuple(on_training_data)
-        self.saved = folder / _SAVED
+        self.wanted, self.saved = wanted, folder / _SAVED
         self.formats: list[Format] = []
-        self.adapter_files: dict[str, Path] = {}
-        self.adapter_folders: dict[str, Path] = {}
+
+    @cached_property
+    def adapter_folders(self) -> dict[str, Path]:
+        """The peft folder of each task's adapter, where they are kept apart; a GGUF file is next to each if wanted."""
+        if self.task != "all":
+            return {}
+        gguf, mlx = "gguf" in self.wanted, "mlx" in self.wanted
+        written = write_adapters(self.module, self.folder, self.report, gguf, mlx)
+        return {task: path.with_suffix("") if gguf else path for task, path in written.items()}
+
+    @property
+    def adapter_files(self) -> dict[str, Path]:
+        """The GGUF file of each task's adapter."""
+        return {task: folder.with_name(f"{folder.name}.gguf") for task, folder in self.adapter_folders.items()}
 
     def measure_trained(self) -> None:
         """Measures the model in memory, as the files will have it; for a mean, each task with its own adapter."""
@@ -121,7 +135,7 @@ class Making:
         else:
             self._save_base()
         if self.sequences and self._name_in_memory() is not None:
-            self.formats.append(Format(TORCH, losses=self._saved_losses(), measured="torch"))
+            self.formats.append(Format(TORCH, losses=self._saved_losses, measured="torch"))
 
     def _save_base(self) -> None:
         base = load_pretrained(str(self.module.source), self.module.precision, settings=self.module.model_kwargs)
@@ -132,28 +146,12 @@ class Making:
     def gguf(self, type: str) -> None:
         """Writes the model as a GGUF file of one type."""
         path = export_gguf(self.saved, self._gguf_path(type), type, name=self.stem)
-        files = {self._name(path): path.stat().st_size}
-        if self.task == "all":
-            files |= {self._name(each): each.stat().st_size for each in self._adapter_files().values()}
+        files = {self._name(each): each.stat().st_size for each in (path, *self.adapter_files.values())}
         losses, how = self._gguf_losses(f"gguf {type}", path) if self.sequences else ({}, "")
         self._add(Format(f"gguf {type}", tuple(files), sum(files.values()), losses, how))
 
     def _gguf_path(self, type: str) -> Path:
         return self.folder / f"{self.stem}-{type}.gguf"
-
-    def _adapter_files(self) -> dict[str, Path]:
-        """The GGUF file of each task's adapter; all are written at the first call."""
-        if not self.adapter_files:
-            self.adapter_files = write_adapters(self.module, self.folder, self.report)
-        return self.adapter_files
-
-    def _adapter_folders(self) -> dict[str, Path]:
-        """The peft folder of each task's adapter; all are written at the first call."""
-        if self.adapter_files:  # each next to its folder
-            return {task: file.with_suffix("") for task, file in self.adapter_files.items()}
-        if not self.adapter_folders:
-            self.adapter_folders = write_adapters(self.module, self.folder, self.report, gguf=False)
-        return self.adapter_folders
 
     def _gguf_losses(self, name: str, path: Path) -> tuple[dict[str, float], str]:
         if not is_installed():
@@ -172,7 +170,10 @@ class Making:
 
         return self._measured(name, asked), "llama.cpp"
 
+    @cached_property
     def _saved_losses(self) -> dict[str, float]:
+        """Losses of the folder that was saved, read back."""
+
         def loaded() -> Callable[[str], float]:
             model = load_pretrained(str(self.saved)).eval()
             return lambda task: self._loss_of(model, task)
@@ -181,7 +182,7 @@ class Making:
 
     def _loss_of(self, model: Any, task: str) -> float:
         """The loss of a task with a model that was read from the folder, and with the task's adapter, if it has one."""
-        folder = self._adapter_folders().get(task) if self.task == "all" else None
+        folder = self.adapter_folders.get(task)
         if folder is None:
             return torch_loss(model, self.sequences[task])
         from peft import PeftModel
@@ -197,46 +198,32 @@ class Making:
         arguments: dict[str, Any] = {"system": system, "num_ctx": num_ctx, "tokenizer": live_tokenizer(self.saved)}
         gguf = self._gguf_path(type)
         if self.task == "all":
-            paths = list(write_task_modelfiles(self.saved, gguf, self._adapter_files(), **arguments).values())
+            paths = list(write_task_modelfiles(self.saved, gguf, self.adapter_files, **arguments).values())
         else:
             paths = [write_modelfile(self.saved, gguf, **arguments)]
         self._add(Format("ollama", tuple(map(self._name, paths)), measured=f"as gguf {type}"))
 
     def mlx(self) -> None:
-        """Writes a folder for mlx-lm, and the adapters next to it if they are kept apart."""
-        out = export_mlx(self.saved, self.folder / "mlx")
-        adapters = {}
-        if self.task == "all":
-            for task, folder in self._adapter_folders().items():
-                place = self.folder / "mlx-adapters" / folder.name
-                adapters[task] = export_adapter_mlx(folder, place, self.saved)
+        """Writes a folder for mlx-lm; adapters that are kept apart are next to it."""
+        out = export_mlx(self.saved, self.folder / "mlx", link=_SAVED not in self.wanted)  # else nothing is left of it
+        adapters = {task: self.folder / MLX / folder.name for task, folder in self.adapter_folders.items()}
         losses, how = {}, ""
         if self.sequences and is_quick(out):
+            losses = self._measured("mlx", lambda: lambda task: mlx_loss(out, self.sequences[task], adapters.get(task)))
+            how = "MLX"
+        self._add(Format("mlx", *self._content(out, *adapters.values()), losses, how))
 
-            def loss(task: str) -> float:
-                found = mlx_losses(out, self.sequences[task], adapters.get(task))
-                count = sum(number for _, number in found)
-                return sum(total for total, _ in found) / count if count else NOTHING
-
-            losses, how = self._measured("mlx", lambda: loss), "MLX"
-        (files, size), more = self._content(out), self._content(self.folder / "mlx-adapters")
-        self._add(Format("mlx", files + (more[0] if adapters else ()), size + more[1], losses, how))
-
-    def finish(self, keep_saved: bool) -> None:
+    def finish(self) -> None:
         """Writes the card and the index; the folder for ``transformers`` stays if it was asked for."""
-        if keep_saved:
-            adapters = list(self._adapter_folders().values()) if self.task == "all" else []
-            losses = self._saved_losses() if self.sequences else {}
-            sizes = [self._content(place) for place in (self.saved, *adapters)]
-            files, size = sum((names for names, _ in sizes), ()), sum(each for _, each in sizes)
-            self._add(Format(_SAVED, files, size, losses, "torch" if losses else ""))
+        if _SAVED in self.wanted:
+            losses = self._saved_losses if self.sequences else {}
+            content = self._content(self.saved, *self.adapter_folders.values())
+            self._add(Format(_SAVED, *content, losses, "torch" if losses else ""))
         else:
             shutil.rmtree(self.saved)
         in_nats = self.report is not None and self.report.get("monitor") == "val_loss"
         forgetting = self.report["forgetting"] if in_nats and self.report is not None else math.nan
-        tokens = {
-            task: sum(label != -100 for each in rows for label in each.labels) for task, rows in self.sequences.items()
-        }
+        tokens = {task: sum(len(each.places) for each in rows) for task, rows in self.sequences.items()}
         cost = forgetting if math.isfinite(forgetting) else None
         exported = Exported(self.folder, tuple(self.formats), tokens, cost, self.on_training_data)
         if any(each.name.startswith("gguf") for each in self.formats):
@@ -246,7 +233,7 @@ class Making:
     def _write_card(self, exported: Exported) -> None:
         """Writes the card of the GGUF files."""
         serving = ""
-        if self.adapter_files:
+        if self.adapter_folders:
             first = next(each.files[0] for each in self.formats if each.name.startswith("gguf"))
             serving = serving_lines(self.folder, self.folder / first)
         elif (self.folder / "Modelfile").is_file():
@@ -260,9 +247,9 @@ class Making:
         self.formats.append(row)
         rank_zero_info(f"  {row.name}: {', '.join(row.files[:3])}{' …' if len(row.files) > 3 else ''}")
 
-    def _content(self, folder: Path) -> tuple[tuple[str, ...], int]:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return (f"{self._name(folder)}/",), sum(path.stat().st_size for path in files)
+    def _content(self, *folders: Path) -> tuple[tuple[str, ...], int]:
+        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        return tuple(f"{self._name(folder)}/" for folder in folders), sum(path.stat().st_size for path in files)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()

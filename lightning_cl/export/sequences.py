@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_cl.data.module import TaskDataModule
@@ -22,6 +21,11 @@ class HeldOut(NamedTuple):
     """Tokens."""
     labels: list[int]
     """The tokens again; −100 where there is no loss. The one at position ``i`` is predicted from those before ``i``."""
+
+    @property
+    def places(self) -> list[int]:
+        """Returns the positions that bear loss."""
+        return [place for place, label in enumerate(self.labels) if label != -100]
 
 
 def held_out_sequences(data: TaskDataModule, task: Task, tokens: int, longest: int | None = None) -> list[HeldOut]:
@@ -81,8 +85,3 @@ def _parts(batch: Mapping[str, Any], row: int) -> Iterator[slice]:
             yield slice(start, end)  # the padding is one of them, and bears no loss
     else:
         yield slice(None)
-
-
-def label_tensors(sequence: HeldOut) -> tuple[Tensor, Tensor]:
-    """Returns a sequence's tokens and labels, each int64 ``[1, length]``."""
-    return torch.tensor([sequence.ids]), torch.tensor([sequence.labels])

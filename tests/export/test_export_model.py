@@ -159,6 +159,12 @@ def test_forgetting_of_another_unit_or_unknown_is_not_set_next_to_nats(trained, 
     assert done.forgetting is None
 
 
+def test_a_model_that_diverged_is_exported_too(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_cl.export.making.torch_loss", lambda model, sequences: math.inf)
+    done = export_model(trained[0], tmp_path / "out", ["hf"], data=trained[1], tokens=8)
+    assert done.rows()[1][2:4] == ["–", "–"]
+
+
 def test_tokens_are_of_several_documents_and_as_many_as_asked_for(trained):
     data = trained[1]
     for tokens in (8, 40, 160, 10**6):
@@ -230,7 +236,7 @@ def test_adapters_apart_are_there_in_every_format(adapted, tmp_path, to):
 def test_a_task_without_an_adapter_is_measured_on_the_base(adapted, tmp_path, monkeypatch):
     """As a task of later, or one that is only watched."""
     module, data = adapted
-    monkeypatch.setattr("lightning_cl.export.handover.list_adapters", lambda module: ["zoo"])
+    monkeypatch.setattr("lightning_cl.export.handover.adapted_tasks", lambda module: ["zoo"])
     monkeypatch.setattr("lightning_cl.export.making.write_adapters", only_zoo)
     module.use_task("ant/2")
     done = export_model(module, tmp_path / "out", ["gguf"], "f32", "all", data, tokens=16)
