@@ -5,9 +5,9 @@ The names below are loaded when they are first used, so that ``lightning_cl.func
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lightning_cl.lazy_names import lazy_names
 from lightning_cl.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -186,12 +186,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

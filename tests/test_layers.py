@@ -30,7 +30,7 @@ LAYERS = [
     ["buffers"],
     ["functional"],
     ["tasks", "files", "random_state", "checksum", "stopping", "lightning_internals"],
-    ["arguments", "version"],
+    ["arguments", "lazy_names", "version"],
 ]
 
 

@@ -6,10 +6,10 @@ import importlib.util
 import json
 import math
 
-import lightning as L
 import pytest
 import torch
 from tiny_models import byte_bpe, tiny
+from toys import trainer
 from transformers import AutoModelForCausalLM
 
 from lightning_cl import CausalLM, Export, Task, TaskAdapters, TaskDataModule, TaskMatrix, fit_tasks
@@ -52,19 +52,8 @@ def learn(folder, base, texts, callbacks, **settings):
     module = CausalLM(base, optimizer=optimizer, schedule=None, dtype="float32", **settings)
     tasks = [Task(name, str(texts / f"{index}.txt")) for index, name in enumerate(TEXTS)]
     data = TaskDataModule(tasks, tokenizer=byte_bpe(), max_length=24, batch_size=2, seed=1)
-    trainer = L.Trainer(
-        max_steps=2,
-        callbacks=callbacks,
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=2,
-    )
-    fit_tasks(trainer, module, data)
+    run = trainer(folder, callbacks, max_steps=2, num_sanity_val_steps=0, limit_val_batches=2)
+    fit_tasks(run, module, data)
     return module, data
 
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from tiny_models import byte_bpe, tiny
+from toys import trainer
 
 from lightning_cl import CausalLM, GeneralReplay, Task, TaskAdapters, TaskDataModule, TaskMatrix, fit_tasks
 from lightning_cl.export import push
@@ -68,19 +68,14 @@ def run(tmp_path_factory):
         tasks.append(Task(name, str(home / f"{name}.txt")))
     module = CausalLM(str(home / "base"), schedule=None, dtype="float32", lora={"r": 2})
     data = TaskDataModule(tasks, tokenizer=str(home / "base"), max_length=24, batch_size=2, seed=1)
-    trainer = L.Trainer(
+    run = trainer(
+        home / "run",
+        [TaskAdapters(), TaskMatrix(), GeneralReplay(str(home / "zoo.txt"), 0.5)],
         max_steps=2,
-        callbacks=[TaskAdapters(), TaskMatrix(), GeneralReplay(str(home / "zoo.txt"), 0.5)],
-        accelerator="cpu",
-        default_root_dir=home / "run",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=1,
     )
-    fit_tasks(trainer, module, data)
+    fit_tasks(run, module, data)
     torch.manual_seed(1)
     for name, parameter in module.lm.named_parameters():
         if "lora_B" in name:
