@@ -28,6 +28,11 @@ def requeued_file(trainer: L.Trainer) -> Any:
     return trainer._checkpoint_connector._hpc_resume_path
 
 
+def completes_step(trainer: L.Trainer) -> bool:
+    """Tells if the optimizer steps after the current batch, as the last one of its accumulation window."""
+    return not trainer.fit_loop._should_accumulate()
+
+
 def starts_processes_of_its_own(trainer: L.Trainer) -> bool:
     """Tells if a fit runs in processes that are spawned or forked for it, and end with it."""
     return isinstance(trainer.strategy.launcher, (_MultiProcessingLauncher, _XLALauncher))

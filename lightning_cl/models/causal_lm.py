@@ -31,6 +31,7 @@ from lightning_cl.models.positions import check_positions
 from lightning_cl.models.saving import check_card, save_adapters, save_whole, write_cards
 from lightning_cl.models.schedule import WarmupDecay
 from lightning_cl.models.scratch import from_config
+from lightning_cl.models.step_mean import MeanOver, StepMean
 from lightning_cl.models.visibility import check_causality, check_isolation
 from lightning_cl.passes.generation import answers, prompt_tokens
 from lightning_cl.passes.heads import SplitHead
@@ -55,7 +56,7 @@ class CausalLM(L.LightningModule):
     them. Logged are ``loss``, ``perplexity`` and ``token_accuracy``, with ``train_`` and ``val_`` in front; validation
     is a mean over the tokens that bear loss. The loss is computed at those alone, a chunk at a time: no
     ``[batch, length, vocabulary]`` tensor exists (where the architecture's head can be taken apart; a message says
-    where not). A batch's loss is the mean over its tokens: under accumulation batches with fewer of them weigh as much.
+    where not).
 
     A frozen base (under LoRA) stays out of checkpoints: its name and a checksum are in them, and another base is
     refused.
@@ -79,6 +80,9 @@ class CausalLM(L.LightningModule):
             more compute, a fraction of the memory.
         model_kwargs: further arguments of ``from_pretrained``, as ``{"revision": "main"}``.
         max_new_tokens: how many tokens ``predict_step`` generates at most.
+        mean_over: the tokens over which the trained loss is a mean: those of an optimizer ``step``, with all its
+            accumulated batches on all processes, or those of a ``batch``, so that accumulated batches with fewer tokens
+            weigh as much as others. Logged losses are means over a batch.
 
     Attributes:
         lm: the ``transformers`` (under LoRA, ``peft``) model, once Lightning has called ``configure_model``.
@@ -100,12 +104,15 @@ class CausalLM(L.LightningModule):
         gradient_checkpointing: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         max_new_tokens: int = 64,
+        mean_over: MeanOver = "step",
     ) -> None:
         super().__init__()
         _check_model(model)
         for name, value, choices in (("quantization", quantization, Quantization), ("dtype", dtype, Precision)):
             if value is not None and value not in get_args(choices):
                 raise ValueError(f"{name}={value!r}: expected one of {list(get_args(choices))}, or None")
+        if mean_over not in get_args(MeanOver):
+            raise ValueError(f"mean_over={mean_over!r}: expected one of {list(get_args(MeanOver))}")
         if lora is not None:
             check_lora(lora)
         if quantization is not None and (lora is None or isinstance(model, dict)):
@@ -123,6 +130,7 @@ class CausalLM(L.LightningModule):
         if attn_implementation is not None:
             self.model_kwargs["attn_implementation"] = attn_implementation
         self.gradient_checkpointing, self.max_new_tokens = gradient_checkpointing, max_new_tokens
+        self._step_mean = StepMean() if mean_over == "step" else None
         self.lm: Any = None
         self.tokenizer: Any = None
         self._base: frozenset[str] = frozenset()  # names of weights that checkpoints leave out while they are frozen
@@ -240,6 +248,22 @@ class CausalLM(L.LightningModule):
     @override
     def on_train_start(self) -> None:
         self._as_loaded, self.run_report = False, None
+        if self._step_mean is not None:
+            self._step_mean.begin()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._step_mean is not None:
+            self._step_mean.begin_batch(self.trainer, batch)
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss if self._step_mean is None else self._step_mean.weighted(loss), *args, **kwargs)
+
+    @override
+    def on_after_backward(self) -> None:
+        if self._step_mean is not None:
+            self._step_mean.end_batch(self.trainer, self.parameters())
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
